@@ -1,0 +1,155 @@
+"""Save and resume training state; stop cleanly on a signal.
+
+A save is written to `step-N.tmp`, renamed to `step-N` when whole, and only then named in `latest`, so
+whatever kills
+the run, `latest` names a complete checkpoint. Everything random is keyed by the step, so the state is the
+weights, the
+optimizer and one integer.
+"""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from llada.runtime import Run, barrier
+
+# Only what is trained: with LoRA the base weights are reread from their own folder.
+_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+def save_state(
+    output_dir: Path,
+    run: Run,
+    *,
+    step: int,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    meta: Mapping[str, Any],
+    keep: int,
+) -> None:
+    """Saves the state after `step` steps and makes it the latest; then removes all but the newest `keep`.
+
+    Args:
+        meta: what a resume must agree with (see `check_meta`); stored as JSON.
+    """
+    folder, partial = output_dir / f"step-{step}", output_dir / f"step-{step}.tmp"
+    if run.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    barrier()
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
+    barrier()
+    if run.is_main:
+        (partial / "meta.json").write_text(json.dumps({"step": step, **meta}, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+        write_atomically(output_dir / "latest", folder.name)
+        for old in _saved_steps(output_dir)[:-keep]:
+            shutil.rmtree(output_dir / f"step-{old}")
+    barrier()
+
+
+def load_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Fills model and optimizer from a saved state and gives its step.
+
+    Raises:
+        ValueError: the folder is not a whole checkpoint, or its tensors do not fit this model.
+    """
+    meta = read_meta(folder)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    try:
+        dcp.load(state, checkpoint_id=folder)
+    except (dcp.api.CheckpointException, RuntimeError, OSError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0][:300]
+        raise ValueError(f"--resume_from_checkpoint {folder}: cannot be loaded: {reason}") from error
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=_OPTIONS,
+    )
+    return meta["step"]
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What `save_state` noted beside the tensors; ValueError if the folder is not a whole checkpoint."""
+    try:
+        return json.loads((folder / "meta.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"--resume_from_checkpoint {folder}: not a complete checkpoint ({error})") from error
+
+
+def check_meta(folder: Path, meta: Mapping[str, Any]) -> None:
+    """ValueError naming each flag whose value differs from that of the saved run."""
+    saved = read_meta(folder)
+    changed = [f"--{name} was {saved.get(name)!r}, now {value!r}" for name, value in meta.items()
+               if saved.get(name) != value]  # fmt: skip
+    if changed:
+        raise ValueError(
+            f"{folder}: the saved run was started otherwise: {'; '.join(changed)}. "
+            "Give the same values to resume it, or another --output_dir to start anew"
+        )
+
+
+def find_resume(output_dir: Path, wish: str) -> Path | None:
+    """The state folder to resume from, or None for a fresh start.
+
+    Args:
+        wish: "auto" = the latest in `output_dir` if there is one; "none"; or a folder, `step-N` itself or a
+        run's.
+    """
+    if wish == "none":
+        return None
+    folder = output_dir if wish == "auto" else Path(wish)
+    if (folder / "meta.json").is_file():
+        return folder
+    latest = folder / "latest"
+    if latest.is_file():
+        return folder / latest.read_text().strip()
+    if wish == "auto":
+        return None
+    raise ValueError(f"--resume_from_checkpoint {wish}: no saved state there (neither meta.json nor latest)")
+
+
+def _saved_steps(output_dir: Path) -> list[int]:
+    names = [path.name.removeprefix("step-") for path in output_dir.glob("step-*") if path.is_dir()]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces the file so that a reader sees the old text or the new, never a part."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGUSR1 (what SLURM and torchrun send), so that the loop can stop between two
+    steps."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, *_: object) -> None:
+        self.received = True

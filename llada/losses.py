@@ -1,0 +1,54 @@
+"""Losses of the suite: a model and a batch in, a float32 scalar out.
+
+Shapes: B sequences, L positions, M masked tokens of a micro-batch.
+"""
+
+from collections.abc import Iterable
+
+import torch
+
+from llada.runtime import Run, autocast, sum_over_ranks
+from llada.stream import MaskedBatch
+
+
+def masked_diffusion_loss(model: torch.nn.Module, batch: MaskedBatch, total_count: float) -> torch.Tensor:
+    """Monte Carlo estimate of the negative ELBO, in nats per token (SFT: mean over records of nats per
+    answer token).
+
+        L = sum_j weight_j * nll_j / total_count,   weight_j = w_b / p_mask_b  for every masked token j of
+        sequence b
+
+    with w_b = 1 in pretraining and 1 / answer length in SFT.
+
+    Args:
+        model: gives the nll at the masked rows only, and their gradient, inside its own forward.
+        batch: the noised micro-batch.
+        total_count: the normaliser of the whole global batch, so micro-batches and ranks add up.
+
+    Returns: scalar. With no masked token it is 0 with a zero gradient, so every rank still runs backward.
+
+    Source: LLaDA GUIDELINES.md, Pre-training and SFT.
+    """
+    return model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        rows=batch.rows,
+        targets=batch.targets,
+        weights=batch.weights / total_count,
+    ).loss
+
+
+@torch.no_grad()
+def validation_loss(model: torch.nn.Module, batches: Iterable[MaskedBatch], run: Run, dtype: str) -> float:
+    """The same quantity over a validation set that is sharded over the ranks, in the same unit."""
+    was_training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64)
+    count = 0.0
+    for batch in batches:
+        with autocast(run.device, dtype):
+            total += masked_diffusion_loss(model, batch.to(run.device), 1.0).double().cpu()
+        count += batch.count
+    model.train(was_training)
+    total_sum, count_sum = sum_over_ranks([float(total), count])
+    return total_sum / count_sum

@@ -1,0 +1,306 @@
+"""Load, save and adapt checkpoints; the one table of special tokens.
+
+Shapes: none; everything here is about folders, tokenizers and modules.
+"""
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from modelling_final import LLaDAConfig, LLaDAModelLM
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# role -> text, as in the tokenizer of LLaDA-8B-Instruct. Ids always come from a tokenizer or a config.
+SPECIAL_TOKENS = {
+    "bos": "<|startoftext|>",
+    "eos": "<|endoftext|>",
+    "mask": "<|mdm_mask|>",
+    "start_header": "<|start_header_id|>",
+    "end_header": "<|end_header_id|>",
+    "eot": "<|eot_id|>",
+}
+
+# The published template always appends the assistant's header; this one does so only when asked.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first %}{{ bos_token }}{% endif %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
+    "+ message['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Names of LLaDA's linear layers inside a block, each with the name Llama-style code gives it.
+LINEAR_LAYERS = {
+    "q_proj": "q_proj",
+    "k_proj": "k_proj",
+    "v_proj": "v_proj",
+    "attn_out": "o_proj",
+    "ff_proj": "gate_proj",
+    "up_proj": "up_proj",
+    "ff_out": "down_proj",
+}
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Token ids by role. `eot` is None for a model without an end-of-turn token."""
+
+    mask: int
+    eos: int
+    pad: int
+    eot: int | None
+
+
+def resolve_checkpoint(path: str) -> str:
+    """The folder (or hub name) that a user means by `path`.
+
+    A checkpoint folder is itself; a run's output folder means its `final` (else `best`) checkpoint; the
+    predecessors' `.../best_model.pt` and `.../best_sft_model.pt` mean the `best` (else `final`) folder
+    beside it.
+
+    Raises:
+        ValueError: the path looks local and there is no checkpoint.
+    """
+    folder = Path(path)
+    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return str(folder)
+    if folder.name in ("best_model.pt", "best_sft_model.pt") and not folder.exists():
+        candidates = [folder.parent / "best", folder.parent / "final"]
+    else:
+        candidates = [folder / "final", folder / "best"]
+    for candidate in candidates:
+        if candidate.is_dir():
+            return resolve_checkpoint(str(candidate))
+    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+        wanted = "config.json or adapter_config.json, or a run's final/ or best/ folder"
+        raise ValueError(f"--model_name_or_path {path}: no checkpoint there (looked for {wanted})")
+    return path
+
+
+def load_config(path: str) -> LLaDAConfig:
+    """The config of a checkpoint; ValueError if it cannot be found or is not a LLaDA model."""
+    path = resolve_checkpoint(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise _not_found(path, error) from error
+    if not isinstance(config, LLaDAConfig):
+        raise ValueError(
+            f"--model_name_or_path {path}: model_type {config.model_type!r} is not a LLaDA model; "
+            "scripts/convert_ar.py makes one from an autoregressive checkpoint"
+        )
+    return config
+
+
+def _not_found(path: str, error: Exception) -> ValueError:
+    reason = str(error).strip().splitlines()[0]
+    return ValueError(
+        f"--model_name_or_path {path}: not a folder here, and the hub did not give it ({reason}). "
+        "Give a checkpoint folder, or fetch one first: python scripts/download.py --help"
+    )
+
+
+def load_tokenizer(path: str, *, chat: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, with its padding and mask tokens set.
+
+    Args:
+        path: checkpoint folder, run folder, or hub name.
+        chat: also make sure of the header and end-of-turn tokens and of a chat template: LLaDA-8B-Base lacks
+        the
+            three tokens that Instruct has, and added here they get the same ids.
+    """
+    path = resolve_checkpoint(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except OSError as error:
+        raise _not_found(path, error) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.mask_token is None and Path(path, "config.json").is_file():
+        # Published tokenizers leave mask_token unset; the model's config knows the id.
+        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(load_config(path).mask_token_id)
+    if chat and tokenizer.chat_template is None:
+        wanted = [SPECIAL_TOKENS[role] for role in ("start_header", "end_header", "eot")]
+        missing = [token for token in wanted if token not in tokenizer.get_vocab()]
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": missing}, replace_extra_special_tokens=False
+        )
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def special_ids(config: LLaDAConfig, tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
+    """Token ids by role: the model's config decides, the tokenizer must agree.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the embedding has rows, or names another mask token.
+    """
+    if len(tokenizer) > config.embedding_size:
+        raise ValueError(
+            f"--tokenizer_name: the tokenizer has {len(tokenizer)} tokens and the model's embedding only "
+            f"{config.embedding_size} rows; use the tokenizer that belongs to this model"
+        )
+    if tokenizer.mask_token_id not in (None, config.mask_token_id):
+        raise ValueError(
+            f"--tokenizer_name: the tokenizer's mask token {tokenizer.mask_token!r} has id "
+            f"{tokenizer.mask_token_id}, the model's mask_token_id is {config.mask_token_id}"
+        )
+    eot = config.eot_token_id
+    if eot is None:
+        eot = tokenizer.get_vocab().get(SPECIAL_TOKENS["eot"])
+    return SpecialIds(mask=config.mask_token_id, eos=config.eos_token_id, pad=config.pad_token_id, eot=eot)
+
+
+def load_model(
+    path: str,
+    *,
+    dtype: str = "float32",
+    adapter_path: str | None = None,
+    attn_implementation: str | None = None,
+    device: torch.device | str | None = None,
+    merge_adapter: bool = True,
+) -> LLaDAModelLM | PeftModel:
+    """The model of a checkpoint, with every weight accounted for.
+
+    Args:
+        path: checkpoint folder, run folder, hub name, or a LoRA adapter folder (its base is then loaded too).
+        dtype: of the parameters: float32, bfloat16, float16, or auto (as saved).
+        adapter_path: LoRA adapter to put on the model.
+        attn_implementation: transformers' name of an attention kernel; default sdpa.
+        device: where to put it; default CPU.
+        merge_adapter: fold the adapter into the weights (for inference); else return a trainable PeftModel.
+
+    Raises:
+        ValueError: no such checkpoint, or one with missing or unexpected weights.
+    """
+    path = resolve_checkpoint(path)
+    if adapter_path is None and Path(path, "adapter_config.json").is_file():
+        adapter_path = path
+        path = resolve_checkpoint(LoraConfig.from_pretrained(adapter_path).base_model_name_or_path)
+    load_config(path)
+    model, report = LLaDAModelLM.from_pretrained(
+        path,
+        dtype=DTYPES.get(dtype, dtype),
+        attn_implementation=attn_implementation,
+        output_loading_info=True,
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[kind]:
+            keys = sorted(map(str, report[kind]))
+            raise ValueError(
+                f"--model_name_or_path {path}: {len(keys)} {kind.replace('_', ' ')}: {keys[:3]} ..."
+            )
+    if adapter_path is not None:
+        model = _put_adapter(model, adapter_path, merge=merge_adapter)
+    return model.to(device) if device is not None else model
+
+
+def _put_adapter(model: LLaDAModelLM, adapter_path: str, *, merge: bool) -> LLaDAModelLM | PeftModel:
+    adapter_path = resolve_checkpoint(adapter_path)
+    try:
+        adapted = PeftModel.from_pretrained(model, adapter_path, is_trainable=not merge)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ValueError(f"--adapter_path {adapter_path}: does not fit this base model: {error}") from error
+    return adapted.merge_and_unload() if merge else adapted
+
+
+def new_model(
+    config_name: str, tokenizer: PreTrainedTokenizerBase, *, seed: int, max_length: int
+) -> LLaDAModelLM:
+    """A randomly initialised model of a named size, shaped for this tokenizer.
+
+    Args:
+        config_name: a size in configs/models (for example `2m`), or a YAML/JSON file of LLaDAConfig fields.
+        tokenizer: decides the vocabulary and the special ids; must have a mask token.
+        seed: of the initial weights.
+        max_length: context in tokens, unless the size names its own `max_sequence_length`.
+    """
+    sizes = sorted(file.stem for file in (ROOT / "configs/models").glob("*.yaml"))
+    file = Path(config_name) if Path(config_name).is_file() else ROOT / f"configs/models/{config_name}.yaml"
+    if not file.is_file():
+        raise ValueError(
+            f"--config_name {config_name}: neither a file nor one of the sizes {', '.join(sizes)}"
+        )
+    if tokenizer.mask_token_id is None:
+        raise ValueError("--tokenizer_name: the tokenizer has no mask token; see scripts/train_tokenizer.py")
+    shape = {"max_sequence_length": max_length, **yaml.safe_load(file.read_text(encoding="utf-8"))}
+    config = LLaDAConfig(
+        **shape,
+        vocab_size=len(tokenizer),
+        embedding_size=-(-len(tokenizer) // 64) * 64,  # rows in multiples of 64 keep matrix kernels fast
+        mask_token_id=tokenizer.mask_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eot_token_id=tokenizer.get_vocab().get(SPECIAL_TOKENS["eot"]),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LLaDAModelLM(config)
+
+
+def attach_lora(
+    model: LLaDAModelLM, *, rank: int, alpha: float, dropout: float, target_modules: list[str]
+) -> PeftModel:
+    """The model with trainable LoRA adapters on linear layers of its blocks, never on the LM head.
+
+    LLaDA calls both the MLP's down-projection and the LM head `ff_out`, so plain names would hit the head
+    too;
+    the pattern made here is anchored to the blocks.
+
+    Args:
+        target_modules: names of `LINEAR_LAYERS` (LLaDA's or Llama's spelling), or ["all-linear"].
+    """
+    by_spelling = {spelling: ours for ours, llama in LINEAR_LAYERS.items() for spelling in (ours, llama)}
+    unknown = [name for name in target_modules if name != "all-linear" and name not in by_spelling]
+    if unknown:
+        raise ValueError(f"--lora_target_modules {unknown}: choose from {list(LINEAR_LAYERS)} or all-linear")
+    if "all-linear" in target_modules:
+        names = list(LINEAR_LAYERS)
+    else:
+        names = sorted({by_spelling[name] for name in target_modules})
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=rf".*\bblocks\.\d+\.({'|'.join(map(re.escape, names))})",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def save_model(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Writes a plain checkpoint folder (or adapter folder, for a PeftModel); the folder appears whole or not
+    at all.
+
+    Args:
+        state_dict: the full weights, where the module itself only holds a shard of them.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model.save_pretrained(partial, state_dict=state_dict)
+    tokenizer.save_pretrained(partial)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,171 @@
+"""Where a run lives: its processes, its device, its precision, and where its numbers go."""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Run:
+    """This process among its peers. Rank 0 alone writes and prints."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start_run(device: str | None = None) -> Run:
+    """Joins the process group that torchrun or accelerate launch describes in the environment, if there is
+    one.
+
+    Args:
+        device: "cpu", "cuda", ...; default the GPU of this process's LOCAL_RANK where there is one, else the
+        CPU.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device is None:
+        device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world_size > 1 and not dist.is_initialized():
+        # gloo beside nccl: CPU tensors (counts, flags, checkpoints) travel on it
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    return Run(rank=int(os.environ.get("RANK", "0")), world_size=world_size, device=chosen)
+
+
+def end_run() -> None:
+    """Leaves the process group, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(values: list[float]) -> list[float]:
+    """Each value summed over all ranks, in float64 so that counts stay exact."""
+    if not dist.is_initialized():
+        return [float(value) for value in values]
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def barrier() -> None:
+    """Waits for all ranks; nothing to wait for in a single process."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def first_rank_first(run: Run) -> AbstractContextManager[None]:
+    """Rank 0 runs the body while the others wait, then they run it and find its files done."""
+
+    class _Turns(AbstractContextManager):
+        def __enter__(self) -> None:
+            if not run.is_main:
+                barrier()
+
+        def __exit__(self, error_type: type | None, *_: object) -> None:
+            if run.is_main and error_type is None:
+                barrier()
+
+    return _Turns()
+
+
+def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
+    """Matrix products in `dtype`, parameters and sums as they are; does nothing for float32."""
+    if dtype == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, dtype))
+
+
+class Metrics:
+    """Numbers of a run, under the same names in the terminal, in metrics.jsonl and in W&B. Rank 0 only."""
+
+    def __init__(
+        self,
+        run: Run,
+        folder: Path,
+        *,
+        report_to: str,
+        config: Mapping[str, Any],
+        total_steps: int,
+        first_step: int,
+    ) -> None:
+        self._wandb = None
+        self._bar = None
+        if not run.is_main:
+            return
+        self._path = folder / "metrics.jsonl"
+        _keep_lines_before(self._path, first_step)
+        self._bar = tqdm(total=total_steps, initial=first_step, desc=folder.name, unit="step", mininterval=2)
+        if report_to == "wandb":
+            import wandb  # only here: it is slow to import and most runs do not use it
+
+            name = config.get("run_name") or folder.name
+            # The same id continues the same curve after a resume.
+            self._wandb = wandb.init(
+                project=config.get("wandb_project"), name=name, id=config.get("wandb_run_id"),
+                config=dict(config), resume="allow", dir=str(folder),
+            )  # fmt: skip
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends one line {"step", "time", names: values}."""
+        if self._bar is None:
+            return
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        shown = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self._bar.write(f"step {step}: {shown}")
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
+
+    def advance(self, step: int) -> None:
+        """Moves the progress bar to `step`."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        """Ends the progress bar and the W&B run."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(path: str | Path) -> Iterator[dict[str, float]]:
+    """The lines of a metrics.jsonl."""
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def _keep_lines_before(path: Path, step: int) -> None:
+    """A resumed run repeats the steps after its checkpoint; their first lines are dropped, so none stands
+    twice."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the half-written last line of a killed run
+        if entry["step"] <= step and step > 0:
+            kept.append(line)
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

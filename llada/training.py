@@ -1,0 +1,289 @@
+"""The one training loop. A stage gives it a model, a stream of batches and a loss; it knows nothing else of
+the stage.
+
+One step: take this rank's micro-batches -> sum their counts over all ranks -> forward and backward of each
+with that
+global count -> clip -> check -> AdamW -> log, validate, save.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedTokenizerBase
+
+from llada import checkpoint
+from llada.config import write_yaml
+from llada.model import attach_lora, load_model, save_model
+from llada.runtime import Metrics, Run, autocast, sum_over_ranks
+from llada.train_config import RESUME_MUST_AGREE, TrainConfig, learning_rate
+
+
+class Batch(Protocol):
+    """What the loop needs of a micro-batch."""
+
+    count: float
+    record_ids: list[int]
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    def to(self, device: torch.device) -> "Batch": ...
+
+
+Stream = Callable[[int], list[Batch]]
+"""step -> this rank's micro-batches."""
+
+Loss = Callable[[torch.nn.Module, Batch, float], torch.Tensor]
+"""(model, micro-batch, count of the global batch) -> this micro-batch's share of the loss."""
+
+
+def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Fused AdamW over the trainable parameters; norms and other vectors are not decayed."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=True,
+    )
+
+
+def load_trainable(path: str, config: TrainConfig) -> torch.nn.Module:
+    """The model to train, from a checkpoint: all its weights in float32, or LoRA adapters on weights in
+    --dtype."""
+    dtype = config.dtype if config.use_lora else "float32"
+    model = load_model(path, dtype=dtype, attn_implementation=config.attn_implementation, merge_adapter=False)
+    return prepare_trainable(model, config)
+
+
+def prepare_trainable(model: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
+    """Puts on what the flags ask for: adapters, activation checkpointing, and training mode."""
+    if config.use_lora and not hasattr(model, "peft_config"):
+        model = attach_lora(
+            model,
+            rank=config.lora_r,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            target_modules=config.lora_target_modules,
+        )
+    if config.gradient_checkpointing:
+        # Non-reentrant, so that it also works when the embedding is frozen.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def fit(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainConfig,
+    run: Run,
+    *,
+    stream: Stream,
+    loss: Loss,
+    validate: Callable[[torch.nn.Module], float] | None,
+    fingerprint: dict[str, object],
+    prefetch: bool = True,
+) -> None:
+    """Trains until --max_steps, or until a signal asks to stop; saves, resumes and logs on the way.
+
+    Args:
+        model: on any device; trained in place.
+        stream: this rank's micro-batches of a step.
+        loss: a micro-batch's share of the loss.
+        validate: the held-out loss of the model, or None.
+        fingerprint: what, besides the common flags, a resumed run must share with the first one.
+        prefetch: prepare batches in the background; not for streams that need the current weights.
+
+    Writes `final/` (a plain checkpoint), `results.json` and `DONE` at the end; `PREEMPTED` when stopped.
+
+    Raises:
+        FloatingPointError: a loss or gradient that is not finite; names the step and this rank's records.
+    """
+    output_dir = Path(config.output_dir)
+    if run.is_main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "PREEMPTED").unlink(missing_ok=True)
+    model.to(run.device)
+    optimizer = make_optimizer(model, config)
+    meta = {name: getattr(config, name) for name in RESUME_MUST_AGREE} | fingerprint
+    first_step, results = 0, {}
+    resume_from = checkpoint.find_resume(output_dir, config.resume_from_checkpoint)
+    if resume_from is not None:
+        checkpoint.check_meta(resume_from, meta)
+        first_step = checkpoint.load_state(resume_from, model, optimizer)
+        results = checkpoint.read_meta(resume_from)["results"]
+    if run.is_main:
+        write_yaml(config, output_dir / "config.yaml")
+    metrics = Metrics(run, output_dir, report_to=config.report_to, config=dataclasses.asdict(config),
+                      total_steps=config.max_steps, first_step=first_step)  # fmt: skip
+    state = _Progress(results=results, seconds=results.get("seconds", 0.0))
+    trainer = _Trainer(model, optimizer, config, run, loss)
+
+    def save(step: int) -> None:
+        checkpoint.save_state(
+            output_dir, run, step=step, model=model, optimizer=optimizer, keep=config.save_total_limit,
+            meta=meta | {"results": state.as_results(step)},
+        )  # fmt: skip
+
+    def validate_at(step: int) -> None:
+        if validate is None:
+            return
+        value = validate(model)
+        state.note_validation(value)
+        metrics.log(step, {"eval_loss": value})
+        if config.save_best and run.is_main and value <= state.results["best_eval_loss"]:
+            save_model(model, tokenizer, output_dir / "best")
+
+    with checkpoint.StopSignal() as signal:
+        if first_step == 0:
+            validate_at(0)
+        for step, batches in _steps(
+            stream, first_step, config.max_steps, prefetch and config.num_workers > 0
+        ):
+            started = time.perf_counter()
+            count, tokens, stop = sum_over_ranks(
+                [sum(batch.count for batch in batches), sum(b.num_tokens for b in batches), signal.received]
+            )
+            if stop:
+                save(step)
+                metrics.close()
+                if run.is_main:
+                    (output_dir / "PREEMPTED").touch()
+                    print(f"stopped by a signal after {step} steps; the same command continues", flush=True)
+                return
+            values = trainer.step(step, batches, count)
+            state.note_step(tokens, time.perf_counter() - started)
+            done = step + 1
+            metrics.advance(done)
+            if done % config.log_interval == 0 or done == config.max_steps:
+                metrics.log(done, values | state.rates())
+            last = done == config.max_steps
+            if config.eval_interval and done % config.eval_interval == 0 and not last:
+                validate_at(done)
+            if config.save_interval and done % config.save_interval == 0 and not last:
+                save(done)
+        if first_step < config.max_steps:
+            validate_at(config.max_steps)
+            save(config.max_steps)
+    metrics.close()
+    if run.is_main:
+        save_model(model, tokenizer, output_dir / "final")
+        text = json.dumps(state.as_results(config.max_steps), indent=1)
+        checkpoint.write_atomically(output_dir / "results.json", text)
+        (output_dir / "DONE").touch()
+
+
+class _Trainer:
+    """The arithmetic of one step."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: TrainConfig,
+        run: Run,
+        loss: Loss,
+    ) -> None:
+        self._config, self._run, self._loss, self._optimizer = config, run, loss, optimizer
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._model = DistributedDataParallel(model) if run.world_size > 1 else model
+
+    def step(self, step: int, batches: list[Batch], count: float) -> dict[str, float]:
+        """Forward, backward and update for one global batch whose counts sum to `count` over all ranks."""
+        rate = learning_rate(step, self._config)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        loss_sum = 0.0
+        for i, batch in enumerate(batches):
+            with self._no_sync(i < len(batches) - 1), autocast(self._run.device, self._config.dtype):
+                loss = self._loss(self._model, batch.to(self._run.device), count)
+            with self._no_sync(i < len(batches) - 1):
+                # DDP averages over ranks; the loss is already divided by the global count, so undo it.
+                (loss * self._run.world_size).backward()
+            loss_sum += loss.detach()
+        max_norm = self._config.max_grad_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, max_norm)
+        (loss_value,) = sum_over_ranks([float(loss_sum)])
+        if not (math.isfinite(loss_value) and math.isfinite(float(grad_norm))):
+            records = [record for batch in batches for record in batch.record_ids]
+            raise FloatingPointError(
+                f"step {step}: loss {loss_value}, gradient norm {float(grad_norm)}; records of rank "
+                f"{self._run.rank}: {records}. Nothing was updated; lower --learning_rate or look at the "
+                f"records"
+            )
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return {"loss": loss_value, "grad_norm": float(grad_norm), "learning_rate": rate}
+
+    def _no_sync(self, more_to_come: bool):
+        if more_to_come and isinstance(self._model, DistributedDataParallel):
+            return self._model.no_sync()
+        return nullcontext()
+
+
+@dataclass
+class _Progress:
+    """What a run has done so far, over all its resumes."""
+
+    results: dict[str, float]
+    seconds: float
+    tokens_seen: float = 0.0
+    window_tokens: float = 0.0
+    window_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.tokens_seen = self.results.get("num_tokens", 0.0)
+
+    def note_step(self, tokens: float, seconds: float) -> None:
+        self.tokens_seen += tokens
+        self.seconds += seconds
+        self.window_tokens += tokens
+        self.window_seconds += seconds
+
+    def rates(self) -> dict[str, float]:
+        """Tokens per second since the last call, and totals."""
+        rate = self.window_tokens / max(self.window_seconds, 1e-9)
+        self.window_tokens = self.window_seconds = 0.0
+        return {"tokens_per_second": rate, "num_tokens": self.tokens_seen}
+
+    def note_validation(self, value: float) -> None:
+        self.results.setdefault("eval_loss_before", value)
+        self.results["eval_loss"] = value
+        self.results["best_eval_loss"] = min(value, self.results.get("best_eval_loss", math.inf))
+
+    def as_results(self, step: int) -> dict[str, float]:
+        return {
+            **self.results,
+            "steps": step,
+            "num_tokens": self.tokens_seen,
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def _steps(stream: Stream, first: int, last: int, prefetch: bool) -> Iterator[tuple[int, list[Batch]]]:
+    """(step, micro-batches) with the next step's batches prepared in a thread while this one is computed."""
+    if not prefetch:
+        for step in range(first, last):
+            yield step, stream(step)
+        return
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        ahead: Future | None = pool.submit(stream, first) if first < last else None
+        for step in range(first, last):
+            batches = ahead.result()
+            ahead = pool.submit(stream, step + 1) if step + 1 < last else None
+            yield step, batches

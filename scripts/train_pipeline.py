@@ -1,0 +1,289 @@
+"""Runs the stages of a project in order, each on the checkpoint of the one before.
+
+The config file holds one section per stage; a section's keys are the flags of the stage's script. A section
+without
+`model_name_or_path` gets the checkpoint of the last training stage before it. `{output_dir}` in a value
+stands for the
+top-level `output_dir`. A finished stage is not run twice (its mark in `<output_dir>/logs` holds its
+command); a failed
+one stops the line and shows the end of its log.
+
+Run:
+    python scripts/train_pipeline.py --config configs/quickstart.yaml --stage all
+    python scripts/train_pipeline.py --config configs/quickstart.yaml --stage sft --dry_run   # print the
+    command only
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llada.config import read_yaml
+from llada.rewards import score
+
+ROOT = Path(__file__).resolve().parent.parent
+TAIL_LINES = 30
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A script, and whether its output folder holds a checkpoint or it reads one."""
+
+    script: str
+    trains: bool = False
+    reads_checkpoint: bool = False
+
+
+STAGES = {
+    "data": Stage("scripts/make_quickstart_data.py"),
+    "tokenizer": Stage("scripts/train_tokenizer.py"),
+    "prepare_corpus": Stage("pretraining/prepare_corpus.py"),
+    "pretraining": Stage("pretraining/pretrain.py", trains=True),
+    "prepare_sft": Stage("sft_training/prepare_sft.py"),
+    "sft": Stage("sft_training/train_sft.py", trains=True, reads_checkpoint=True),
+    "inference": Stage("inference/generate.py", reads_checkpoint=True),
+    "eval": Stage("eval/eval_llada.py", reads_checkpoint=True),
+}
+# Sections of the predecessor's config.yaml that only explain.
+PROSE_SECTIONS = ("data_format", "hardware", "performance_tips")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The flags of this script; `--config` is the pipeline's file, not a file of flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--config", default="configs/pipeline.yaml", help="pipeline file (default %(default)s)"
+    )
+    parser.add_argument("--stage", default="all", choices=[*STAGES, "all"], help="which stage to run")
+    parser.add_argument("--resume_from_checkpoint", help="training state for the first training stage run")
+    parser.add_argument("--sft_model_path", help="checkpoint for SFT instead of the pretraining's")
+    parser.add_argument("--inference_model_path", help="checkpoint for inference instead of the last trained")
+    parser.add_argument("--prompt", help="prompt of the inference stage")
+    parser.add_argument("--is_instruct", action="store_true", help="wrap the prompt in the chat template")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
+    return parser.parse_args(argv)
+
+
+class Pipeline:
+    """The commands of a config file, and what became of them."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        config = read_yaml(arguments.config)
+        known = {*STAGES, *PROSE_SECTIONS, "model", "output_dir", "heldout", "nproc_per_node"}
+        unknown = [name for name in config if name not in known]
+        if unknown:
+            raise ValueError(
+                f"--config {arguments.config}: unknown section {unknown[0]!r}; known: {sorted(known)}"
+            )
+        self.output_dir = Path(config.get("output_dir", "checkpoints"))
+        self.model = config.get("model") or {}
+        self.heldout = config.get("heldout")
+        self.nproc = int(config.get("nproc_per_node", 1))
+        self.sections = {name: dict(config[name] or {}) for name in STAGES if name in config}
+
+    def selected(self) -> list[str]:
+        """The stages to run, in order."""
+        if self.arguments.stage == "all":
+            return list(self.sections)
+        if self.arguments.stage not in self.sections:
+            raise ValueError(f"--stage {self.arguments.stage}: {self.arguments.config} has no such section")
+        return [self.arguments.stage]
+
+    def checkpoint_before(self, stage: str) -> str | None:
+        """The output folder of the last training stage before `stage`."""
+        override = {"sft": "sft_model_path", "inference": "inference_model_path"}.get(stage)
+        if override and getattr(self.arguments, override):
+            return getattr(self.arguments, override)
+        trained = [name for name in self.sections if STAGES[name].trains]
+        earlier = [name for name in trained if list(STAGES).index(name) < list(STAGES).index(stage)]
+        return self.flags(earlier[-1])["output_dir"] if earlier else self.model.get("name_or_path")
+
+    def flags(self, stage: str) -> dict[str, Any]:
+        """The flags of a stage: its section, and what the shared sections and earlier stages add."""
+        flags = {name: self._fill(value) for name, value in self.sections[stage].items() if value is not None}
+        if STAGES[stage].trains or STAGES[stage].reads_checkpoint:
+            self._add_shared(stage, flags)
+        if STAGES[stage].trains and self.arguments.resume_from_checkpoint and stage == self.selected()[0]:
+            flags["resume_from_checkpoint"] = self.arguments.resume_from_checkpoint
+        if stage == "inference":
+            flags["method"] = flags.pop("default_method", flags.get("method", "semi_autoregressive_padding"))
+            if self.arguments.prompt:
+                flags["prompt"] = self.arguments.prompt
+            if self.arguments.is_instruct:
+                flags["is_instruct"] = True
+        return flags
+
+    def _add_shared(self, stage: str, flags: dict[str, Any]) -> None:
+        if stage == "eval":
+            arguments = flags.get("model_args", "")
+            if "model_path=" not in arguments:
+                flags["model_args"] = ",".join(
+                    filter(None, [f"model_path={self.checkpoint_before(stage)}", arguments])
+                )
+            return
+        if STAGES[stage].reads_checkpoint or "config_name" not in flags:
+            flags.setdefault("model_name_or_path", self.checkpoint_before(stage))
+        for name in ("tokenizer_name", "max_length") if STAGES[stage].trains else ():
+            if self.model.get(name) is not None:
+                flags.setdefault(name, self._fill(self.model[name]))
+
+    def _fill(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return value.replace("{output_dir}", str(self.output_dir))
+        if isinstance(value, list):
+            return [self._fill(item) for item in value]
+        return value
+
+    def command(self, stage: str) -> list[str]:
+        """The exact command of a stage."""
+        script = [str(ROOT / STAGES[stage].script)]
+        if self.nproc > 1 and (STAGES[stage].trains or STAGES[stage].reads_checkpoint):
+            script = [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc_per_node={self.nproc}",
+                *script,
+            ]
+        return [sys.executable, *script, *as_arguments(self.flags(stage))]
+
+    def heldout_command(self, stage: str) -> tuple[list[str], Path]:
+        """Generation on the held-out prompts with the checkpoint of `stage`, and its output file."""
+        output = self.output_dir / "heldout" / f"{stage}.jsonl"
+        flags = {name: self._fill(value) for name, value in self.heldout.items() if name != "after"}
+        flags |= {"model_name_or_path": self.flags(stage)["output_dir"], "output_path": str(output)}
+        return [sys.executable, str(ROOT / STAGES["inference"].script), *as_arguments(flags)], output
+
+
+def as_arguments(flags: Mapping[str, Any]) -> list[str]:
+    """Command-line arguments that say the same as a mapping of flags."""
+    arguments: list[str] = []
+    for name, value in flags.items():
+        if isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)]
+        elif value is True:
+            arguments.append(f"--{name}")
+        elif value is not False:
+            arguments += [f"--{name}", str(value)]
+        else:
+            arguments.append(f"--{name}=false")
+    return arguments
+
+
+def run_once(name: str, command: list[str], logs: Path) -> float:
+    """Runs a command unless it has finished before; its seconds. Stops the program if it fails."""
+    logs.mkdir(parents=True, exist_ok=True)
+    mark = logs / f"{name}.done"
+    text = shlex.join(command)
+    if mark.is_file():
+        done = json.loads(mark.read_text())
+        if done["command"] == text:
+            print(f"== {name}: finished before, in {done['seconds']} s", flush=True)
+            return done["seconds"]
+    print(f"== {name}: {text}", flush=True)
+    started = time.time()
+    log = logs / f"{name}.log"
+    with (
+        open(log, "wb") as file,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process,
+    ):
+        while chunk := process.stdout.read1(65536):
+            file.write(chunk)
+            file.flush()
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.buffer.flush()
+    if process.returncode != 0:
+        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
+        print(f"\n== {name} failed with status {process.returncode}; the end of {log}:", *tail, sep="\n")
+        raise SystemExit(process.returncode)
+    seconds = round(time.time() - started, 1)
+    mark.write_text(json.dumps({"command": text, "seconds": seconds}))
+    return seconds
+
+
+def accuracy_by_task(completions: Path, prompts: Path) -> dict[str, float]:
+    """Share of held-out puzzles solved, for each task."""
+    records = {
+        record["id"]: record for record in map(json.loads, prompts.read_text(encoding="utf-8").splitlines())
+    }
+    solved: dict[str, list[float]] = {}
+    for line in completions.read_text(encoding="utf-8").splitlines():
+        answer = json.loads(line)
+        record = records[answer["id"]]
+        solved.setdefault(record["task"], []).append(score(answer["completion"], record))
+    return {task: sum(values) / len(values) for task, values in solved.items()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs, or prints, the selected stages; ends with a table of what each one gained."""
+    arguments = parse_arguments(argv)
+    pipeline = Pipeline(arguments)
+    rows: list[tuple[str, ...]] = []
+    accuracy: dict[str, float] = {}
+    for stage in pipeline.selected():
+        command = pipeline.command(stage)
+        heldout = pipeline.heldout and stage in pipeline.heldout["after"]
+        if arguments.dry_run:
+            print(shlex.join(command))
+            if heldout:
+                print(shlex.join(pipeline.heldout_command(stage)[0]))
+            continue
+        logs = pipeline.output_dir / "logs"
+        seconds = run_once(stage, command, logs)
+        folder = pipeline.flags(stage).get("output_dir", "")
+        results = Path(folder, "results.json")
+        if STAGES[stage].trains and results.is_file():
+            values = json.loads(results.read_text())
+            if "eval_loss" in values:
+                rows.append((stage, "validation loss, nats", f"{values['eval_loss_before']:.3f}",
+                             f"{values['eval_loss']:.3f}", f"{seconds:.0f}", str(folder)))  # fmt: skip
+        else:
+            rows.append((stage, "", "", "", f"{seconds:.0f}", str(folder)))
+        if heldout:
+            command, completions = pipeline.heldout_command(stage)
+            completions.parent.mkdir(parents=True, exist_ok=True)
+            seconds = run_once(f"heldout_{stage}", command, logs)
+            after = accuracy_by_task(completions, Path(pipeline._fill(pipeline.heldout["prompts_file"])))
+            for task, value in after.items():
+                before = f"{accuracy[task]:.1%}" if task in accuracy else ""
+                rows.append(
+                    (stage, f"held-out {task}", before, f"{value:.1%}", f"{seconds:.0f}", str(completions))
+                )
+            accuracy |= after
+    if not arguments.dry_run:
+        finish(pipeline, rows)
+
+
+def finish(pipeline: Pipeline, rows: list[tuple[str, ...]]) -> None:
+    """Prints the table, and draws the loss curves of the training stages."""
+    header = ("stage", "held-out metric", "before", "after", "seconds", "folder")
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    print()
+    for row in [header, tuple("-" * width for width in widths), *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    runs = [pipeline.flags(stage)["output_dir"] for stage in pipeline.selected() if STAGES[stage].trains]
+    if runs:
+        curves = pipeline.output_dir / "loss_curves.png"
+        plot = [
+            sys.executable,
+            str(ROOT / "scripts/plot_metrics.py"),
+            "--runs",
+            *runs,
+            "--output",
+            str(curves),
+        ]
+        subprocess.run(plot, check=True)
+
+
+if __name__ == "__main__":
+    main()
