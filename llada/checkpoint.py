@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from llada.runtime import Run, barrier
+
+# A single process is a normal way to train; torch warns about it at every save and load.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 # Only what is trained: with LoRA the base weights are reread from their own folder.
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)

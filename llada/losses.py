@@ -3,12 +3,11 @@
 Shapes: B sequences, L positions, M masked tokens of a micro-batch.
 """
 
-from collections.abc import Iterable
-
 import torch
 
 from llada.runtime import Run, autocast, sum_over_ranks
-from llada.stream import MaskedBatch
+from llada.stream import MaskedBatch, MaskedStream
+from llada.train_config import TrainConfig
 
 
 def masked_diffusion_loss(model: torch.nn.Module, batch: MaskedBatch, total_count: float) -> torch.Tensor:
@@ -39,14 +38,17 @@ def masked_diffusion_loss(model: torch.nn.Module, batch: MaskedBatch, total_coun
 
 
 @torch.no_grad()
-def validation_loss(model: torch.nn.Module, batches: Iterable[MaskedBatch], run: Run, dtype: str) -> float:
-    """The same quantity over a validation set that is sharded over the ranks, in the same unit."""
+def validation_loss(model: torch.nn.Module, *, stream: MaskedStream, config: TrainConfig, run: Run) -> float:
+    """The same quantity over a stream's records under masks that never change, in the same unit.
+
+    The records are shared out over the ranks; every rank gets the result.
+    """
     was_training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64)
     count = 0.0
-    for batch in batches:
-        with autocast(run.device, dtype):
+    for batch in stream.validation(config.eval_limit):
+        with autocast(run.device, config.dtype):
             total += masked_diffusion_loss(model, batch.to(run.device), 1.0).double().cpu()
         count += batch.count
     model.train(was_training)

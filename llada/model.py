@@ -115,12 +115,13 @@ def load_tokenizer(path: str, *, chat: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, with its padding and mask tokens set.
 
     Args:
-        path: checkpoint folder, run folder, or hub name.
+        path: checkpoint folder, run folder, tokenizer folder, or hub name.
         chat: also make sure of the header and end-of-turn tokens and of a chat template: LLaDA-8B-Base lacks
         the
             three tokens that Instruct has, and added here they get the same ids.
     """
-    path = resolve_checkpoint(path)
+    if not Path(path, "tokenizer_config.json").is_file():
+        path = resolve_checkpoint(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except OSError as error:

@@ -16,7 +16,9 @@ import torch
 from datasets import Dataset
 
 from llada.masking import bernoulli_mask, exact_mask, generator, mask_probability, permutation
+from llada.model import SpecialIds
 from llada.runtime import Run
+from llada.train_config import TrainConfig
 
 
 @dataclass
@@ -141,6 +143,24 @@ class MaskedStream:
     t_sampling: str = "iid"
     mask_count: str = "bernoulli"
 
+    @classmethod
+    def over(
+        cls, rows: Dataset, example_of: ExampleOf, config: TrainConfig, run: Run, ids: SpecialIds
+    ) -> "MaskedStream":
+        """The stream over prepared rows that a stage's flags describe."""
+        return cls(
+            example_of,
+            row_lengths(rows),
+            batch_size=config.batch_size,
+            micro_batch_size=config.micro_batch_size,
+            seed=config.seed,
+            run=run,
+            mask_id=ids.mask,
+            pad_id=ids.pad,
+            t_sampling=config.t_sampling,
+            mask_count=config.mask_count,
+        )
+
     def __post_init__(self) -> None:
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
@@ -199,12 +219,11 @@ class MaskedStream:
         mine = range(self.run.rank, num_records, self.run.world_size)
         for start in range(0, len(mine), self.micro_batch_size):
             ids = mine[start : start + self.micro_batch_size]
-            longest = int(self.lengths[list(ids)].max())
-            items = [self._fixed_noise(i, longest, int(strata[i]), num_records) for i in ids]
+            items = [self._fixed_noise(i, int(strata[i]), num_records) for i in ids]
             yield collate(items, mask_id=self.mask_id, pad_id=self.pad_id)
 
-    def _fixed_noise(self, record_id: int, longest: int, stratum: int, num_records: int) -> _Noised:
-        example = self.example_of(record_id, 0, longest)
+    def _fixed_noise(self, record_id: int, stratum: int, num_records: int) -> _Noised:
+        example = self.example_of(record_id, 0, int(self.lengths[record_id]))
         random = generator(self.seed, "validation", record_id)
         num_maskable = int(example.maskable.sum())
         num_masked = 1 + int((stratum + random.random()) / num_records * num_maskable)

@@ -116,12 +116,21 @@ class Pipeline:
         if STAGES[stage].trains and self.arguments.resume_from_checkpoint and stage == self.selected()[0]:
             flags["resume_from_checkpoint"] = self.arguments.resume_from_checkpoint
         if stage == "inference":
-            flags["method"] = flags.pop("default_method", flags.get("method", "semi_autoregressive_padding"))
-            if self.arguments.prompt:
-                flags["prompt"] = self.arguments.prompt
-            if self.arguments.is_instruct:
-                flags["is_instruct"] = True
+            self._add_inference(flags)
         return flags
+
+    def _add_inference(self, flags: dict[str, Any]) -> None:
+        """The predecessor's spelling of the method, and the flags of this script."""
+        if "default_method" in flags:
+            flags["method"] = flags.pop("default_method")
+        if flags.get("method") != "semi_autoregressive_padding":
+            flags.pop("block_length", None)
+        if self.arguments.prompt:
+            flags["prompt"] = self.arguments.prompt
+        elif "prompts_file" not in flags:
+            flags.setdefault("prompt", "What is the capital of France?")
+        if self.arguments.is_instruct:
+            flags["is_instruct"] = True
 
     def _add_shared(self, stage: str, flags: dict[str, Any]) -> None:
         if stage == "eval":
@@ -133,7 +142,7 @@ class Pipeline:
             return
         if STAGES[stage].reads_checkpoint or "config_name" not in flags:
             flags.setdefault("model_name_or_path", self.checkpoint_before(stage))
-        for name in ("tokenizer_name", "max_length") if STAGES[stage].trains else ():
+        for name in ("tokenizer_name", "max_length", "dtype") if STAGES[stage].trains else ():
             if self.model.get(name) is not None:
                 flags.setdefault(name, self._fill(self.model[name]))
 

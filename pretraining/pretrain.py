@@ -1,0 +1,108 @@
+"""Pretraining of a masked diffusion language model: from scratch, from an AR model, or continued.
+
+Every token is masked with probability p = (1 - eps) t + eps, t ~ U(0, 1) per sequence, and the loss is the
+cross-entropy of the masked tokens divided by p: a bound of the negative log-likelihood, in nats per token.
+
+Run:
+    # from scratch: a named size from configs/models and a tokenizer
+    torchrun --nproc_per_node 8 pretraining/pretrain.py --config_name 1b --tokenizer_name tokenizer \\
+        --train_data_path corpus/train --eval_data_path corpus/validation --output_dir runs/pretrain
+
+    # continued, from a checkpoint; raw text is tokenised first (prepare_corpus.py does that for large data)
+    python pretraining/pretrain.py --model_name_or_path GSAI-ML/LLaDA-8B-Base \\
+        --train_data_path data/train.jsonl --output_dir checkpoints/pretraining \\
+        --max_steps 100000 --batch_size 4 --learning_rate 4e-4
+
+The same command continues an interrupted run.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+
+from llada.config import flag, parse
+from llada.data import load_corpus
+from llada.losses import masked_diffusion_loss, validation_loss
+from llada.masking import generator
+from llada.model import load_tokenizer, new_model, special_ids
+from llada.runtime import end_run, start_run
+from llada.stream import Example, MaskedStream
+from llada.train_config import TrainConfig
+from llada.training import fit, load_trainable, prepare_trainable
+
+
+@dataclass(kw_only=True)
+class Config(TrainConfig):
+    """Flags of pretraining."""
+
+    train_data_path: str = flag(
+        help="Folder made by prepare_corpus.py, or raw .jsonl {'text'}, .txt, .parquet or dataset folder.",
+        aliases=["train_data"],
+    )
+    eval_data_path: str | None = flag(None, help="The same for validation.", aliases=["val_data"])
+    model_name_or_path: str | None = flag(
+        None, help="Checkpoint to continue from.", aliases=["pretrained_model"]
+    )
+    config_name: str | None = flag(
+        None, help="Start from scratch: a size in configs/models or a YAML file of LLaDAConfig fields."
+    )
+    random_length_probability: float = flag(
+        0.01, help="Share of sequences cut to a uniformly random length, so that short inputs are seen."
+    )
+
+
+def example_of(rows: Dataset, config: Config, cut: bool, record_id: int, epoch: int, _: int) -> Example:
+    """One row, every token of it maskable; with `cut`, a random prefix of it in 1 % of the cases."""
+    input_ids = rows[record_id]["input_ids"]
+    if cut:
+        random = generator(config.seed, "length", record_id, epoch)
+        if random.random() < config.random_length_probability:
+            input_ids = input_ids[: random.integers(1, len(input_ids) + 1)]
+    return Example(input_ids, np.ones(len(input_ids), dtype=bool), weight=1.0, count=len(input_ids))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs pretraining with the given flags."""
+    config = parse(Config, argv, description=__doc__)
+    if (config.model_name_or_path is None) == (config.config_name is None):
+        raise ValueError("give either --model_name_or_path (continue) or --config_name (from scratch)")
+    if config.config_name is not None and config.tokenizer_name is None:
+        raise ValueError("--config_name starts from scratch and needs --tokenizer_name")
+    run = start_run(config.device)
+    tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path)
+    if config.config_name is not None:
+        model = new_model(config.config_name, tokenizer, seed=config.seed, max_length=config.max_length)
+        model = prepare_trainable(model, config)
+    else:
+        model = load_trainable(config.model_name_or_path, config)
+    ids = special_ids(model.config, tokenizer)
+
+    load = partial(load_corpus, tokenizer=tokenizer, max_length=config.max_length, run=run)
+    data_dir = Path(config.output_dir, "data")  # for raw text that has to be tokenised
+    rows = load(config.train_data_path, prepared=data_dir / "train").with_format("numpy")
+    config.resolve(run, len(rows))
+    stream = MaskedStream.over(rows, partial(example_of, rows, config, True), config, run, ids)
+    validate = None
+    if config.eval_data_path is not None:
+        held_out = load(config.eval_data_path, prepared=data_dir / "validation").with_format("numpy")
+        masks = MaskedStream.over(held_out, partial(example_of, held_out, config, False), config, run, ids)
+        validate = partial(validation_loss, stream=masks, config=config, run=run)
+
+    fit(
+        model,
+        tokenizer,
+        config,
+        run,
+        stream=stream,
+        loss=masked_diffusion_loss,
+        validate=validate,
+        fingerprint={"train_data_path": f"{len(rows)} rows, {stream.lengths.sum()} tokens"},
+    )
+    end_run()
+
+
+if __name__ == "__main__":
+    main()

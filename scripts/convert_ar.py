@@ -1,0 +1,305 @@
+"""Turn an autoregressive Llama-style checkpoint into a LLaDA folder: same weights, a mask token added.
+
+Run:
+    python scripts/convert_ar.py --model_name_or_path checkpoints/qwen2.5-0.5b --output_dir checkpoints/start
+    python scripts/convert_ar.py --model_name_or_path folder --gguf_file model.Q4_1.gguf --output_dir out
+    python scripts/convert_ar.py --model_name_or_path checkpoints/llama --num_layers 4 --output_dir drafter
+
+Reads what transformers reads: a folder or hub name of type llama (SmolLM, TinyLlama, ...), mistral or qwen2,
+or a GGUF of those, dequantised. Grouped-query attention, q/k/v biases, tied embeddings and rotary scaling
+(linear, llama3, yarn) carry over. What LLaDA has no place for is refused with the reason, above all Qwen3's
+q/k norms.
+
+The result loads in every stage. It still thinks autoregressively: train it before sampling. `--logit_shift`
+declares that position i of the network predicts token i+1, as in the source; the model then hands out logits
+moved to their own token (Dream's way to adapt). Without it training moves the prediction (LLaDA's way).
+
+Tokens: the mask token takes the first row after the tokenizer's own; the embedding grows, to a multiple of 64
+rows, where it has no spare one. New rows of the embedding and of an untied head are the mean of the source's
+rows. EOS, padding and chat template stay; end of turn is what the template writes after an answer.
+
+Memory: about one copy of the weights, which are renamed, not copied; a GGUF's dequantised tensors come on
+top while it is read.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from llada.config import flag, parse
+from llada.model import DTYPES, SPECIAL_TOKENS, resolve_checkpoint, save_model
+from modelling_final import LLaDAConfig, LLaDAModelLM
+
+# Shapes: B sequences, L positions, R rows of the source's embedding, E rows of ours, D width.
+
+SUPPORTED_TYPES = ("llama", "mistral", "qwen2")
+SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
+OUTER_NAMES = {
+    "model.embed_tokens": "model.transformer.wte",
+    "model.norm": "model.transformer.ln_f",
+    "lm_head": "model.transformer.ff_out",
+}
+BLOCK_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "q_proj",
+    "self_attn.k_proj": "k_proj",
+    "self_attn.v_proj": "v_proj",
+    "self_attn.o_proj": "attn_out",
+    "post_attention_layernorm": "ff_norm",
+    "mlp.gate_proj": "ff_proj",
+    "mlp.up_proj": "up_proj",
+    "mlp.down_proj": "ff_out",
+}
+ROWS_MULTIPLE = 64  # keeps matrix kernels fast
+
+
+@dataclass
+class Config:
+    """Flags of this script."""
+
+    model_name_or_path: str = flag(help="folder or hub name of the autoregressive checkpoint")
+    output_dir: str = flag(help="new folder for the LLaDA checkpoint")
+    gguf_file: str | None = flag(
+        None, help="name of a GGUF file inside that folder, read instead of safetensors"
+    )
+    dtype: str = flag(
+        "auto", help="dtype of the written weights; auto: as in the source", choices=["auto", *DTYPES]
+    )
+    num_layers: int | None = flag(None, help="keep only the first N layers (a drafter); default all")
+    logit_shift: bool = flag(False, help="declare that position i of the network predicts token i+1")
+    check_tokens: int = flag(
+        32, help="after converting, compare logits with the source on this many tokens; 0: no"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(Config, argv, description=__doc__)
+    output_dir = Path(config.output_dir)
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"--output_dir {output_dir}: exists and is not empty; give a new folder")
+    source, tokenizer = load_source(config)
+    model = convert(source, tokenizer, logit_shift=config.logit_shift)
+    if config.check_tokens:
+        gap = causal_gap(source, model, num_tokens=config.check_tokens)
+        print(f"largest logit difference from the source under a causal mask: {gap:.2e} ({model.dtype})")
+        assert model.dtype != torch.float32 or gap < 1e-3, "the conversion changed the function"
+    del source
+    save_model(model, tokenizer, output_dir)
+    settled = model.config
+    print(
+        f"{output_dir}: {settled.n_layers} layers, {model.num_parameters() / 1e6:.1f} M parameters, "
+        f"{settled.embedding_size} embedding rows; ids: mask {settled.mask_token_id}, "
+        f"eos {settled.eos_token_id}, eot {settled.eot_token_id}, pad {settled.pad_token_id}"
+    )
+
+
+def load_source(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The autoregressive model, cut to --num_layers, and its tokenizer.
+
+    Raises:
+        ValueError: no such checkpoint, one of a kind that cannot be expressed, or one with missing weights.
+    """
+    path, gguf = source_path(config), {"gguf_file": config.gguf_file} if config.gguf_file else {}
+    try:
+        shape = AutoConfig.from_pretrained(path, **gguf)
+        refuse_what_llada_lacks(shape, path)
+        if config.num_layers is not None and not 1 <= config.num_layers <= shape.num_hidden_layers:
+            raise ValueError(
+                f"--num_layers {config.num_layers}: the source has {shape.num_hidden_layers} layers"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(path, **gguf)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=DTYPES.get(config.dtype, config.dtype), output_loading_info=True, **gguf
+        )
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"--model_name_or_path {path}: transformers cannot read it ({reason}); "
+            "fetch a hub checkpoint first with scripts/download.py"
+        ) from error
+    if report["missing_keys"] or report["mismatched_keys"]:
+        keys = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+        raise ValueError(f"--model_name_or_path {path}: {len(keys)} weights missing or misshapen: {keys[:3]}")
+    if config.num_layers is not None:
+        model.model.layers = model.model.layers[: config.num_layers]
+        model.config.num_hidden_layers = config.num_layers
+    return model.eval(), tokenizer
+
+
+def source_path(config: Config) -> str:
+    """Where the source is; ValueError names what is missing."""
+    folder = Path(config.model_name_or_path)
+    if config.gguf_file is None:
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            names = sorted(file.name for file in folder.glob("*.gguf"))
+            if names:
+                raise ValueError(f"--model_name_or_path {folder}: no config.json; add --gguf_file {names[0]}")
+        return resolve_checkpoint(config.model_name_or_path)
+    if folder.is_dir() and not (folder / config.gguf_file).is_file():
+        raise ValueError(f"--gguf_file {config.gguf_file}: not in the folder {folder}")
+    return config.model_name_or_path
+
+
+def refuse_what_llada_lacks(source: PreTrainedConfig, path: str) -> None:
+    """Raises ValueError where the source computes something that LLaDA's blocks cannot."""
+    reason = None
+    rope = getattr(source, "rope_parameters", None) or {}
+    if source.model_type == "llada":
+        reason = "it is a LLaDA model already"
+    elif source.model_type.startswith("qwen3"):
+        reason = "Qwen3 normalises queries and keys (q_norm, k_norm), and LLaDA has no such layers"
+    elif source.model_type not in SUPPORTED_TYPES:
+        reason = f"model_type {source.model_type!r} is not one of {', '.join(SUPPORTED_TYPES)}"
+    elif getattr(source, "mlp_bias", False) or getattr(source, "attention_bias", False):
+        reason = "its attn_out or MLP layers have biases, and LLaDA has them on q, k and v only"
+    elif (getattr(source, "head_dim", None) or 0) not in (
+        0,
+        source.hidden_size // source.num_attention_heads,
+    ):
+        reason = f"head_dim {source.head_dim} is not hidden_size / heads, and LLaDA has no head_dim field"
+    elif rope.get("rope_type", "default") not in SUPPORTED_ROPE:
+        reason = f"rope_type {rope['rope_type']!r} is not one of {', '.join(SUPPORTED_ROPE)}"
+    elif rope.get("partial_rotary_factor", 1.0) != 1.0:
+        reason = f"only {rope['partial_rotary_factor']} of each head is rotated, and LLaDA rotates all of it"
+    if reason is not None:
+        raise ValueError(f"--model_name_or_path {path}: cannot be converted: {reason}")
+    if getattr(source, "sliding_window", None):
+        window = source.sliding_window
+        print(
+            f"warning: the source attends {window} positions back; LLaDA attends everywhere", file=sys.stderr
+        )
+
+
+def convert(
+    source: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, logit_shift: bool = False
+) -> LLaDAModelLM:
+    """The LLaDA model with the source's weights, shared in memory except for an embedding that had to grow.
+
+    Adds the mask token (and padding, if the source has none) to `tokenizer` in place.
+    """
+    num_known = max(tokenizer.get_vocab().values()) + 1
+    tokenizer.add_special_tokens({"mask_token": SPECIAL_TOKENS["mask"]})
+    num_tokens = max(tokenizer.get_vocab().values()) + 1
+    config = llada_config(source, tokenizer, num_tokens=num_tokens, logit_shift=logit_shift)
+
+    weights = {}
+    for name, weight in source.state_dict().items():
+        if name == "lm_head.weight" and config.weight_tying:
+            continue
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            weight = with_mean_rows(weight, config.embedding_size, num_known, config.mask_token_id)
+        weights[llada_name(name)] = weight
+    model, report = LLaDAModelLM.from_pretrained(
+        None, config=config, state_dict=weights, dtype=source.dtype, output_loading_info=True
+    )
+    assert not (report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]), report
+    return model.eval()
+
+
+def llada_config(
+    source: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, num_tokens: int, logit_shift: bool
+) -> LLaDAConfig:
+    """The source's shape under LLaDA's names; token ids from the tokenizer.
+
+    Where there is no chat template, rows are kept free for the chat tokens that fine-tuning then adds.
+    """
+    ar, rows = source.config, source.get_input_embeddings().num_embeddings
+    spare = (
+        0
+        if tokenizer.chat_template
+        else sum(r in SPECIAL_TOKENS for r in ("start_header", "end_header", "eot"))
+    )
+    if num_tokens + spare > rows:
+        rows = -(-(num_tokens + spare) // ROWS_MULTIPLE) * ROWS_MULTIPLE
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        eos = ar.eos_token_id[0] if isinstance(ar.eos_token_id, list) else ar.eos_token_id
+    if eos is None:
+        raise ValueError("--model_name_or_path: neither the tokenizer nor config.json names an EOS token")
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    rope = dict(ar.rope_parameters)
+    return LLaDAConfig(
+        d_model=ar.hidden_size,
+        n_heads=ar.num_attention_heads,
+        n_kv_heads=ar.num_key_value_heads,
+        n_layers=ar.num_hidden_layers,
+        mlp_hidden_size=ar.intermediate_size,
+        mlp_ratio=ar.intermediate_size / ar.hidden_size,
+        activation_type=ar.hidden_act,
+        rms_norm_eps=ar.rms_norm_eps,
+        rope_theta=rope.pop("rope_theta"),
+        rope_parameters=rope if rope["rope_type"] != "default" else None,
+        max_sequence_length=ar.max_position_embeddings,
+        include_qkv_bias=source.model.layers[0].self_attn.q_proj.bias is not None,
+        weight_tying=ar.tie_word_embeddings,
+        vocab_size=num_tokens,
+        embedding_size=rows,
+        mask_token_id=tokenizer.mask_token_id,
+        eos_token_id=eos,
+        pad_token_id=tokenizer.pad_token_id,
+        eot_token_id=end_of_turn(tokenizer),
+        logit_shift=logit_shift,
+    )
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Id of the first special token that the chat template writes after an assistant's answer, if any."""
+    if tokenizer.chat_template is None:
+        return None
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return next((i for i in tokenizer(tail, add_special_tokens=False).input_ids if i in special), None)
+
+
+def llada_name(name: str) -> str:
+    """The published LLaDA name of a Llama weight."""
+    module, _, kind = name.rpartition(".")
+    if module in OUTER_NAMES:
+        return f"{OUTER_NAMES[module]}.{kind}"
+    layer, _, inner = module.removeprefix("model.layers.").partition(".")
+    return f"model.transformer.blocks.{layer}.{BLOCK_NAMES[inner]}.{kind}"
+
+
+@torch.no_grad()
+def with_mean_rows(weight: torch.Tensor, num_rows: int, num_known: int, mask_id: int) -> torch.Tensor:
+    """[R, D] -> [E, D]: the mask's row, and every row past R, is the mean of the rows of the source's tokens.
+
+    As a head row the mean gives the average logit: the new token is neither favoured nor ruled out.
+    """
+    mean = weight[:num_known].mean(0, dtype=torch.float32).to(weight.dtype)
+    if num_rows > weight.shape[0]:
+        weight = torch.cat([weight, mean.expand(num_rows - weight.shape[0], -1)])
+    weight[mask_id] = mean
+    return weight
+
+
+@torch.no_grad()
+def causal_gap(source: PreTrainedModel, model: LLaDAModelLM, *, num_tokens: int) -> float:
+    """Largest absolute logit difference of the two on random tokens, ours under a causal 4-D mask."""
+    num_rows = min(source.get_input_embeddings().num_embeddings, model.config.mask_token_id)
+    drawn = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(num_rows, (1, num_tokens), generator=drawn)  # [B, L]
+    is_visible = torch.ones(1, 1, num_tokens, num_tokens, dtype=torch.bool).tril()
+    theirs = source(input_ids, use_cache=False).logits[..., :num_rows]
+    ours = model(input_ids, attention_mask=is_visible).logits[..., :num_rows]
+    if model.config.logit_shift:
+        theirs, ours = theirs[:, :-1], ours[:, 1:]
+    return float((ours.float() - theirs.float()).abs().max())
+
+
+if __name__ == "__main__":
+    main()

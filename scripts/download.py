@@ -1,0 +1,142 @@
+"""Fetch a checkpoint from the Hugging Face hub into a folder.
+
+Run:
+    python scripts/download.py --model instruct --output_dir checkpoints/llada-8b-instruct
+    python scripts/download.py --model Qwen/Qwen2.5-0.5B --output_dir checkpoints/qwen2.5-0.5b --revision main
+
+`--model` is `base`, `instruct` or `1.5` (the published LLaDA checkpoints, about 16 GB each), or any
+`org/name`. Files arrive in `OUTPUT_DIR.partial`, with a progress bar, and that folder becomes OUTPUT_DIR
+only when every file is there with the size the hub states; so OUTPUT_DIR is complete or absent. After an
+interruption run the same command again: finished files are kept. `OUTPUT_DIR/download.json` says what was
+fetched; a second run of the same command sees it and returns at once.
+
+If the hub cannot be reached, or has no such repository, the script says so in one line and exits with
+status 1.
+"""
+
+import json
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import httpx  # whichever HTTP library this version of the hub client uses
+
+from llada.config import flag, parse
+
+PUBLISHED = {
+    "base": "GSAI-ML/LLaDA-8B-Base",
+    "instruct": "GSAI-ML/LLaDA-8B-Instruct",
+    "1.5": "GSAI-ML/LLaDA-1.5",
+}
+# Copies of the weights in formats that no script here reads.
+UNREAD_FORMATS = ["original/*", "*.pth", "*.onnx", "*.msgpack", "*.h5", "*.ot", "*.mlmodel"]
+RECORD = "download.json"
+
+
+@dataclass
+class Config:
+    """Flags of this script."""
+
+    model: str = flag(help="base, instruct, 1.5, or a hub repository org/name")
+    output_dir: str = flag(help="folder that receives the files; must be new")
+    revision: str = flag("main", help="branch, tag or commit on the hub")
+
+
+def repository(model: str) -> str:
+    """The hub's org/name for a value of --model."""
+    if model in PUBLISHED:
+        return PUBLISHED[model]
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise ValueError(f"--model {model}: choose {', '.join(PUBLISHED)}, or a hub repository as org/name")
+    return model
+
+
+def listing(repo_id: str, revision: str) -> tuple[str, dict[str, int]]:
+    """What the hub holds: the commit, and the size in bytes of every file that is wanted.
+
+    Asking first is what makes "complete" checkable: offline, `snapshot_download` hands back a half-filled
+    folder with only a warning.
+    """
+    info = huggingface_hub.HfApi().repo_info(repo_id, revision=revision, files_metadata=True)
+    wanted = {
+        file.rfilename: file.size or 0
+        for file in info.siblings or []
+        if not any(fnmatch(file.rfilename, pattern) for pattern in UNREAD_FORMATS)
+    }
+    return info.sha, wanted
+
+
+def fetch(repo_id: str, revision: str, folder: Path) -> str:
+    """Downloads into `folder`, resuming what is there; returns the commit. ValueError for a missing file."""
+    commit, wanted = listing(repo_id, revision)
+    print(f"{repo_id} at {commit[:12]}: {len(wanted)} files, {sum(wanted.values()) / 1e9:.2f} GB", flush=True)
+    huggingface_hub.snapshot_download(
+        repo_id, revision=commit, local_dir=folder, ignore_patterns=UNREAD_FORMATS
+    )
+    bad = [
+        name
+        for name, size in wanted.items()
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size
+    ]
+    if bad:
+        raise ValueError(f"{len(bad)} of {len(wanted)} files are missing or short, first {sorted(bad)[0]}")
+    return commit
+
+
+def explain(error: Exception) -> str:
+    """What to check, for one kind of failure."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return "offline mode is on: unset HF_HUB_OFFLINE, or copy the files by hand and use their folder"
+    if isinstance(error, GatedRepoError):
+        return "the repository is gated: accept its terms on the hub, then `hf auth login` or set HF_TOKEN"
+    if isinstance(error, RevisionNotFoundError):
+        return "no such --revision in that repository"
+    if isinstance(error, RepositoryNotFoundError):
+        return "no such repository, or a private one: check the spelling, and HF_TOKEN if it is private"
+    if isinstance(error, HFValidationError):
+        return "not a valid repository name: give org/name"
+    if isinstance(error, httpx.TransportError):
+        return "the hub cannot be reached: check the network, HTTPS_PROXY, HF_ENDPOINT and HF_HUB_OFFLINE"
+    return "run the same command again to resume"
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(Config, argv, description=__doc__)
+    repo_id = repository(config.model)
+    output_dir = Path(config.output_dir)
+    request = {"repo_id": repo_id, "revision": config.revision}
+    record = output_dir / RECORD
+    if record.is_file():
+        found = json.loads(record.read_text(encoding="utf-8"))
+        if {key: found.get(key) for key in request} == request:
+            print(f"{output_dir}: already complete ({repo_id} at {found['commit'][:12]})")
+            return
+        raise ValueError(f"--output_dir {output_dir}: holds {found}; give another folder for {request}")
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"--output_dir {output_dir}: was not written by this script; give a new folder")
+
+    partial = output_dir.with_name(output_dir.name + ".partial")
+    try:
+        commit = fetch(repo_id, config.revision, partial)
+    except (httpx.HTTPError, OSError, ValueError) as error:  # the hub's own errors are among these
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        kept = f"; what arrived is kept in {partial}" if partial.exists() else ""
+        raise SystemExit(
+            f"--model {config.model}: {repo_id} was not downloaded: {explain(error)} ({reason}){kept}"
+        ) from error
+    text = json.dumps({**request, "commit": commit}, indent=2)
+    (partial / RECORD).write_text(text + "\n", encoding="utf-8")
+    partial.replace(output_dir)
+    print(f"{output_dir}: complete")
+
+
+if __name__ == "__main__":
+    main()

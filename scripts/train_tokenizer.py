@@ -1,0 +1,92 @@
+"""Train a byte-level BPE tokenizer with LLaDA's special tokens on your own text.
+
+Every one of the 256 bytes is in the alphabet and nothing is normalised, so any UTF-8 text is encoded
+without an unknown token and decoded back unchanged. Digits are split one by one (numbers of any length share
+ten tokens). `<think>` is ordinary text. The special tokens take the last ids, as in LLaDA's own tokenizer;
+padding is EOS.
+
+Run:
+    python scripts/train_tokenizer.py --data data/samples/pretrain.jsonl data/samples/sft.jsonl \\
+        --vocab_size 512 --output_dir runs/tokenizer
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from llada.config import flag, parse
+from llada.messages import to_messages
+from llada.model import CHAT_TEMPLATE, SPECIAL_TOKENS
+from llada.records import read_records
+
+NUM_BYTES = 256
+
+
+@dataclass
+class Config:
+    """Flags of this script."""
+
+    data: list[str] = flag(help="Files or folders: JSONL with text or conversations, plain text, Parquet.")
+    output_dir: str = flag(help="Folder that receives the tokenizer.")
+    vocab_size: int = flag(4096, help="Number of tokens, bytes and special tokens included.")
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most `vocab_size` tokens; the same texts give the same tokenizer.
+
+    Few or short texts run out of pairs to merge: the tokenizer is then smaller than asked for, never larger.
+
+    Raises: ValueError when `vocab_size` cannot hold the 256 bytes and the special tokens.
+    """
+    specials = list(SPECIAL_TOKENS.values())
+    smallest = NUM_BYTES + len(specials)
+    if vocab_size < smallest:
+        raise ValueError(
+            f"--vocab_size {vocab_size} is too small: {NUM_BYTES} bytes and {len(specials)} special tokens "
+            f"need at least {smallest}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(specials),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in specials])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=SPECIAL_TOKENS["bos"],
+        eos_token=SPECIAL_TOKENS["eos"],
+        pad_token=SPECIAL_TOKENS["eos"],
+        mask_token=SPECIAL_TOKENS["mask"],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def read_texts(paths: list[str]) -> Iterator[str]:
+    """Every text of the files: documents, and the contents of the messages of conversations."""
+    for path in paths:
+        for where, record in read_records(path):
+            if "text" in record:
+                yield record["text"]
+            else:
+                yield from (message["content"] for message in to_messages(record, where))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train on --data and write the tokenizer to --output_dir."""
+    config = parse(Config, argv, description=__doc__)
+    tokenizer = train_tokenizer(read_texts(config.data), vocab_size=config.vocab_size)
+    tokenizer.save_pretrained(config.output_dir)
+    print(f"{len(tokenizer)} tokens -> {config.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

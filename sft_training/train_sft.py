@@ -1,0 +1,124 @@
+"""Supervised fine-tuning of a masked diffusion language model on conversations, all weights or LoRA.
+
+Only answer tokens are masked, with probability p = (1 - eps) t + eps; prompts are never noised. The loss of a
+record is the cross-entropy of its masked tokens, divided by p and by the number of answer tokens.
+
+Run:
+    python sft_training/train_sft.py --model_name_or_path checkpoints/pretraining \\
+        --train_data_path sft.jsonl --output_dir checkpoints/sft \\
+        --max_steps 10000 --batch_size 4 --learning_rate 2e-5
+
+    # LoRA on 8 GPUs, two data sets mixed 7 : 3, prepared by prepare_sft.py
+    torchrun --nproc_per_node 8 sft_training/train_sft.py --model_name_or_path GSAI-ML/LLaDA-8B-Base \\
+        --train_data_path chat/train math/train --data_weights 0.7 0.3 --use_lora \\
+        --eval_data_path chat/validation --output_dir runs/sft --batch_size 128 --micro_batch_size 2
+
+The same command continues an interrupted run. Padding: by default one EOS ends an answer, and padding is
+neither attended nor scored; `--eos_padding` is LLaDA's recipe, where every row is filled up to the longest of
+its global batch with EOS tokens that count as answer.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+
+from llada.chat import TURNS
+from llada.config import flag, parse
+from llada.data import LONG, load_conversations
+from llada.losses import masked_diffusion_loss, validation_loss
+from llada.model import load_tokenizer, special_ids
+from llada.runtime import end_run, start_run
+from llada.stream import Example, MaskedStream
+from llada.train_config import TrainConfig
+from llada.training import fit, load_trainable
+
+
+@dataclass(kw_only=True)
+class Config(TrainConfig):
+    """Flags of SFT."""
+
+    model_name_or_path: str = flag(help="Checkpoint to fine-tune.", aliases=["pretrained_model"])
+    train_data_path: list[str] = flag(
+        help="Folders made by prepare_sft.py, or raw conversation files (formats: data/README.md).",
+        aliases=["sft_data"],
+    )
+    data_weights: list[float] | None = flag(
+        None, help="Share of each of several --train_data_path; default: every row once."
+    )
+    eval_data_path: str | None = flag(None, help="Conversations for validation.")
+    turns: str = flag(
+        "all",
+        help="Which assistant turns are learned: all, the last, or each in a row of its own.",
+        choices=TURNS,
+    )
+    long: str = flag(
+        "error",
+        help="Conversations beyond --max_length: stop, drop and count, or cut and count.",
+        choices=LONG,
+    )
+    eos_padding: bool = flag(
+        False, help="Fill rows with EOS that is attended, masked and scored (LLaDA's recipe)."
+    )
+    learning_rate: float = flag(2e-5, help="Peak learning rate.", aliases=["lr"])
+
+
+def example_of(rows: Dataset, config: Config, eos_id: int, record_id: int, _: int, longest: int) -> Example:
+    """One conversation; its answer tokens are maskable and weigh 1 / their number."""
+    row = rows[record_id]
+    input_ids, in_answer = row["input_ids"], row["in_answer"].astype(bool)
+    if config.eos_padding:
+        padding = longest - len(input_ids)
+        input_ids = np.pad(input_ids, (0, padding), constant_values=eos_id)
+        in_answer = np.pad(in_answer, (0, padding), constant_values=True)
+    return Example(input_ids, in_answer, weight=1.0 / in_answer.sum(), count=1.0)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs SFT with the given flags."""
+    config = parse(Config, argv, description=__doc__)
+    run = start_run(config.device)
+    tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, chat=True)
+    model = load_trainable(config.model_name_or_path, config)
+    ids = special_ids(model.config, tokenizer)
+
+    load = partial(
+        load_conversations,
+        tokenizer=tokenizer,
+        max_length=config.max_length,
+        turns=config.turns,
+        long=config.long,
+        run=run,
+    )
+    data_dir = Path(config.output_dir, "data")  # for raw records that have to be tokenised
+    rows = load(
+        config.train_data_path, prepared=data_dir / "train", weights=config.data_weights, seed=config.seed
+    ).with_format("numpy")
+    config.resolve(run, len(rows))
+    stream = MaskedStream.over(rows, partial(example_of, rows, config, ids.eos), config, run, ids)
+    validate = None
+    if config.eval_data_path is not None:
+        held_out = load([config.eval_data_path], prepared=data_dir / "validation").with_format("numpy")
+        masks = MaskedStream.over(held_out, partial(example_of, held_out, config, ids.eos), config, run, ids)
+        validate = partial(validation_loss, stream=masks, config=config, run=run)
+
+    fit(
+        model,
+        tokenizer,
+        config,
+        run,
+        stream=stream,
+        loss=masked_diffusion_loss,
+        validate=validate,
+        fingerprint={
+            "train_data_path": f"{len(rows)} rows, {stream.lengths.sum()} tokens",
+            "eos_padding": config.eos_padding,
+        },
+    )
+    end_run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The pipeline: exact commands, checkpoints handed on, nothing run twice, a failure shown."""
+
+import json
+import shlex
+import sys
+
+import pytest
+from conftest import ROOT, load_script
+
+from llada.config import parse
+
+pipeline = load_script("scripts/train_pipeline.py")
+
+PREDECESSOR = """
+model: {name_or_path: GSAI-ML/LLaDA-8B-Base, tokenizer_name: null, mask_token_id: 126336, max_length: 4096, dtype: bfloat16}
+pretraining: {train_data_path: ./train.jsonl, eval_data_path: ./eval.jsonl, output_dir: %(out)s/pretraining,
+  max_steps: 100, batch_size: 4, learning_rate: 4e-4, min_learning_rate: 1e-5, log_interval: 100, num_workers: 4, seed: 42}
+sft: {train_data_path: ./sft.jsonl, output_dir: %(out)s/sft, max_steps: 10, batch_size: 4, learning_rate: 2e-5}
+inference: {default_method: fixed_length, gen_length: 128, block_length: 32, steps: null, temperature: 0.0}
+data_format: {sft: {description: prose}}
+performance_tips: ["prose"]
+"""  # noqa: E501
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(PREDECESSOR % {"out": tmp_path})
+    return path
+
+
+def dry_run(capsys, *argv):
+    pipeline.main([*argv, "--dry_run"])
+    return [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def flags_of(command):
+    return dict(zip(command[2::2], command[3::2], strict=False))
+
+
+def test_dry_run_prints_the_commands_of_the_predecessors_config(config, tmp_path, capsys):
+    pretraining, sft, inference = dry_run(capsys, "--config", str(config), "--stage", "all")
+    assert pretraining[:2] == [sys.executable, str(ROOT / "pretraining/pretrain.py")]
+    assert flags_of(pretraining)["--learning_rate"] == "4e-4"
+    assert flags_of(pretraining)["--model_name_or_path"] == "GSAI-ML/LLaDA-8B-Base"
+    assert flags_of(sft)["--model_name_or_path"] == f"{tmp_path}/pretraining"
+    assert flags_of(sft)["--max_length"] == "4096"
+    assert flags_of(inference)["--model_name_or_path"] == f"{tmp_path}/sft"
+    assert flags_of(inference)["--method"] == "fixed_length"
+    assert flags_of(inference)["--prompt"] == "What is the capital of France?"
+    assert "--steps" not in inference and "--block_length" not in inference
+    assert not list(tmp_path.glob("pretraining"))  # a dry run leaves nothing behind
+
+
+def test_single_stages_and_overrides(config, capsys):
+    (command,) = dry_run(
+        capsys, "--config", str(config), "--stage", "inference", "--prompt", "Hello, how are you?",
+        "--is_instruct", "--inference_model_path", "elsewhere",
+    )  # fmt: skip
+    assert flags_of(command)["--prompt"] == "Hello, how are you?"
+    assert flags_of(command)["--model_name_or_path"] == "elsewhere"
+    assert command[-1] == "--is_instruct"
+    (command,) = dry_run(
+        capsys, "--config", str(config), "--stage", "sft", "--sft_model_path", "base",
+        "--resume_from_checkpoint", "step-5",
+    )  # fmt: skip
+    assert flags_of(command)["--model_name_or_path"] == "base"
+    assert flags_of(command)["--resume_from_checkpoint"] == "step-5"
+
+
+@pytest.mark.parametrize("name", ["quickstart", "pipeline"])
+def test_every_flag_of_our_configs_exists(name, capsys):
+    for command in dry_run(capsys, "--config", str(ROOT / f"configs/{name}.yaml")):
+        module = load_script(command[1].removeprefix(f"{ROOT}/"))
+        if hasattr(module, "Config"):
+            parse(module.Config, command[2:])  # exits on an unknown flag
+        else:
+            module.parse_arguments(command[2:])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("sfft: {}\n", "unknown section 'sfft'"), ("sft: {}\n", "has no such section")]
+)
+def test_bad_sections(text, message, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        pipeline.main(["--config", str(path), "--stage", "pretraining", "--dry_run"])
+
+
+def test_a_finished_stage_is_not_run_twice_and_a_changed_one_is(tmp_path, capfd):
+    counter = tmp_path / "count"
+    command = [sys.executable, "-c", f"open({str(counter)!r}, 'a').write('x')"]
+    for _ in range(2):
+        pipeline.run_once("stage", command, tmp_path / "logs")
+    assert counter.read_text() == "x"
+    pipeline.run_once("stage", [*command, "changed"], tmp_path / "logs")
+    assert counter.read_text() == "xx"
+
+
+def test_a_failed_stage_stops_the_line_and_shows_its_log(tmp_path, capfd):
+    command = [sys.executable, "-c", "print('some output'); raise ValueError('what went wrong')"]
+    with pytest.raises(SystemExit) as stop:
+        pipeline.run_once("stage", command, tmp_path)
+    assert stop.value.code == 1
+    out = capfd.readouterr().out
+    assert out.index("stage failed with status 1") < out.rindex("ValueError: what went wrong")
+    assert not (tmp_path / "stage.done").exists()
+
+
+def test_accuracy_counts_solved_puzzles_of_each_task(tmp_path):
+    record = {"id": "a", "task": "chain_sum", "answer": "5", "metadata": {}}
+    prompts, completions = tmp_path / "p.jsonl", tmp_path / "c.jsonl"
+    prompts.write_text("".join(json.dumps({**record, "id": name}) + "\n" for name in "abcd"))
+    answers = {"a": "<think>2 , 5</think>\n5", "b": "<think>5", "c": "4", "d": "5"}
+    completions.write_text(
+        "".join(json.dumps({"id": name, "completion": text}) + "\n" for name, text in answers.items())
+    )
+    assert pipeline.accuracy_by_task(completions, prompts) == {"chain_sum": 0.5}

@@ -1,0 +1,219 @@
+"""The loop: global normalisation, exact resume, schedules, and what stops it."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llada.losses import masked_diffusion_loss
+from llada.runtime import Run, read_metrics
+from llada.stream import Example, MaskedStream
+from llada.train_config import TrainConfig, learning_rate
+from llada.training import fit, make_optimizer, prepare_trainable
+from modelling_final import LLaDAConfig, LLaDAModelLM
+
+CPU = Run(rank=0, world_size=1, device=torch.device("cpu"))
+V, MASK, EOS = 24, 23, 22
+LENGTHS = np.random.default_rng(0).integers(3, 12, size=40)
+
+
+class NoTokenizer:
+    """Stands where only saving would use a tokenizer."""
+
+    def save_pretrained(self, folder):
+        Path(folder, "tokenizer.json").write_text("{}")
+
+
+def tiny_model(seed=0, **changes):
+    torch.manual_seed(seed)
+    fields = dict(
+        d_model=16, n_layers=2, n_heads=2, n_kv_heads=2, mlp_hidden_size=24, vocab_size=V, embedding_size=V,
+        mask_token_id=MASK, eos_token_id=EOS, pad_token_id=EOS, max_sequence_length=64, rope_theta=1e4,
+    )  # fmt: skip
+    return LLaDAModelLM(LLaDAConfig(**{**fields, **changes}))
+
+
+def example_of(record_id, epoch, longest):
+    tokens = np.random.default_rng(record_id).integers(0, MASK - 1, size=LENGTHS[record_id])
+    maskable = np.arange(len(tokens)) >= 2
+    return Example(tokens, maskable, weight=1.0 / max(1, maskable.sum()), count=1.0)
+
+
+def make_stream(config, run=CPU):
+    return MaskedStream(
+        example_of, LENGTHS, batch_size=config.batch_size, micro_batch_size=config.micro_batch_size,
+        seed=config.seed, run=run, mask_id=MASK, pad_id=EOS,
+    )  # fmt: skip
+
+
+def make_config(folder, **changes):
+    fields = dict(output_dir=str(folder), max_steps=6, batch_size=8, micro_batch_size=4, learning_rate=1e-2,
+                  log_interval=1, report_to="none")  # fmt: skip
+    return TrainConfig(**{**fields, **changes})
+
+
+def train(folder, *, model=None, **changes):
+    config = make_config(folder, **changes)
+    model = prepare_trainable(model or tiny_model(), config)
+    fit(
+        model, NoTokenizer(), config, CPU, stream=make_stream(config), loss=masked_diffusion_loss,
+        validate=None, fingerprint={},
+    )  # fmt: skip
+    return model
+
+
+def weights_of(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def gradient_of_one_step(micro_batch_size):
+    config = make_config("unused", micro_batch_size=micro_batch_size)
+    model = tiny_model()
+    batches = make_stream(config)(0)
+    count = sum(batch.count for batch in batches)
+    loss = 0.0
+    for batch in batches:
+        part = masked_diffusion_loss(model, batch, count)
+        part.backward()
+        loss += float(part.detach())
+    return loss, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_accumulation_gives_the_loss_and_gradient_of_the_whole_batch(micro_batch_size):
+    whole_loss, whole = gradient_of_one_step(8)
+    loss, split = gradient_of_one_step(micro_batch_size)
+    assert loss == pytest.approx(whole_loss, rel=1e-6)
+    for name in whole:
+        torch.testing.assert_close(split[name], whole[name], rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_masked_gives_zero_loss_zero_gradient_and_a_backward():
+    model = tiny_model()
+    empty = torch.empty(0, dtype=torch.long)
+    loss = model(
+        input_ids=torch.zeros(2, 4, dtype=torch.long), rows=empty, targets=empty, weights=torch.empty(0)
+    ).loss
+    loss.backward()
+    assert float(loss) == 0.0
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_a_resumed_run_ends_with_the_weights_of_the_uninterrupted_one(tmp_path):
+    whole = train(tmp_path / "whole")
+    train(tmp_path / "cut", save_interval=2)
+    states = tmp_path / "cut"
+    for name in ("final", "step-6"):
+        shutil.rmtree(states / name)
+    (states / "latest").write_text("step-4")
+    resumed = train(states, model=tiny_model(seed=99), save_interval=2)
+    for name, value in weights_of(whole).items():
+        assert torch.equal(value, weights_of(resumed)[name]), name
+    losses = [
+        {entry["step"]: entry["loss"] for entry in read_metrics(folder / "metrics.jsonl")}
+        for folder in (tmp_path / "whole", states)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_lora_trains_and_resumes_only_the_adapters(tmp_path):
+    options = dict(use_lora=True, lora_r=2, lora_alpha=4.0)
+    base = weights_of(tiny_model())
+    model = train(tmp_path, save_interval=3, **options)
+    after = {
+        name.replace(".base_layer", ""): value for name, value in weights_of(model.get_base_model()).items()
+    }
+    assert set(base) <= set(after)
+    assert all(torch.equal(after[name], base[name]) for name in base)
+    assert not [
+        name for name, _ in model.named_parameters() if "lora" in name and "transformer.ff_out" in name
+    ]
+    assert (tmp_path / "final" / "adapter_model.safetensors").is_file()
+    saved = sum(file.stat().st_size for file in (tmp_path / "step-6").rglob("*.distcp"))
+    assert saved < 3 * 4 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_finished_run_is_not_repeated_and_results_are_written(tmp_path):
+    first = weights_of(train(tmp_path))
+    again = weights_of(train(tmp_path, model=tiny_model(seed=5)))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["steps"] == 6
+    assert (tmp_path / "DONE").exists()
+
+
+def test_resume_refuses_another_run(tmp_path):
+    train(tmp_path)
+    with pytest.raises(ValueError, match=r"--learning_rate was 0\.01, now 0\.5"):
+        train(tmp_path, learning_rate=0.5)
+
+
+def test_resume_from_nothing_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no saved state there"):
+        train(tmp_path / "new", resume_from_checkpoint=str(tmp_path))
+
+
+def test_truncated_state_is_refused_and_left_alone(tmp_path):
+    train(tmp_path, save_interval=2)
+    shard = next((tmp_path / "step-6").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"step-6: cannot be loaded"):
+        train(tmp_path)
+    assert (tmp_path / "latest").read_text() == "step-6"
+
+
+def test_retention_keeps_the_newest(tmp_path):
+    train(tmp_path, save_interval=1, save_total_limit=2)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-5", "step-6"]
+
+
+def test_non_finite_loss_stops_and_names_the_records(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.transformer.ln_f.weight[0] = math.nan
+    with pytest.raises(FloatingPointError, match=r"step 0: loss nan.*records of rank 0: \[\d+"):
+        train(tmp_path, model=model)
+
+
+def test_schedules():
+    config = make_config("x", max_steps=100, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.1)
+    assert learning_rate(0, config) == pytest.approx(0.1)
+    assert learning_rate(9, config) == pytest.approx(1.0)
+    for kind, middle in (("linear", 0.55), ("cosine", 0.55), ("constant", 1.0), ("wsd", 1.0)):
+        config.lr_scheduler_type = kind
+        assert learning_rate(55, config) == pytest.approx(middle)
+    config.lr_scheduler_type = "wsd"
+    assert learning_rate(95, config) == pytest.approx(0.55)
+    config.lr_scheduler_type = "cosine"
+    assert learning_rate(100, config) == pytest.approx(0.1)
+
+
+def test_vectors_are_not_decayed():
+    decayed, kept = make_optimizer(tiny_model(), make_config("x", weight_decay=0.3)).param_groups
+    assert decayed["weight_decay"] == 0.3 and all(p.ndim == 2 for p in decayed["params"])
+    assert kept["weight_decay"] == 0.0 and all(p.ndim == 1 for p in kept["params"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"batch_size": 6, "micro_batch_size": 4},
+            r"--batch_size 6 must be a multiple of --micro_batch_size 4 x 1",
+        ),
+        ({"learning_rate": 1e-5, "min_learning_rate": 1e-4}, r"--min_learning_rate 0\.0001 exceeds"),
+    ],
+)
+def test_impossible_numbers_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_config("x", **changes).resolve(CPU, 40)
+
+
+def test_epochs_become_steps():
+    config = make_config("x", max_steps=-1, num_train_epochs=3.0)
+    config.resolve(CPU, 40)
+    assert config.max_steps == 15
