@@ -9,6 +9,7 @@ line: one parser, one set of conversions (`4e-4` is a number), one kind of error
 import argparse
 import dataclasses
 import difflib
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,16 +120,25 @@ def _flags_of_config_file(parser: _Parser, config_class: type, argv: list[str]) 
     return flags
 
 
+class _Loader(yaml.SafeLoader):
+    """Also reads `4e-4` as a number, as YAML 1.2 and everybody who writes one expects."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. ValueError names the file if it is missing, malformed, or not a mapping."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        raise ValueError(f"--config {path}: cannot be read: {error.strerror}") from error
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path}: not valid YAML: {error}") from error
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"--config {path}: expected 'key: value' lines, got {type(values).__name__}")
+        raise ValueError(f"{path}: expected 'key: value' lines, got {type(values).__name__}")
     return values
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from llada.config import read_yaml
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -235,7 +235,7 @@ def new_model(
         )
     if tokenizer.mask_token_id is None:
         raise ValueError("--tokenizer_name: the tokenizer has no mask token; see scripts/train_tokenizer.py")
-    shape = {"max_sequence_length": max_length, **yaml.safe_load(file.read_text(encoding="utf-8"))}
+    shape = {"max_sequence_length": max_length, **read_yaml(file)}
     config = LLaDAConfig(
         **shape,
         vocab_size=len(tokenizer),

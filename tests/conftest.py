@@ -25,3 +25,27 @@ def load_script(path: str) -> ModuleType:
 def script():
     """The loader itself, as a fixture."""
     return load_script
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory) -> Path:
+    """A folder with a small byte-level tokenizer that has LLaDA's special tokens."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    texts = [(ROOT / "data/samples" / name).read_text() for name in ("pretrain.jsonl", "sft.jsonl")]
+    load_script("scripts/train_tokenizer.py").train_tokenizer(texts, vocab_size=320).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory, tokenizer_dir) -> Path:
+    """A checkpoint folder with a randomly initialised model of a few thousand parameters."""
+    folder = tmp_path_factory.mktemp("model") / "checkpoint"
+    size = folder.with_name("size.yaml")
+    size.write_text(
+        "{d_model: 16, n_layers: 2, n_heads: 2, n_kv_heads: 2, mlp_hidden_size: 24, rope_theta: 1e4}"
+    )
+    from llada.model import load_tokenizer, new_model, save_model
+
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    save_model(new_model(str(size), tokenizer, seed=0, max_length=256), tokenizer, folder)
+    return folder

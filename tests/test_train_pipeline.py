@@ -41,7 +41,7 @@ def flags_of(command):
 def test_dry_run_prints_the_commands_of_the_predecessors_config(config, tmp_path, capsys):
     pretraining, sft, inference = dry_run(capsys, "--config", str(config), "--stage", "all")
     assert pretraining[:2] == [sys.executable, str(ROOT / "pretraining/pretrain.py")]
-    assert flags_of(pretraining)["--learning_rate"] == "4e-4"
+    assert float(flags_of(pretraining)["--learning_rate"]) == 4e-4
     assert flags_of(pretraining)["--model_name_or_path"] == "GSAI-ML/LLaDA-8B-Base"
     assert flags_of(sft)["--model_name_or_path"] == f"{tmp_path}/pretraining"
     assert flags_of(sft)["--max_length"] == "4096"
