@@ -1,17 +1,17 @@
 """Fold a LoRA adapter into its base: base folder + adapter folder -> a plain checkpoint folder.
 
 Run:
-    python scripts/merge_lora.py --base_model checkpoints/llada-8b --adapter_path runs/sft/final --output_path merged
-    python scripts/merge_lora.py --model_name checkpoints/llada-8b --lora_weights runs/sft/final --output_dir merged
+    python scripts/merge_lora.py --base_model checkpoints/8b --adapter_path runs/sft/final --output_path out
+    python scripts/merge_lora.py --model_name checkpoints/8b --lora_weights runs/sft/final --output_dir out
 
 Both spellings of the flags mean the same; without a base, the one named in the adapter is used. Every target
-weight becomes W + scale * B A, computed in float32 and stored in the base's dtype. Shards keep their names and
-their index. The model is never built: shards are copied as files and the target weights overwritten in place, so
-memory is the adapter plus about one weight. Weights that the adapter stores whole (modules_to_save, biases)
-replace the base's. The tokenizer is the adapter's where it has one.
+weight becomes W + scale * B A, computed in float32 and stored in the base's dtype. Shards keep their names
+and their index. The model is never built: shards are copied as files and the target weights overwritten in
+place, so memory is the adapter plus, at most, the target weights of one shard. Weights that the adapter
+stores whole (modules_to_save, biases) replace the base's. The tokenizer is the adapter's where it has one.
 
-LoRA variants that are not W + scale * B A (DoRA and others) are refused, and so is an adapter made for another
-base: the message names the first key that does not fit.
+LoRA variants that are not W + scale * B A (DoRA and others) are refused, and so is an adapter made for
+another base: the message names the first key that does not fit.
 """
 
 import json
@@ -59,7 +59,8 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+# Weights in any format; and the record of a download, which would be untrue of the merged folder.
+NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", "download.json")
 
 
 @dataclass
@@ -76,13 +77,13 @@ class Config:
 
 
 class Change(NamedTuple):
-    """What happens to one weight of the base: `whole` replaces it, or `scale` * B A is added to it."""
+    """What happens to one weight of the base, by keys of the adapter's file."""
 
-    whole: str | None = None  # key in the adapter file
-    lora_a: str | None = None
+    whole: str | None = None  # replaces it
+    lora_a: str | None = None  # then scale * B A is added
     lora_b: str | None = None
     scale: float = 1.0
-    is_transposed: bool = False
+    is_transposed: bool = False  # embeddings: W is [V, D] and B A is [D, V]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     output_dir = Path(config.output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"--output_dir {output_dir}: exists and is not empty; give a new folder")
-    adapter_dir = Path(resolve_checkpoint(config.adapter_path))
+    adapter_dir = checkpoint_folder("--adapter_path", config.adapter_path)
     settings = read_settings(adapter_dir)
     base_dir = base_folder(config.base_model or settings.get("base_model_name_or_path"))
     is_tied = json.loads((base_dir / "config.json").read_text(encoding="utf-8")).get("weight_tying", False)
@@ -128,23 +129,31 @@ def read_settings(adapter_dir: Path) -> dict[str, Any]:
     for option in REFUSED_OPTIONS:
         if settings.get(option):
             raise ValueError(
-                f"{where}: {option} is {settings[option]!r}; such an adapter is not W + scale * B A and is not "
-                "merged here; load it with peft and call merge_and_unload()"
+                f"{where}: {option} is {settings[option]!r}, and such an adapter is not W + scale * B A; "
+                "load it with peft and call merge_and_unload()"
             )
     start = settings.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(MOVES_THE_BASE):
         raise ValueError(
-            f"{where}: init_lora_weights {start!r} changed the base weights before training, and the base folder "
-            "has the unchanged ones; save the adapter with peft's path_initial_model_for_weight_conversion"
+            f"{where}: init_lora_weights {start!r} changed the base before training, and the base folder has "
+            "the unchanged weights; save the adapter with path_initial_model_for_weight_conversion"
         )
     return settings
+
+
+def checkpoint_folder(flag_name: str, path: str) -> Path:
+    """The checkpoint that `path` means (a run's folder means its final one); ValueError names the flag."""
+    try:
+        return Path(resolve_checkpoint(path))
+    except ValueError as error:
+        raise ValueError(f"{flag_name} {path}: no checkpoint folder there") from error
 
 
 def base_folder(base_model: str | None) -> Path:
     """The base's folder; a hub name is fetched into the hub's cache."""
     if not base_model:
         raise ValueError("--base_model: the adapter names no base; give its folder")
-    path = Path(resolve_checkpoint(base_model))
+    path = checkpoint_folder("--base_model", base_model)
     if path.is_dir():
         return path
     try:
@@ -166,22 +175,20 @@ def plan(adapter_keys: list[str], settings: dict[str, Any]) -> dict[str, Change]
         name = key.removeprefix("base_model.model.")
         module, mark, part = name.partition(".lora_")
         if not mark:
-            changes[name.replace(".base_layer.", ".")] = Change(whole=key)
+            changes[name.replace(".base_layer.", ".")] = Change(whole=key)  # sorted: before its lora_A
         elif part in ("A.weight", "embedding_A"):
-            is_embedding = part == "embedding_A"
             partner = key.removesuffix(part) + part.replace("A", "B", 1)
             if partner not in adapter_keys:
                 raise ValueError(f"--adapter_path: {key} has no partner {partner}")
-            changes[module + ".weight"] = Change(
+            # fan_in_fan_out is not looked at: peft switches it off for nn.Linear, and LLaDA has no other
+            changes[module + ".weight"] = changes.get(module + ".weight", Change())._replace(
                 lora_a=key,
                 lora_b=partner,
                 scale=scale_of(module, settings),
-                is_transposed=is_embedding or bool(settings.get("fan_in_fan_out")),
+                is_transposed=part == "embedding_A",
             )
         elif part not in ("B.weight", "embedding_B"):
-            raise ValueError(
-                f"--adapter_path: {key} is not part of a plain LoRA adapter; it cannot be merged"
-            )
+            raise ValueError(f"--adapter_path: {key} is not part of a plain LoRA adapter")
     if not changes:
         raise ValueError("--adapter_path: the adapter holds no weights")
     return changes
@@ -201,7 +208,7 @@ def by_pattern(module: str, patterns: dict[str, float] | None, default: float) -
 
 
 def find_weights(base_dir: Path, wanted: list[str], *, is_tied: bool) -> dict[str, list[str]]:
-    """Every shard of the base, each with the wanted weights it holds; ValueError names a wanted one not found."""
+    """Every shard of the base with the wanted weights it holds; ValueError names one that is nowhere."""
     index = base_dir / "model.safetensors.index.json"
     if index.is_file():
         where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -210,17 +217,17 @@ def find_weights(base_dir: Path, wanted: list[str], *, is_tied: bool) -> dict[st
             where = dict.fromkeys(file.keys(), "model.safetensors")
     else:
         raise ValueError(f"--base_model {base_dir}: no model.safetensors and no index of shards")
-    missing = [key for key in wanted if key not in where]
-    if missing:
-        raise ValueError(
-            f"--adapter_path: {len(missing)} of {len(wanted)} changed weights are not in the base {base_dir}, "
-            f"first {missing[0]}; the adapter belongs to another base"
-        )
     tied = [key for key in wanted if key.endswith((".wte.weight", "transformer.ff_out.weight"))]
     if is_tied and tied:
         raise ValueError(
             f"--adapter_path: it changes {tied[0]}, and the base ties the embedding to the head: "
             "merged, both would change"
+        )
+    missing = [key for key in wanted if key not in where]
+    if missing:
+        raise ValueError(
+            f"--adapter_path: {len(missing)} of the {len(wanted)} weights it changes are not in the base "
+            f"{base_dir}, first {missing[0]}; the adapter belongs to another base"
         )
     shards = {shard: [] for shard in sorted(set(where.values()))}
     for key in wanted:
@@ -235,22 +242,32 @@ def check_shapes(
     for shard, keys in shards.items():
         with safe_open(base_dir / shard, "pt") as file:
             for key in keys:
-                change, theirs = changes[key], file.get_slice(key).get_shape()
-                if change.whole is not None:
-                    ours = adapter.get_slice(change.whole).get_shape()
-                else:
-                    rows = adapter.get_slice(change.lora_b).get_shape()[0]
-                    columns = adapter.get_slice(change.lora_a).get_shape()[1]
-                    ours = [columns, rows] if change.is_transposed else [rows, columns]
-                if ours != theirs:
-                    raise ValueError(
-                        f"--adapter_path: {key} has shape {theirs} in the base {base_dir}, and the adapter is for "
-                        f"{ours}; it belongs to another base, or to this one with its vocabulary resized"
-                    )
+                expected = file.get_slice(key).get_shape()
+                for shape in adapter_shapes(changes[key], adapter):
+                    if shape != expected:
+                        raise ValueError(
+                            f"--adapter_path: {key} is {expected} in the base {base_dir}, and the adapter is "
+                            f"for {shape}; it belongs to another base, or to a resized vocabulary"
+                        )
+
+
+def adapter_shapes(change: Change, adapter: Any) -> list[list[int]]:
+    """The base weight's shape as the adapter's tensors tell it: that of `whole`, and that of B A."""
+    shapes = []
+    if change.whole is not None:
+        shapes.append(adapter.get_slice(change.whole).get_shape())
+    if change.lora_a is not None:
+        outputs = adapter.get_slice(change.lora_b).get_shape()[0]
+        inputs = adapter.get_slice(change.lora_a).get_shape()[1]
+        shapes.append([inputs, outputs] if change.is_transposed else [outputs, inputs])
+    return shapes
 
 
 def merge_shard(source: Path, target: Path, changes: dict[str, Change], adapter: Any, progress: tqdm) -> None:
-    """Overwrites the changed weights in `target`, a byte copy of the shard `source`: names, shapes, dtypes stay."""
+    """Overwrites the changed weights in `target`, a byte copy of the shard `source`.
+
+    Names, shapes and dtypes do not change, so the header and all offsets of the file stay valid.
+    """
     with safe_open(source, "pt") as file, target.open("r+b") as out:
         header_size = struct.unpack("<Q", out.read(8))[0]
         header = json.loads(out.read(header_size))
@@ -265,19 +282,23 @@ def merge_shard(source: Path, target: Path, changes: dict[str, Change], adapter:
 
 
 def merge_weight(weight: torch.Tensor, change: Change, adapter: Any) -> torch.Tensor:
-    """W + scale * B A (transposed where W is stored as [I, O]), in float32, then in W's dtype."""
+    """W + scale * B A in float32, then in W's dtype."""
+    dtype = weight.dtype
     if change.whole is not None:
-        return adapter.get_tensor(change.whole).to(weight.dtype)
+        weight = adapter.get_tensor(change.whole)
+    if change.lora_a is None:
+        return weight.to(dtype)
     a = adapter.get_tensor(change.lora_a).float()  # [r, I]
     b = adapter.get_tensor(change.lora_b).float()  # [O, r]
-    delta = change.scale * (b @ a)
-    return (weight.float() + (delta.T if change.is_transposed else delta)).to(weight.dtype)
+    merged = (b @ a).mul_(change.scale)
+    merged = merged.T if change.is_transposed else merged
+    return merged.add_(weight).to(dtype)
 
 
 def copy_small_files(base_dir: Path, adapter_dir: Path, target: Path) -> None:
-    """Everything beside the base's weights; then the tokenizer that the adapter was trained with, if it has one."""
+    """Everything beside the base's weights, then the adapter's own tokenizer, if it has one."""
     for file in sorted(base_dir.iterdir()):
-        if file.is_file() and not file.name.endswith(WEIGHT_ENDINGS):
+        if file.is_file() and not file.name.endswith(NOT_COPIED):
             shutil.copyfile(file, target / file.name)
     if (adapter_dir / "tokenizer_config.json").is_file():
         for name in TOKENIZER_FILES:

@@ -97,7 +97,7 @@ def test_unreadable_yaml(content, message, tmp_path):
 
 
 def test_missing_yaml_file_is_named():
-    with pytest.raises(ValueError, match=r"--config nowhere\.yaml: cannot be read: No such file"):
+    with pytest.raises(ValueError, match=r"nowhere\.yaml: cannot be read: No such file"):
         read_yaml("nowhere.yaml")
 
 

@@ -1,0 +1,160 @@
+"""Which subsets of an answer to mask, and with which weights, to estimate its log-likelihood.
+
+The quantity is the any-order evidence lower bound of an answer y of T tokens after a context x, in nats:
+
+    B(y | x) = sum_{l=1..T} E_{|M|=l} (1/l) sum_{i in M} log p(y_i | x, y_notM)          (l-form)
+
+A plan is N masks M_n with weights w_n; sum_n w_n sum_{i in M_n} log p(y_i | x, y_notM_n) estimates B without bias
+(the `reference` plan excepted, which reproduces a published bias on purpose).
+
+Shapes: N masks (one forward each), T answer tokens, S strata (mask sizes l).
+
+Source: LLaDA (arXiv 2502.09992) eq. 14; VRPO (arXiv 2505.19223); ESPO for the complementary pairs.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+ESTIMATORS = ("stratified", "iid", "complementary", "reference")
+EXACT_TOKENS = 7  # 2^7 - 1 = 127 forwards: no more than the 128 draws of the published evaluations
+
+
+@dataclass(frozen=True)
+class MaskPlan:
+    """N masks of a T-token answer.
+
+    masks: [N, T] bool.
+    weights: [N] float64; the plain estimate is sum_n weights_n sum_{i in masks_n} log p_i.
+    design: the estimator that drew them, or "exact" when every mask is there once.
+    """
+
+    masks: np.ndarray
+    weights: np.ndarray
+    design: str
+
+
+def plan_masks(
+    num_tokens: int,
+    num_samples: int,
+    random: np.random.Generator,
+    *,
+    estimator: str = "stratified",
+    exact_tokens: int = EXACT_TOKENS,
+    size_law: str = "uniform",
+    reference_batch: int = 8,
+) -> MaskPlan:
+    """The masks for one answer, drawn from `random` (llada.masking.generator, so shared keys share masks).
+
+    Args:
+        num_tokens: T.
+        num_samples: N, the number of masks. Enumeration decides N itself; it is used by `stratified` when
+            T <= exact_tokens or when all 2^T - 1 masks fit in `num_samples`.
+        estimator: `stratified` spreads the mask sizes evenly and lets each token be masked equally often;
+            `iid` draws every size and mask on its own (VRPO, ELBO-KTO); `complementary` draws pairs M, not M (ESPO);
+            `reference` is LLaDA's published get_log_likelihood, whose sizes are biased.
+        exact_tokens: longest answer whose masks are always enumerated; 0 to enumerate only what fits.
+        size_law: `uniform`, or `inv_sqrt`: sizes drawn with probability proportional to l^-1/2, which lowers the
+            variance of gradients; for `iid` only.
+        reference_batch: the published code's batch size, on which its bias depends.
+
+    Raises:
+        ValueError: an unknown name, no token, no sample, or counts that a design cannot split.
+    """
+    if num_tokens < 1 or num_samples < 1:
+        raise ValueError(f"an answer needs at least 1 token and 1 sample, got {num_tokens} and {num_samples}")
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator {estimator!r} is not one of {', '.join(ESTIMATORS)}")
+    if size_law not in ("uniform", "inv_sqrt") or (size_law != "uniform" and estimator != "iid"):
+        raise ValueError(f"size_law {size_law!r}: 'uniform', or 'inv_sqrt' with the iid estimator")
+    if estimator == "stratified":
+        if num_tokens <= exact_tokens or 2 ** min(num_tokens, 62) - 1 <= num_samples:
+            return enumerate_masks(num_tokens)
+        return _stratified(num_tokens, num_samples, random)
+    if estimator == "iid":
+        return _iid(num_tokens, num_samples, random, size_law)
+    if estimator == "complementary":
+        return _complementary(num_tokens, num_samples, random)
+    return _reference(num_tokens, num_samples, random, reference_batch)
+
+
+def enumerate_masks(num_tokens: int) -> MaskPlan:
+    """All 2^T - 1 masks, each with weight 1 / (l C(T, l)): the estimate is exact."""
+    codes = np.arange(1, 2**num_tokens)
+    masks = (codes[:, None] >> np.arange(num_tokens)) & 1 == 1
+    sizes = masks.sum(axis=1)
+    weights = np.array([1.0 / (size * math.comb(num_tokens, size)) for size in sizes])
+    return MaskPlan(masks, weights, "exact")
+
+
+def _random_masks(sizes: np.ndarray, num_tokens: int, random: np.random.Generator) -> np.ndarray:
+    """[N, T]: independent uniform masks of the given sizes."""
+    ranks = np.argsort(random.random((len(sizes), num_tokens)), axis=1).argsort(axis=1)
+    return ranks < sizes[:, None]
+
+
+def _stratified(num_tokens: int, num_samples: int, random: np.random.Generator) -> MaskPlan:
+    """One size from each of N equal slices of 1..T, each with weight T / (N l); masks share the tokens evenly.
+
+    The masks, smallest first, are cut from one endless sequence of shuffled tokens, so neighbours in size never
+    concentrate on the same tokens. Each mask alone is uniform among those of its size, so the estimate is unbiased.
+    """
+    slices = (np.arange(num_samples) + random.random(num_samples)) / num_samples
+    sizes = np.minimum((slices * num_tokens).astype(np.int64), num_tokens - 1) + 1
+    masks = np.zeros((num_samples, num_tokens), dtype=bool)
+    deck = random.permutation(num_tokens)
+    for mask, size in zip(masks, sizes, strict=True):
+        if size > len(
+            deck
+        ):  # a token must not come twice in a mask: what is left goes under the next shuffle
+            fresh = random.permutation(num_tokens)
+            deck = np.concatenate([deck, fresh[~np.isin(fresh, deck)], deck])
+        mask[deck[:size]] = True
+        deck = deck[size:]
+    return MaskPlan(masks, num_tokens / (num_samples * sizes), "stratified")
+
+
+def _iid(num_tokens: int, num_samples: int, random: np.random.Generator, size_law: str) -> MaskPlan:
+    law = np.arange(1, num_tokens + 1) ** (-0.5 if size_law == "inv_sqrt" else 0.0)
+    law /= law.sum()
+    sizes = random.choice(np.arange(1, num_tokens + 1), size=num_samples, p=law)
+    return MaskPlan(
+        _random_masks(sizes, num_tokens, random), 1.0 / (num_samples * law[sizes - 1] * sizes), "iid"
+    )
+
+
+def _complementary(num_tokens: int, num_samples: int, random: np.random.Generator) -> MaskPlan:
+    """Pairs (M, not M) with |M| uniform on 0..T, each side with weight (T + 1) / (2 l).
+
+    Source: ESPO; E[(T + 1) / l sum_M] with l uniform on 0..T is B, an empty side being 0.
+    """
+    if num_samples % 2:
+        raise ValueError(f"the complementary estimator draws pairs: num_samples {num_samples} must be even")
+    sizes = random.integers(0, num_tokens + 1, size=num_samples // 2)
+    half = _random_masks(sizes, num_tokens, random)
+    masks = np.stack([half, ~half], axis=1).reshape(num_samples, num_tokens)
+    masks = masks[masks.any(axis=1)]
+    return MaskPlan(masks, (num_tokens + 1) / (num_samples * masks.sum(axis=1)), "complementary")
+
+
+def _reference(num_tokens: int, num_samples: int, random: np.random.Generator, batch: int) -> MaskPlan:
+    """LLaDA's get_log_likelihood: rounds of `batch` sizes, round(linspace(k, k + (b-1) T/b)) wrapped into 1..T.
+
+    The rounding is half to even and k is an integer, so the sizes are not uniform unless T is 1 or a multiple of b.
+
+    Source: ML-GSAI/LLaDA get_log_likelihood.py, forward_process.
+    """
+    if num_samples % batch:
+        raise ValueError(f"num_samples (mc_num) {num_samples} must be a multiple of the batch size {batch}")
+    sizes = np.empty((num_samples // batch, batch), dtype=np.int64)
+    for row in sizes:
+        k = int(random.integers(1, num_tokens + 1))
+        # float32 as published: the ties that rounding meets depend on it
+        points = torch.linspace(float(k), k + (batch - 1) * (num_tokens / batch), steps=batch)
+        row[:] = (points.round().long().numpy() - 1) % num_tokens + 1
+    sizes = sizes.reshape(-1)
+    return MaskPlan(
+        _random_masks(sizes, num_tokens, random), num_tokens / (sizes * float(num_samples)), "reference"
+    )

@@ -1,0 +1,225 @@
+"""Read records from files, each with where it stands: JSONL, JSON, text, Parquet, HF dataset folders.
+
+JSONL, text and Parquet are streamed: memory does not grow with the file. Every error names file and line.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+Record = dict[str, Any]
+Located = tuple[str, Record]
+OnBytes = Callable[[int], None]
+
+SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
+TEXT_DOCUMENTS = ("blank_line", "line", "file")
+_BOM = b"\xef\xbb\xbf"  # written by some editors in front of UTF-8
+_BATCH = 1000  # Parquet and Arrow rows turned into Python at a time
+
+
+def read_records(
+    path: str | Path, *, text_documents: str = "blank_line", on_bytes: OnBytes | None = None
+) -> Iterator[Located]:
+    """("file:line", record) of one file, of every data file below a folder (sorted), or of a dataset folder.
+
+    Args:
+        path: .jsonl (one object a line), .json (an array, or objects one after the other), .txt, .parquet, a
+            folder written by `datasets.save_to_disk`, or a folder of such files. Of a DatasetDict the split
+            `train` is read; name another one by its own folder, `path/test`.
+        text_documents: what a document is in a .txt file: text between blank lines, one line, or the file.
+        on_bytes: told how many bytes of the file have been used since the last call, for a progress bar.
+
+    Raises:
+        ValueError: no such file, unknown kind of file, empty file, malformed JSON, bytes that are not UTF-8.
+    """
+    if text_documents not in TEXT_DOCUMENTS:
+        raise ValueError(f"--text_documents {text_documents!r}: use one of {', '.join(TEXT_DOCUMENTS)}")
+    report = on_bytes or (lambda _: None)
+    for file in input_files(path):
+        is_empty = True
+        for located in _read_one(file, text_documents, report):
+            is_empty = False
+            yield located
+        if is_empty:
+            raise ValueError(f"{file}: holds no records; is it a failed download or export?")
+
+
+def input_files(path: str | Path) -> list[Path]:
+    """The data files (or dataset folders) that `path` stands for, sorted. ValueError if there are none."""
+    path = Path(path)
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise ValueError(f"{path}: cannot read {path.suffix or 'this kind of'} files; use {_kinds()}")
+        return [path]
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such file or folder")
+    if (path / "state.json").is_file():
+        return [path]
+    if (path / "dataset_dict.json").is_file():
+        if (path / "train").is_dir():
+            return [path / "train"]
+        splits = sorted(child.name for child in path.iterdir() if child.is_dir())
+        raise ValueError(f"{path}: has no split 'train'; name one of {splits} by its folder, {path}/SPLIT")
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in SUFFIXES)
+    if not files:
+        raise ValueError(f"{path}: no data files in this folder; expected {_kinds()}")
+    return files
+
+
+def files_of(path: str | Path) -> list[Path]:
+    """The files on disk that `read_records(path)` reads, a dataset folder taken apart."""
+    return [part for file in input_files(path) for part in _parts(file)]
+
+
+def _kinds() -> str:
+    return ", ".join(SUFFIXES) + " or a folder written by datasets.save_to_disk"
+
+
+def _parts(file: Path) -> list[Path]:
+    return sorted(file.glob("*.arrow")) if file.is_dir() else [file]
+
+
+def _read_one(file: Path, text_documents: str, report: OnBytes) -> Iterator[Located]:
+    if file.is_dir():
+        return _read_dataset(file, report)
+    if file.suffix == ".jsonl":
+        return _read_jsonl(file, report)
+    if file.suffix == ".json":
+        return _read_json(file, report)
+    if file.suffix == ".parquet":
+        return _read_parquet(file, report)
+    return _read_text(file, text_documents, report)
+
+
+def _decode(raw: bytes, file: Path, line: int, offset: int) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line += raw[: error.start].count(b"\n")
+        raise ValueError(
+            f"{file}:{line}: byte 0x{raw[error.start]:02x} at offset {offset + error.start} of the file is "
+            "not UTF-8; convert the file, for example with iconv"
+        ) from error
+
+
+def _lines(file: Path, report: OnBytes) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line without its end) of a UTF-8 file."""
+    offset = 0
+    with file.open("rb") as stream:
+        for line, raw in enumerate(stream, start=1):
+            text = raw.removeprefix(_BOM) if line == 1 else raw
+            yield line, _decode(text, file, line, offset + len(raw) - len(text)).rstrip("\r\n")
+            offset += len(raw)
+            report(len(raw))
+
+
+def _record(value: Any, where: str) -> Record:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected a JSON object {{...}}, got {json.dumps(value)[:60]}")
+    return value
+
+
+def _read_jsonl(file: Path, report: OnBytes) -> Iterator[Located]:
+    for line, text in _lines(file, report):
+        if not text.strip():
+            continue
+        where = f"{file}:{line}"
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{where}: malformed JSON: {error.msg} at column {error.colno}; a .jsonl file holds one JSON "
+                "object a line"
+            ) from error
+        yield where, _record(value, where)
+
+
+def _read_json(file: Path, report: OnBytes) -> Iterator[Located]:
+    raw = file.read_bytes().removeprefix(_BOM)
+    text = _decode(raw, file, 1, 0)
+    decoder = json.JSONDecoder()
+    is_array = text.lstrip().startswith("[")
+    position, line = (text.index("[") + 1 if is_array else 0), 1
+    line += text.count("\n", 0, position)
+    while True:
+        # Between values: white space, in an array commas, and at its end the bracket.
+        start = position
+        while start < len(text) and (text[start].isspace() or (is_array and text[start] == ",")):
+            start += 1
+        line += text.count("\n", position, start)
+        if start == len(text) and not is_array:
+            return
+        where = f"{file}:{line}"
+        if is_array and text.startswith("]", start):
+            if rest := text[start + 1 :].strip():
+                raise ValueError(f"{where}: malformed JSON: {rest[:40]!r} after the end of the array")
+            return
+        try:
+            value, position = decoder.raw_decode(text, start)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{file}:{error.lineno}: malformed JSON: {error.msg} at column {error.colno}"
+            ) from error
+        yield where, _record(value, where)
+        report(len(text[start:position].encode()))
+        line += text.count("\n", start, position)
+
+
+def _read_text(file: Path, text_documents: str, report: OnBytes) -> Iterator[Located]:
+    if text_documents == "file":
+        raw = file.read_bytes().removeprefix(_BOM)
+        text = _decode(raw, file, 1, 0)
+        report(len(raw))
+        if text.strip():
+            yield f"{file}:1", {"text": text}
+        return
+    if text_documents == "line":
+        for line, text in _lines(file, report):
+            if text.strip():
+                yield f"{file}:{line}", {"text": text}
+        return
+    first, document = 0, []
+    for line, text in _lines(file, report):
+        if text.strip():
+            first = first if document else line
+            document.append(text)
+        elif document:
+            yield f"{file}:{first}", {"text": "\n".join(document)}
+            document = []
+    if document:
+        yield f"{file}:{first}", {"text": "\n".join(document)}
+
+
+def _read_parquet(file: Path, report: OnBytes) -> Iterator[Located]:
+    try:
+        table = pq.ParquetFile(file)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file}: not a Parquet file: {error}") from error
+    with table:
+        batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=_BATCH))
+        yield from _numbered(file, batches, table.metadata.num_rows, report)
+
+
+def _read_dataset(folder: Path, report: OnBytes) -> Iterator[Located]:
+    if not _parts(folder):  # datasets 5.2 cannot load a data set of no rows
+        return
+    rows = datasets.load_from_disk(str(folder))
+    batches = (table.to_pylist() for table in rows.with_format("arrow").iter(batch_size=_BATCH))
+    yield from _numbered(folder, batches, len(rows), report)
+
+
+def _numbered(
+    file: Path, batches: Iterable[list[Record]], num_rows: int, report: OnBytes
+) -> Iterator[Located]:
+    """Rows with their number from 1 as the line."""
+    size, line = sum(part.stat().st_size for part in _parts(file)), 0
+    for batch in batches:
+        for record in batch:
+            line += 1
+            yield f"{file}:{line}", record
+        report(size * len(batch) // num_rows)

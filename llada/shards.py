@@ -1,0 +1,235 @@
+"""Tokenised rows on disk: shards of HF `datasets` Arrow rows, made one by one; a stopped run continues.
+
+    output_dir/manifest.json             what was asked for (the fingerprint), and statistics once finished
+    output_dir/shard-00000/              a `datasets.save_to_disk` folder of the rows of `shard_size` records
+    output_dir/shard-00000/statistics.json
+
+A shard appears under its name only when it is complete.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from llada.records import files_of
+
+Item = tuple[str, Any]
+"""("file:line", what the encoder takes)."""
+Columns = dict[str, pa.Array]
+Encoder = Callable[[list[Item]], tuple[Columns, Counter]]
+"""The records of a shard -> its columns and its counts; must be picklable for --num_proc > 1."""
+
+MANIFEST = "manifest.json"
+_SAMPLE_BYTES = 1 << 20
+_encode_here: Encoder
+
+
+def is_prepared(folder: str | Path) -> bool:
+    """Whether `folder` holds rows made by `write_shards`, finished or not."""
+    return Path(folder, MANIFEST).is_file()
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """{"fingerprint", "finished", "shards", "statistics"} of finished rows; ValueError if there are none."""
+    path = Path(folder, MANIFEST)
+    if not path.is_file():
+        raise ValueError(f"{folder}: no prepared rows there ({MANIFEST} is missing)")
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    if not manifest["finished"]:
+        raise ValueError(f"{folder}: preparation was interrupted; run the same command again to finish it")
+    return manifest
+
+
+def load_rows(folder: str | Path) -> Dataset:
+    """All prepared rows of `folder`, memory-mapped. ValueError if there are none or they are unfinished."""
+    return _load(Path(folder), read_manifest(folder)["shards"])
+
+
+def describe_inputs(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
+    """Name, bytes and a hash of both ends of each input file: notices another file, cheap at any size."""
+    described = []
+    for path in paths:
+        for file in files_of(path):
+            size = file.stat().st_size
+            with file.open("rb") as stream:
+                digest = hashlib.sha256(stream.read(_SAMPLE_BYTES))
+                stream.seek(max(0, size - _SAMPLE_BYTES))
+                digest.update(stream.read(_SAMPLE_BYTES))
+            described.append({"file": file.name, "bytes": size, "sample": digest.hexdigest()[:16]})
+    return described
+
+
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, *, with_template: bool) -> str:
+    """A hash of everything that decides token ids, and of the chat template where it is used."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for name in ("padding", "truncation"):  # left behind by earlier calls; no say in the ids
+        state.pop(name, None)
+    template = tokenizer.chat_template if with_template else None
+    parts = [state, template, tokenizer.bos_token, tokenizer.eos_token, tokenizer.mask_token]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_shards(
+    items: Iterable[Item],
+    encode: Encoder,
+    output_dir: str | Path,
+    *,
+    fingerprint: dict[str, Any],
+    shard_size: int,
+    num_proc: int = 1,
+    overwrite: bool = False,
+    on_shard: Callable[[Counter], None] = lambda _: None,
+    summarise: Callable[[Dataset], dict[str, float]] = lambda _: {},
+) -> Dataset:
+    """The rows of all items, written shard by shard; shards that a stopped run left are kept.
+
+    Args:
+        items: the records in order; a rerun must yield the same ones.
+        encode: makes the rows of one shard.
+        fingerprint: all that decides the rows. A folder with another one is refused.
+        shard_size: records a shard.
+        num_proc: processes that encode; 1 encodes here.
+        overwrite: start again, removing the folder's shards.
+        on_shard: told the counts so far after each shard.
+        summarise: statistics of the finished rows to add to the manifest.
+
+    Raises:
+        ValueError: the folder has another fingerprint or foreign files, or no row is left at the end.
+    """
+    folder = Path(output_dir)
+    if _open(folder, fingerprint, overwrite):
+        return load_rows(folder)
+    total: Counter = Counter()
+    num_shards = 0
+    for counts in _write_all(items, encode, folder, shard_size, num_proc):
+        num_shards += 1
+        total.update(counts)
+        on_shard(total)
+    if not total["rows"]:
+        raise ValueError(f"{folder}: no row is left to write; counts: {dict(total)}")
+    rows = _load(folder, num_shards)
+    statistics = {**total, **summarise(rows)}
+    manifest = {"fingerprint": fingerprint, "finished": True, "shards": num_shards, "statistics": statistics}
+    _write_json(folder / MANIFEST, manifest)
+    return rows
+
+
+def _open(folder: Path, fingerprint: dict[str, Any], overwrite: bool) -> bool:
+    """Makes the folder ready for shards; True if all of them are there already."""
+    path = folder / MANIFEST
+    if path.is_file() and overwrite:
+        path.unlink()
+        for shard in folder.glob("shard-*"):
+            shutil.rmtree(shard)
+    if path.is_file():
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        old = manifest["fingerprint"]
+        changed = [
+            f"{name} was {old.get(name)!r:.200}, is {fingerprint.get(name)!r:.200}"
+            for name in sorted(old.keys() | fingerprint.keys())
+            if old.get(name) != fingerprint.get(name)
+        ]
+        if changed:
+            raise ValueError(
+                f"{folder} was prepared differently: {'; '.join(changed)}. Use another folder, or --overwrite"
+            )
+        return manifest["finished"]
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no prepared rows; choose another output folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(path, {"fingerprint": fingerprint, "finished": False})
+    return False
+
+
+def _write_all(
+    items: Iterable[Item], encode: Encoder, folder: Path, shard_size: int, num_proc: int
+) -> Iterator[Counter]:
+    """The counts of each shard in order, old or new."""
+    stream = iter(items)
+    batches = iter(lambda: list(islice(stream, shard_size)), [])
+    if num_proc == 1:
+        for index, batch in enumerate(batches):
+            yield _counts(folder, index) or _write_shard(encode, folder, index, batch)
+        return
+    # spawn: a fork would inherit the tokenizer's and torch's threads in an unknown state
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_proc, context, initializer=_start_worker, initargs=(encode,)) as pool:
+        waiting: deque = deque()
+        try:
+            for index, batch in enumerate(batches):
+                counts = _counts(folder, index)
+                waiting.append(
+                    (lambda known=counts: known)
+                    if counts
+                    else pool.submit(_write_shard_in_worker, folder, index, batch).result
+                )
+                if len(waiting) > 2 * num_proc:  # no more shards in memory than keep the workers busy
+                    yield waiting.popleft()()
+            while waiting:
+                yield waiting.popleft()()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _start_worker(encode: Encoder) -> None:
+    global _encode_here
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker
+    _encode_here = encode
+
+
+def _write_shard_in_worker(folder: Path, index: int, batch: list[Item]) -> Counter:
+    return _write_shard(_encode_here, folder, index, batch)
+
+
+def _write_shard(encode: Encoder, folder: Path, index: int, batch: list[Item]) -> Counter:
+    columns, counts = encode(batch)
+    shard = _shard(folder, index)
+    partial = shard.with_suffix(".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    shows_bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()  # there is a bar over all shards; one inside each is noise
+    try:
+        if counts["rows"]:  # datasets 5.2 cannot load a data set of no rows
+            Dataset.from_dict(columns).save_to_disk(str(partial))
+    finally:
+        if shows_bars:
+            datasets.enable_progress_bars()
+    _write_json(partial / "statistics.json", counts)
+    os.replace(partial, shard)
+    return counts
+
+
+def _counts(folder: Path, index: int) -> Counter | None:
+    """The counts of a finished shard, None if it is not there."""
+    path = _shard(folder, index) / "statistics.json"
+    return Counter(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def _load(folder: Path, num_shards: int) -> Dataset:
+    shards = [_shard(folder, index) for index in range(num_shards) if _counts(folder, index)["rows"]]
+    return datasets.concatenate_datasets([datasets.load_from_disk(str(shard)) for shard in shards])
+
+
+def _shard(folder: Path, index: int) -> Path:
+    return folder / f"shard-{index:05d}"
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)

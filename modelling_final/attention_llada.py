@@ -1,0 +1,206 @@
+"""Attention without a causal order: rotary positions, kernel call, masks that mean the same to every kernel.
+
+B sequences, L input rows, R rows that get a query, K keys, H heads, G key/value heads.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .cache_llada import WindowCache
+from .configuration_llada import LLaDAConfig
+
+
+class LLaDARotaryEmbedding(nn.Module):
+    """Cosines and sines of position ids, [B or 1, L, head_dim] float32; any rope type of transformers."""
+
+    inv_freq: Tensor
+
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_sequence_length
+        self.rope_type = config.rope_parameters["rope_type"]
+        init_fn = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = init_fn(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: LLaDAConfig, **_: object) -> tuple[Tensor, float]:
+        """Inverse frequencies theta^(-2i / head_dim) of plain rope, and the factor 1 on cosine and sine."""
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        return 1.0 / config.rope_theta**exponents, 1.0
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        # `model.bfloat16()` would round the frequencies, and positions with them: 3 digits are left of 4096.
+        exact = self.inv_freq, self.original_inv_freq
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype != exact[0].dtype:
+            self.inv_freq, self.original_inv_freq = (table.to(self.inv_freq.device) for table in exact)
+        return self
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        # Multiplication, not a matrix product: autocast would turn that into bfloat16.
+        angles = position_ids[:, :, None].float() * self.inv_freq.to(x.device)
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, full_precision: bool) -> Tensor:
+    """Queries or keys [B, H, L, head_dim] turned by their positions; cos, sin: [B or 1, L, head_dim].
+
+    Halves, not neighbours, form the pairs, as in Llama. In float32 and cast back, unless told otherwise.
+    """
+    y = x.float() if full_precision else x
+    cos, sin = cos[:, None].to(y.dtype), sin[:, None].to(y.dtype)
+    first, second = y.chunk(2, dim=-1)
+    return (y * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: object,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out: returns [B, R, H, head_dim] and the probabilities [B, H, R, K]."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probabilities = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    probabilities = nn.functional.dropout(probabilities, p=dropout, training=module.training)
+    return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
+
+
+class LLaDAAttention(nn.Module):
+    """The kernel call alone: no parameters, so the published names stay and a hook can read probabilities."""
+
+    is_causal = False
+
+    def __init__(self, config: LLaDAConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_key_value_groups = config.n_heads // config.n_kv_heads
+        self.scaling = config.head_dim**-0.5
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        return kernel(self, query, key, value, mask, scaling=self.scaling, dropout=dropout, is_causal=False)
+
+
+def make_attention_mask(
+    config: LLaDAConfig,
+    inputs_embeds: Tensor,
+    *,
+    attention_mask: Tensor | None,
+    attention_bias: Tensor | None,
+    key_positions: Tensor,
+    cache: WindowCache | None,
+) -> Tensor | None:
+    """The mask in the form that the configured kernel wants; None where every row sees every key.
+
+    Args:
+        inputs_embeds: [B, L, D]; its shape, type and device are used.
+        attention_mask: [B, K], 1 = keep, padding on either side; or 4-dimensional, as `attention_bias`.
+        attention_bias: [B or 1, 1 or H, L, K], bool or integer (nonzero = may attend), or floating (added).
+        key_positions: [B or 1, K] position ids; with block-causal attention a row sees the keys of its own
+            and of earlier blocks of positions.
+        cache: tells how many keys there are, and where the rows stand among them.
+
+    Raises:
+        ValueError: a mask of another shape, or one that the configured kernel would ignore or misread.
+    """
+    batch, num_rows = inputs_embeds.shape[:2]
+    num_keys = key_positions.shape[1]
+    kernel = config._attn_implementation or "eager"
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
+        if attention_bias is not None:
+            raise ValueError("attention_mask is 4-D, so attention_bias cannot be given too; combine them")
+        attention_mask, attention_bias = None, attention_mask
+    if isinstance(attention_mask, Tensor) and attention_mask.shape != (batch, num_keys):
+        raise ValueError(
+            f"attention_mask must cover all keys: shape ({batch}, {num_keys}), "
+            f"not {tuple(attention_mask.shape)}"
+        )
+    if attention_bias is not None and ("flex" in kernel or "flash" in kernel):
+        raise ValueError(
+            f"attn_implementation {kernel} cannot take a dense 4-D mask: flash kernels have no such "
+            "argument, flex attention would misread it; use sdpa or eager (or attention_pattern block_causal)"
+        )
+    sees = None
+    if config.attention_pattern == "block_causal":
+        sees = _block_causal(key_positions.expand(batch, -1), config.attention_block_size)
+    if sees is not None and "flash" in kernel:
+        raise ValueError(
+            f"attn_implementation {kernel} has no block-causal attention; use sdpa, eager or flex_attention"
+        )
+
+    mask = create_bidirectional_mask(
+        config, inputs_embeds, attention_mask, past_key_values=cache, and_mask_function=sees
+    )
+    if mask is not None and "flash" in kernel and num_rows != num_keys:
+        raise ValueError(
+            f"attn_implementation {kernel} takes the last rows' padding for a cache window's; "
+            "use sdpa, or no padding"
+        )
+    return mask if attention_bias is None else _combine(attention_bias, mask, inputs_embeds.dtype, kernel)
+
+
+def _block_causal(key_positions: Tensor, block_size: int) -> Callable[..., Tensor]:
+    block = key_positions // block_size  # [B, K]
+
+    def sees(batch_idx: Tensor, head_idx: Tensor, query_idx: Tensor, key_idx: Tensor) -> Tensor:
+        # transformers counts query_idx among the keys, so with a cache too one table serves both
+        return block[batch_idx, key_idx] <= block[batch_idx, query_idx]
+
+    return sees
+
+
+def _combine(bias: Tensor, mask: Tensor | None, dtype: torch.dtype, kernel: str) -> Tensor:
+    if not bias.is_floating_point():
+        bias = bias != 0
+    if kernel != "eager" and bias.dtype == torch.bool:
+        return bias if mask is None else bias & mask
+    # Eager attention adds its mask, so a boolean one would count as 0 and 1.
+    lowest = torch.finfo(dtype).min
+    total = _additive(bias, dtype)
+    return total if mask is None else (total + _additive(mask, dtype)).clamp_min(lowest)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def take_rows(x: Tensor, positions: Tensor) -> Tensor:
+    """Rows [B, R, ...] of x [B or 1, L, ...] at `positions` [B, R]."""
+    sequences = torch.arange(positions.shape[0], device=x.device)[:, None]
+    return x.expand(positions.shape[0], *x.shape[1:])[sequences, positions]
+
+
+def take_mask_rows(mask: Tensor | None, positions: Tensor) -> Tensor | None:
+    """The mask [B, 1 or H, R, K] of the rows at `positions` [B, R], from that of all rows."""
+    if mask is None or mask.shape[2] == 1:
+        return mask
+    mask = mask.expand(positions.shape[0], -1, -1, -1)
+    return mask.gather(2, positions[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))

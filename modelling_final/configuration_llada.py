@@ -1,0 +1,244 @@
+"""LLaDAConfig: every field of the published config.json, and five properties of ours.
+
+Defaults are the values published with GSAI-ML/LLaDA-8B-Base, LLaDA-8B-Instruct and LLaDA-1.5 (one and the
+same file), so `LLaDAConfig()` is the 8B model. Four published fields need no declaration here:
+`model_type`, `architectures` and `transformers_version` belong to the base class, and `auto_map` is carried
+through as it is.
+"""
+
+import math
+import warnings
+from typing import Any, ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+# Published field -> the only values whose code path exists here. Nobody has published a LLaDA that uses
+# another.
+SUPPORTED = {
+    "activation_type": ("silu", "gelu", "relu"),
+    "alibi": (False,),
+    "attention_layer_norm": (False,),
+    "block_group_size": (1,),
+    "block_type": ("llama",),
+    "include_bias": (False,),
+    "init_fn": ("mitchell", "normal"),
+    "input_emb_norm": (False,),
+    "layer_norm_type": ("rms",),
+    "layer_norm_with_affine": (True,),
+    "scale_logits": (False,),
+}
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+
+@strict
+class LLaDAConfig(PreTrainedConfig):
+    """Configuration of a LLaDA model: the published fields under their published names.
+
+    A null `n_kv_heads`, `mlp_hidden_size` or `embedding_size` means n_heads (1 with `multi_query_attention`),
+    mlp_ratio * d_model and vocab_size; the number is filled in at construction. `flash_attention`,
+    `precision` and `init_device` are kept for the record only: transformers' `attn_implementation`, `dtype`
+    and device decide.
+
+    Ours:
+        eot_token_id: end of a chat turn, or None where the model has no such token.
+        logit_shift: the network's output at i predicts token i+1 (models adapted from AR ones, such as
+            Dream). The model undoes the shift itself: its logits at i always belong to token i.
+        attention_pattern: "full", or "block_causal": position i sees every key whose block is not later
+            than its own.
+        attention_block_size: positions per block; only with block_causal.
+        rope_parameters: transformers' standard dictionary (`rope_type`, and yarn's or another type's
+            parameters). None means plain rotary positions with `rope_theta`. NTK scaling is nothing but a
+            larger `rope_theta`.
+
+    Raises:
+        ValueError: a field asks for a code path that does not exist here, or fields contradict each other.
+    """
+
+    model_type = "llada"
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    attribute_map: ClassVar = {
+        "hidden_size": "d_model",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads",
+        "intermediate_size": "mlp_hidden_size",
+        "max_position_embeddings": "max_sequence_length",
+        "tie_word_embeddings": "weight_tying",
+        "hidden_act": "activation_type",
+        "initializer_range": "init_std",
+    }
+    base_model_tp_plan: ClassVar = {
+        "transformer.blocks.*.q_proj": "colwise",
+        "transformer.blocks.*.k_proj": "colwise",
+        "transformer.blocks.*.v_proj": "colwise",
+        "transformer.blocks.*.attn_out": "rowwise",
+        "transformer.blocks.*.ff_proj": "colwise",
+        "transformer.blocks.*.up_proj": "colwise",
+        "transformer.blocks.*.ff_out": "rowwise",
+    }
+    base_model_fsdp_plan: ClassVar = {
+        "transformer.wte": "free_full_weight",
+        "transformer.blocks.*": "free_full_weight",
+        ("transformer.ln_f", "transformer.ff_out"): "keep_full_weight",
+    }
+
+    activation_type: str = "silu"
+    alibi: bool = False
+    alibi_bias_max: float | int = 8.0
+    attention_dropout: float | int = 0.0
+    attention_layer_norm: bool = False
+    attention_layer_norm_with_affine: bool = True
+    bias_for_layer_norm: bool | None = False
+    block_group_size: int = 1
+    block_type: str = "llama"
+    d_model: int = 4096
+    embedding_dropout: float | int = 0.0
+    embedding_size: int | None = 126464
+    eos_token_id: int | None = 126081
+    flash_attention: bool = False
+    include_bias: bool = False
+    include_qkv_bias: bool = False
+    init_cutoff_factor: float | int | None = None
+    init_device: str | None = "meta"
+    init_fn: str = "mitchell"
+    init_std: float | int = 0.02
+    input_emb_norm: bool = False
+    layer_norm_type: str = "rms"
+    layer_norm_with_affine: bool = True
+    mask_token_id: int | None = 126336
+    max_sequence_length: int = 4096
+    mlp_hidden_size: int | None = 12288
+    mlp_ratio: float | int = 4
+    multi_query_attention: bool | None = None
+    n_heads: int = 32
+    n_kv_heads: int | None = 32
+    n_layers: int = 32
+    pad_token_id: int | None = 126081
+    precision: str | None = "amp_bf16"
+    residual_dropout: float | int = 0.0
+    rms_norm_eps: float | int = 1e-5
+    rope: bool = True
+    rope_full_precision: bool = True
+    rope_theta: float | int = 500000.0
+    scale_logits: bool = False
+    use_cache: bool = False
+    vocab_size: int = 126464
+    weight_tying: bool = False
+
+    eot_token_id: int | None = None
+    logit_shift: bool = False
+    attention_pattern: Literal["full", "block_causal"] = "full"
+    attention_block_size: int | None = None
+    rope_parameters: dict | None = None
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.d_model // self.n_heads
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.n_kv_heads is None:
+            self.n_kv_heads = 1 if self.multi_query_attention else self.n_heads
+        if self.mlp_hidden_size is None:
+            self.mlp_hidden_size = int(self.mlp_ratio * self.d_model)
+        if self.embedding_size is None:
+            self.embedding_size = self.vocab_size
+        kwargs = self._translate_yarn(kwargs)
+        self._settle_rope_theta()
+        super().__post_init__(**kwargs)
+        self._refuse_what_is_not_here()
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        super().__setattr__(key, value)
+        # The base class keeps a second copy of theta: `config.rope_theta *= 4` (NTK) has to reach it.
+        if key == "rope_theta" and self.__dict__.get("_post_init_done"):
+            self.rope_parameters["rope_theta"] = value
+        elif key == "rope_parameters" and self.__dict__.get("_post_init_done"):
+            self.rope_theta = value.get("rope_theta", self.rope_theta)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as saved: theta once, by its published name, and no `rope_parameters` for plain rope."""
+        output = super().to_dict()
+        parameters = {k: v for k, v in (output.get("rope_parameters") or {}).items() if k != "rope_theta"}
+        is_plain = parameters.get("rope_type", "default") == "default"
+        output["rope_parameters"] = None if is_plain else parameters
+        return output
+
+    def _settle_rope_theta(self) -> None:
+        if self.rope_parameters is None:
+            return
+        self.rope_parameters = dict(self.rope_parameters)  # the caller's dictionary is not ours to change
+        theta = self.rope_parameters.get("rope_theta", self.rope_theta)
+        if self.rope_theta not in (theta, type(self).rope_theta):
+            raise ValueError(
+                f"rope_theta {self.rope_theta} and rope_parameters['rope_theta'] {theta} differ; "
+                "give one of them"
+            )
+        self.rope_theta = theta
+
+    def _translate_yarn(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Turns the `yarn_*` fields of LLada-Reasoning into `rope_parameters`; returns the other fields."""
+        yarn = {name: kwargs[name] for name in kwargs if name == "yarn" or name.startswith("yarn_")}
+        rest = {name: value for name, value in kwargs.items() if name not in yarn}
+        if not yarn.get("yarn"):
+            return rest  # `yarn: false` switches the others off
+        if self.rope:
+            raise ValueError("rope and yarn are both true; a YaRN checkpoint of this kind has rope: false")
+        if yarn.get("yarn_extrapolation_factor", 1.0) != 1.0:
+            raise ValueError(
+                f"yarn_extrapolation_factor {yarn['yarn_extrapolation_factor']} is not supported; "
+                "only 1.0 is YaRN"
+            )
+        scale = float(yarn.get("yarn_scale", 1.0))
+        parameters = {
+            "rope_type": "yarn",
+            "factor": scale,
+            "original_max_position_embeddings": int(
+                yarn.get("yarn_original_max_position_embeddings", self.max_sequence_length)
+            ),
+            "beta_fast": float(yarn.get("yarn_beta_fast", 32.0)),
+            "beta_slow": float(yarn.get("yarn_beta_slow", 1.0)),
+        }
+        if yarn.get("yarn_attn_factor", 1.0) != 1.0:
+            own = 0.1 * math.log(scale) + 1.0 if scale > 1.0 else 1.0
+            parameters["attention_factor"] = own * yarn["yarn_attn_factor"]
+        if parameters["beta_fast"] < parameters["beta_slow"] and scale != 1.0:
+            warnings.warn(
+                f"yarn_beta_fast {parameters['beta_fast']} < yarn_beta_slow {parameters['beta_slow']}: "
+                "swapped, the inverse of YaRN. Used as written, because the checkpoint was trained so; "
+                "a new run should have 32 and 1.",
+                stacklevel=2,
+            )
+        self.rope = True
+        self.rope_parameters = parameters
+        return rest
+
+    def _refuse_what_is_not_here(self) -> None:
+        for name, supported in SUPPORTED.items():
+            if (value := getattr(self, name)) not in supported:
+                raise ValueError(f"{name} {value!r} is not supported; it must be one of {supported}")
+        if self.bias_for_layer_norm:
+            raise ValueError("bias_for_layer_norm True is not supported; RMS norms here have no bias")
+        if (rope_type := self.rope_parameters["rope_type"]) not in ROPE_TYPES:
+            raise ValueError(f"rope_parameters: rope_type {rope_type!r} is not one of {ROPE_TYPES}")
+        if self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError("rope_parameters: partial_rotary_factor is not supported; heads rotate whole")
+        if not self.rope:
+            raise ValueError("rope False is not supported: without rope or yarn the model knows no order")
+        if self.d_model % self.n_heads or self.head_dim % 2:
+            raise ValueError(f"d_model {self.d_model} must be n_heads {self.n_heads} times an even number")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.embedding_size < self.vocab_size:
+            raise ValueError(f"embedding_size {self.embedding_size} < vocab_size {self.vocab_size}")
+        for name in ("mask_token_id", "eos_token_id", "pad_token_id", "eot_token_id"):
+            token_id = getattr(self, name)
+            if token_id is not None and not 0 <= token_id < self.embedding_size:
+                raise ValueError(f"{name} {token_id} is outside the embedding's {self.embedding_size} rows")
+        if self.attention_pattern == "block_causal" and (self.attention_block_size or 0) < 1:
+            raise ValueError(
+                f"attention_pattern block_causal needs attention_block_size, got {self.attention_block_size}"
+            )
+        if self.attention_pattern == "full" and self.attention_block_size is not None:
+            raise ValueError("attention_block_size only has a meaning with attention_pattern block_causal")

@@ -1,0 +1,135 @@
+"""LM head and cross-entropy in one pass over chunks of rows; never a logits tensor for all rows at once.
+
+M rows (masked positions of a micro-batch), D model width, V head outputs.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# One chunk's float32 logits take at most about this much. Larger chunks gain nothing once the matrix
+# product hides the reading of the head (from about 210 rows on, for the 8B head on a GPU), and this is what
+# bounds peak memory.
+CHUNK_BYTES = 2**28
+MIN_CHUNK, MAX_CHUNK = 256, 2048
+
+
+def chunk_rows(vocab_size: int) -> int:
+    """Rows per chunk: about 0.25 GB of float32 logits, a multiple of 128 in 256..2048 (512 for LLaDA-8B)."""
+    fitting = CHUNK_BYTES // (4 * vocab_size) // 128 * 128
+    return max(MIN_CHUNK, min(MAX_CHUNK, fitting))
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor, *, chunk_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum of the rows' negative log-likelihoods, and those likelihoods, both in nats.
+
+        loss = sum_j weights_j * nll_j,   nll_j = logsumexp(W h_j) - (W h_j)[targets_j]
+
+    The gradients with respect to `hidden` and `head_weight` are formed together with the loss, chunk by
+    chunk, so the backward pass recomputes nothing: three matrix products in all, two where the head is
+    frozen, one under no_grad. Products run in the autocast dtype, or else in the head's; softmax, loss and
+    the sum of the head's gradient over chunks are float32. The graph can be walked once only.
+
+    Args:
+        hidden: [M, D] final hidden states of the chosen rows.
+        head_weight: [V, D].
+        targets: [M] long.
+        weights: [M] float32; a constant, no gradient flows into it.
+        chunk_size: rows per chunk; `chunk_rows(V)` if None.
+
+    Returns: loss (scalar float32) and nll ([M] float32, detached). With M = 0 the loss is 0 with zero
+    gradients, and still has a graph, so that every rank of a data-parallel group runs its backward pass.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    if not hidden.shape[0] == targets.shape[0] == weights.shape[0]:
+        raise ValueError(
+            f"rows, targets and weights must have one entry per row, got {hidden.shape[0]}, "
+            f"{targets.shape[0]} and {weights.shape[0]}"
+        )
+    device_type = hidden.device.type
+    dtype = (
+        torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else head_weight.dtype
+    )
+    chunk_size = chunk_size or chunk_rows(head_weight.shape[0])
+    differentiable = torch.is_grad_enabled()
+    if differentiable and dtype == torch.float16:
+        dtype = torch.float32  # small weights would vanish here, before any loss scaling can reach them
+    return _ChunkedCrossEntropy.apply(
+        hidden, head_weight, targets, weights.float(), dtype, chunk_size, differentiable
+    )
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden: Tensor,
+        head_weight: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        dtype: torch.dtype,
+        chunk_size: int,
+        differentiable: bool,
+    ) -> tuple[Tensor, Tensor]:
+        wants_hidden = differentiable and ctx.needs_input_grad[0]
+        wants_weight = differentiable and ctx.needs_input_grad[1]
+        nll = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(head_weight, dtype=torch.float32) if wants_weight else None
+
+        with torch.autocast(hidden.device.type, enabled=False):  # the dtypes below are chosen by hand
+            matrix = head_weight.to(dtype)
+            for start in range(0, hidden.shape[0], chunk_size):
+                chunk = slice(start, start + chunk_size)
+                rows, target = hidden[chunk].to(dtype), targets[chunk, None]
+                log_p = F.linear(rows, matrix).float()
+                log_p -= log_p.logsumexp(dim=-1, keepdim=True)
+                nll[chunk] = -log_p.gather(1, target)[:, 0]
+                if not (wants_hidden or wants_weight):
+                    continue
+                grad_logits = log_p.exp_()  # d nll / d logits = softmax - onehot
+                grad_logits.scatter_add_(1, target, grad_logits.new_full(target.shape, -1.0))
+                grad_logits = grad_logits.mul_(weights[chunk, None]).to(dtype)
+                if wants_hidden:
+                    grad_hidden[chunk] = grad_logits @ matrix
+                if wants_weight:
+                    grad_weight += grad_logits.t() @ rows
+
+        ctx.grads = (grad_hidden, grad_weight)
+        ctx.weight_dtype = head_weight.dtype
+        ctx.mark_non_differentiable(nll)
+        ctx.set_materialize_grads(False)
+        return (nll * weights).sum(), nll
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad_loss: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError("the chunked cross-entropy frees its gradients in the first backward pass")
+        # Scaled in place and dropped: for an 8B head a second copy would be 2 GB.
+        grad_hidden, grad_weight = ctx.grads
+        ctx.grads = None
+        if grad_loss is None:
+            return (None,) * 7
+        if grad_hidden is not None:
+            grad_hidden.mul_(grad_loss)
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(grad_loss).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None
+
+
+class LLaDAHead(nn.Linear):
+    """The LM head. Scoring is a call of the module too, so that the hooks of sharded training see it."""
+
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [..., V]; with `targets` the loss and nll of `chunked_cross_entropy` instead."""
+        if targets is None:
+            return super().forward(hidden)
+        return chunked_cross_entropy(hidden, self.weight, targets, weights)

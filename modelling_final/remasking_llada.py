@@ -1,0 +1,206 @@
+"""Which tokens a denoising step decides, and as what: functions of tensors, no model and no global state.
+
+A sequences that still run, R masked positions of the current block (one row of logits each), E head outputs.
+`valid` [A, R] marks the entries that are real: sequences may have different numbers of masked positions.
+
+Randomness: every uniform number is a function of (seed, record id, candidate, block, step, position), so a
+sequence draws the same ones in any batch, under any padding, and on any device.
+"""
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Which number of a position: its token, or whether it is its turn (two independent streams).
+TOKEN_DRAW, ORDER_DRAW = 0, 1
+
+
+def transfer_schedule(num_masked: int, num_steps: int) -> list[int]:
+    """How many tokens each of `num_steps` steps decides: M // S, and one more in the first M % S steps.
+
+    With S > M the last S - M entries are 0; the model has no time input, so those forwards can be left out.
+
+    Source: LLaDA generate.py, get_num_transfer_tokens.
+    """
+    base, more = divmod(num_masked, num_steps)
+    return [base + 1] * more + [base] * (num_steps - more)
+
+
+def random_key(seed: int, record_id: int, candidate: int) -> np.ndarray:
+    """The key of one candidate's stream, [2] uint64."""
+    digest = hashlib.blake2b(repr((seed, "generate", record_id, candidate)).encode(), digest_size=16).digest()
+    return np.frombuffer(digest, dtype=np.uint64)
+
+
+def uniform(keys: list[np.ndarray], *, block: int, step: int, draw: int, width: int) -> Tensor:
+    """One number in [0, 1) for every position of a block: [A, width] float64, on the CPU.
+
+    Args:
+        keys: A keys made by `random_key`.
+        draw: TOKEN_DRAW or ORDER_DRAW.
+    """
+    rows = []
+    for key in keys:
+        # word 0 of the counter runs within the draw
+        stream = np.random.Philox(key=key, counter=[0, draw, step, block])
+        rows.append(np.random.Generator(stream).random(width))
+    return torch.from_numpy(np.stack(rows))
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance: l_u + (1 + w)(l_c - l_u). Source: LLaDA generate.py; arXiv 2410.18514."""
+    return unconditional + (scale + 1) * (conditional - unconditional)
+
+
+def penalise_repetition(logits: Tensor, present: Tensor, penalty: float) -> Tensor:
+    """Makes the tokens that are already there less likely: l / penalty above 0, l * penalty below.
+
+    Args:
+        logits: [A, R, E].
+        present: [A, E] bool, the tokens to penalise.
+
+    Source: CTRL, arXiv 1909.05858, section 4.1; with the sign rule of transformers.
+    """
+    penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(present[:, None], penalised, logits)
+
+
+def choose_tokens(logits: Tensor, uniforms: Tensor | None, *, temperature: float, mask_id: int) -> Tensor:
+    """Token ids [A, R]: the most likely ones, or draws from softmax(logits / temperature) in float64.
+
+    A draw inverts the cumulative distribution at one uniform number. That is the distribution of the
+    published Gumbel-max, argmax(l / T + g), with one number for a position instead of E. The mask token is
+    never chosen.
+
+    Args:
+        logits: [A, R, E] float; left as they are.
+        uniforms: [A, R] float64 in [0, 1); None at temperature 0.
+    """
+    before = logits[..., mask_id].clone()
+    logits[..., mask_id] = -torch.inf
+    if temperature == 0:
+        tokens = logits.argmax(dim=-1)
+    else:
+        cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
+        total = cumulative[..., -1:]
+        tokens = torch.searchsorted(cumulative, uniforms[..., None] * total, right=True)
+        last = torch.searchsorted(cumulative, total)  # nothing beyond it has any probability
+        tokens = torch.minimum(tokens, last)[..., 0]
+    logits[..., mask_id] = before
+    return tokens
+
+
+def confidence(logits: Tensor, tokens: Tensor, last_ids: list[int]) -> Tensor:
+    """Probability of each chosen token, [A, R], at temperature 1; -1 for those that have to wait.
+
+    Args:
+        last_ids: tokens to decide only when nothing else is left (EOS, EoT). They count as impossible in
+            the softmax of the others, and rank below every probability.
+
+    Source: LLaDA generate.py, low_confidence and confidence_eos_eot_inf.
+    """
+    if not last_ids:
+        return logits.softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
+    logits = logits.clone()
+    logits[..., last_ids] = -torch.inf
+    chosen = logits.softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
+    waits = torch.isin(tokens, torch.tensor(last_ids, device=tokens.device))
+    return chosen.masked_fill(waits, -1.0)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of softmax(logits), [A, R], in nats."""
+    log_p = logits.log_softmax(dim=-1)
+    return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(dim=-1)
+
+
+def rank(scores: Tensor, valid: Tensor) -> Tensor:
+    """Rank of each entry among the valid ones of its row, best = 0: [A, R]. Of equal scores the first wins."""
+    order = scores.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    return order.argsort(dim=1)
+
+
+def pick_top(scores: Tensor, valid: Tensor, num_picks: int) -> Tensor:
+    """The `num_picks` best entries of each row, [A, R] bool."""
+    return valid & (rank(scores, valid) < num_picks)
+
+
+def pick_threshold(scores: Tensor, valid: Tensor, threshold: float) -> Tensor:
+    """All tokens with confidence >= threshold, at least the best one.
+
+    Source: Fast-dLLM, arXiv 2505.22618, section 3.3.
+    """
+    return valid & ((scores >= threshold) | (rank(scores, valid) == 0))
+
+
+def pick_factor(scores: Tensor, valid: Tensor, factor: float) -> Tensor:
+    """The n best tokens for the largest n with (n + 1)(1 - c_(n)) < factor, at least the best one.
+
+    With factor <= 1 the bound of theorem 1 holds: greedy parallel decoding decides as greedy sequential
+    decoding would. Source: Fast-dLLM, arXiv 2505.22618, section 3.3.
+    """
+    ranks = rank(scores, valid)
+    return valid & (((ranks + 2) * (1 - scores) < factor) | (ranks == 0))
+
+
+def pick_entropy_bounded(scores: Tensor, entropies: Tensor, valid: Tensor, bound: float) -> Tensor:
+    """The longest prefix U, best confidence first, with sum_U H - max_U H <= bound; at least the best one.
+
+    Source: EB-Sampler, arXiv 2505.24857, section 4. Sums and maxima run over positions, within a sequence.
+    """
+    order = scores.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    sorted_h = entropies.masked_fill(~valid, 0.0).gather(1, order)
+    excess = sorted_h.cumsum(dim=1) - sorted_h.cummax(dim=1).values
+    fits = (excess <= bound).cumprod(dim=1).bool()
+    fits[:, 0] = True  # the first token's excess is 0 up to rounding
+    return valid & fits.gather(1, order.argsort(dim=1))
+
+
+def pick_klass(
+    scores: Tensor, stable_steps: Tensor, valid: Tensor, *, threshold: float, num_stable: int
+) -> Tensor:
+    """Tokens with confidence >= threshold whose distribution stayed put for `num_stable` steps, or the best.
+
+    Args:
+        stable_steps: [A, R], for how many steps in a row KL(p^t || p^(t-1)) was below epsilon.
+
+    Source: KLASS, arXiv 2511.05664.
+    """
+    ready = valid & (scores >= threshold) & (stable_steps >= num_stable)
+    best = rank(scores, valid) == 0
+    return torch.where(ready.any(dim=1, keepdim=True), ready, best & valid)
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) over the last dimension, in nats; infinite where q is not a distribution (all -inf)."""
+    terms = log_p.exp() * (log_p - log_q)
+    return terms.masked_fill(log_p == -torch.inf, 0.0).sum(dim=-1)
+
+
+def remdm_sigma(rule: str, eta: float, step: int, num_steps: int, waits: Tensor) -> Tensor:
+    """sigma [A, W]: probability that a decided token becomes a mask again in step `step` of `num_steps`.
+
+    With alpha_t = 1 - t at t = 1 - step / num_steps and s one step later:
+    sigma_max = min(1, (1 - alpha_s) / alpha_t), which is 0 in the last step;
+    cap: min(eta, sigma_max); rescale: eta * sigma_max; conf: softmax(-psi) * sigma_max.
+
+    Args:
+        waits: [A, W], psi, the confidence each token had when it was decided; inf where it is a mask.
+
+    Source: ReMDM, arXiv 2503.00307, section 4.
+    """
+    alpha_t, alpha_s = step / num_steps, (step + 1) / num_steps
+    sigma_max = 1.0 if step == 0 else min(1.0, (1 - alpha_s) / alpha_t)
+    if rule == "conf":
+        share = (-waits).softmax(dim=1)
+        return sigma_max * share.nan_to_num(0.0)  # a block that is all masks has no token to lose
+    sigma = min(eta, sigma_max) if rule == "cap" else eta * sigma_max
+    return torch.full_like(waits, sigma)
+
+
+def remdm_unmask_probability(sigma: Tensor, step: int, num_steps: int) -> Tensor:
+    """(alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), what a mask becomes a token with. ReMDM, eq. 5."""
+    alpha_t, alpha_s = step / num_steps, (step + 1) / num_steps
+    return (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
