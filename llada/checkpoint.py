@@ -13,10 +13,12 @@ import shutil
 import signal
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
@@ -29,37 +31,74 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
-def save_state(
-    output_dir: Path,
-    run: Run,
-    *,
-    step: int,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    meta: Mapping[str, Any],
-    keep: int,
-) -> None:
-    """Saves the state after `step` steps and makes it the latest; then removes all but the newest `keep`.
+class Saver:
+    """Saves states in the background: training goes on while the files are written.
 
-    Args:
-        meta: what a resume must agree with (see `check_meta`); stored as JSON.
+    A save takes a copy of the state at once, and its files become a checkpoint (rename, `latest`, retention)
+    when all
+    ranks have written theirs, at a step boundary where all ranks agree on it. One save is under way at a
+    time.
     """
-    folder, partial = output_dir / f"step-{step}", output_dir / f"step-{step}.tmp"
-    if run.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier()
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
-    barrier()
-    if run.is_main:
-        (partial / "meta.json").write_text(json.dumps({"step": step, **meta}, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-        write_atomically(output_dir / "latest", folder.name)
-        for old in _saved_steps(output_dir)[:-keep]:
-            shutil.rmtree(output_dir / f"step-{old}")
-    barrier()
+
+    def __init__(self, output_dir: Path, run: Run, *, keep: int) -> None:
+        self._output_dir, self._run, self._keep = output_dir, run, keep
+        # Its own group: on the default one, the saver's collectives would mix with those of training, and
+        # abort.
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._pending: tuple[int, Mapping[str, Any], Future] | None = None
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank has a save under way whose files are all written."""
+        return self._pending is not None and self._pending[2].done()
+
+    def start(
+        self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, meta: Mapping[str, Any]
+    ) -> None:
+        """Begins to save the state after `step` steps, when the save before it is complete.
+
+        Args:
+            meta: what a resume must agree with (see `check_meta`), and results so far; stored as JSON.
+        """
+        self.finish()
+        partial = self._output_dir / f"step-{step}.tmp"
+        if self._run.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        barrier()
+        model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
+        state = {"model": model_state, "optimizer": optimizer_state}
+        future = dcp.async_save(state, checkpoint_id=partial, process_group=self._group)
+        self._pending = (step, meta, future)
+
+    def finish(self) -> None:
+        """Waits for the save under way, if there is one, and makes it the latest checkpoint.
+
+        Raises:
+            OSError: it could not be written (a full disk, for example); earlier checkpoints are untouched.
+        """
+        if self._pending is None:
+            return
+        step, meta, future = self._pending
+        self._pending = None
+        folder, partial = self._output_dir / f"step-{step}", self._output_dir / f"step-{step}.tmp"
+        try:
+            future.result()
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0][:300]
+            raise OSError(
+                f"{partial}: the training state could not be saved ({reason}); is the disk full? "
+                f"The last complete checkpoint is the one that {self._output_dir / 'latest'} names"
+            ) from error
+        barrier()
+        if self._run.is_main:
+            (partial / "meta.json").write_text(json.dumps({"step": step, **meta}, indent=1))
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(partial, folder)
+            write_atomically(self._output_dir / "latest", folder.name)
+            for old in _saved_steps(self._output_dir)[: -self._keep]:
+                shutil.rmtree(self._output_dir / f"step-{old}")
+        barrier()
 
 
 def load_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:

@@ -134,11 +134,10 @@ def fit(
     state = _Progress(results=results, seconds=results.get("seconds", 0.0))
     trainer = _Trainer(model, optimizer, config, run, loss)
 
+    saver = checkpoint.Saver(output_dir, run, keep=config.save_total_limit)
+
     def save(step: int) -> None:
-        checkpoint.save_state(
-            output_dir, run, step=step, model=model, optimizer=optimizer, keep=config.save_total_limit,
-            meta=meta | {"results": state.as_results(step)},
-        )  # fmt: skip
+        saver.start(step, model, optimizer, meta | {"results": state.as_results(step)})
 
     def validate_at(step: int) -> None:
         if validate is None:
@@ -156,11 +155,19 @@ def fit(
             stream, first_step, config.max_steps, prefetch and config.num_workers > 0
         ):
             started = time.perf_counter()
-            count, tokens, stop = sum_over_ranks(
-                [sum(batch.count for batch in batches), sum(b.num_tokens for b in batches), signal.received]
+            count, tokens, stop, written = sum_over_ranks(
+                [
+                    sum(batch.count for batch in batches),
+                    sum(batch.num_tokens for batch in batches),
+                    signal.received,
+                    saver.is_written,
+                ]
             )
+            if written == run.world_size:
+                saver.finish()
             if stop:
                 save(step)
+                saver.finish()
                 metrics.close()
                 if run.is_main:
                     (output_dir / "PREEMPTED").touch()
@@ -180,6 +187,7 @@ def fit(
         if first_step < config.max_steps:
             validate_at(config.max_steps)
             save(config.max_steps)
+            saver.finish()
     metrics.close()
     if run.is_main:
         save_model(model, tokenizer, output_dir / "final")
