@@ -293,6 +293,8 @@ def _tokenize(
             shard_size=shard_size,
             num_proc=num_proc,
             overwrite=overwrite,
-            on_shard=lambda counts: bar.set_postfix(records=counts["records"], tokens=counts["tokens"]),
+            on_shard=lambda counts: bar.set_postfix(
+                records=counts["records"], tokens=counts["tokens"], refresh=False
+            ),
             summarise=summarise,
         )

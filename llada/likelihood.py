@@ -4,8 +4,8 @@ Three quantities, all in nats and all sums over the tokens of the answer:
 
     elbo    the any-order bound of llada/mask_plan.py; exact for short answers, else an estimate with an error
     l2r     sum_i log p(y_i | x, y_<i, the rest masked): the exact likelihood of left-to-right sampling
-    policy  sum_t log p(y_pi(t) | x, y_pi(<t)): revealed in the order of the model's own confidence (DUEL), the
-            exact likelihood under low-confidence remasking, one token a step
+    policy  sum_t log p(y_pi(t) | x, y_pi(<t)): revealed in the order of the model's own confidence (DUEL),
+            the exact likelihood under low-confidence remasking, one token a step
 
 Evaluation, DPO, KTO and GRPO draw their masks from llada.masking.generator: the same key, the same masks.
 
@@ -157,6 +157,14 @@ def iter_scores(
                     row[mask] = next(log_probs)
                 value, standard_error = estimate(plan, values)
                 yield index, Score(value, standard_error, len(plan.masks))
+
+
+def is_greedy(
+    model: LLaDAModelLM, requests: Sequence[Request], *, batch_size: int = 32, cfg_scale: float = 0.0
+) -> list[bool]:
+    """What `iter_greedy` finds for each request, in their order."""
+    found = dict(iter_greedy(model, requests, batch_size=batch_size, cfg_scale=cfg_scale))
+    return [found[index] for index in range(len(requests))]
 
 
 def iter_greedy(

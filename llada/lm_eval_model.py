@@ -1,7 +1,8 @@
 """`llada_dist`: a LLaDA checkpoint as a model of lm_eval; eval/eval_llada.py is its command line.
 
-Importing this file registers the name with lm_eval. Requests are sharded over the ranks by lm_eval itself; a request's
-masks and samples are keyed by what it asks, so the number of ranks and the batch size change nothing but rounding.
+Importing this file registers the name with lm_eval. Requests are sharded over the ranks by lm_eval itself; a
+request's masks and samples are keyed by what it asks, so the number of ranks and the batch size change
+nothing but rounding.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ from llada.mask_plan import ESTIMATORS, EXACT_TOKENS
 from llada.model import load_model, load_tokenizer, resolve_checkpoint, special_ids
 from llada.request_log import RequestLog
 from llada.runtime import start_run
+from modelling_final import LLaDAGenerationConfig
 
 T = TypeVar("T")
 log = logging.getLogger("lm_eval.llada")
@@ -36,6 +38,14 @@ THINK_END = "</think>"
 ANSWER_AT_ONCE = "<think>\n\n</think>\n\n"
 # A rank may finish hours before the slowest one; the default timeout of a process group is half an hour.
 PATIENCE = timedelta(days=7)
+# Arguments that do not change a result: a run may continue with others.
+# Arguments that go to the sampler under their own names; the others depend on the task.
+SAMPLER_ARGS = (
+    *("method", "remasking", "logits_eos_inf", "confidence_eos_eot_inf", "early_stop", "repetition_penalty"),
+    *("parallel_decoding", "threshold", "factor", "entropy_bound", "klass_kl", "klass_steps"),
+    *("cache", "cache_refresh_interval", "remdm", "remdm_eta"),
+)
+NO_EFFECT = ("batch_size", "generate_batch_size", "device", "record_dir", "mask_id")
 
 
 @dataclass
@@ -80,11 +90,23 @@ class ModelArgs:
     generate_batch_size: int | None = flag(
         None, help="Prompts generated together; default batch_size, else 8."
     )
+    method: str = flag("semi_autoregressive_padding", help="As in LLaDAGenerationConfig, like all that follow.")
+    parallel_decoding: str = flag("none", help="none, or approximate: threshold, factor, entropy, klass.")
+    threshold: float = flag(0.9, help="Confidence that threshold and klass ask for.")
+    factor: float = flag(1.0, help="Bound of the factor rule.")
+    entropy_bound: float = flag(0.1, help="Bound of the entropy rule, in nats.")
+    klass_kl: float = flag(0.01, help="Bound of the klass rule, in nats.")
+    klass_steps: int = flag(2, help="Steps for which the klass rule asks stability.")
+    cache: str = flag("none", help="none, or approximate: prefix, dual.")
+    cache_refresh_interval: int = flag(0, help="Steps between recomputations of the cache; 0: once a block.")
+    remdm: str = flag("none", help="none, or approximate: cap, rescale, conf.")
+    remdm_eta: float = flag(0.04, help="Strength of ReMDM remasking.")
     use_thinking: bool = flag(True, help="False: the answer starts with an empty <think></think>.")
 
 
 def parse_model_args(values: dict[str, Any]) -> ModelArgs:
-    """The checked model arguments; as `llada.config.parse`, so an unknown name is answered with the nearest one.
+    """The checked model arguments; as `llada.config.parse`, so an unknown name is answered with the nearest
+    one.
 
     Raises:
         ValueError: load_lora without an adapter.
@@ -129,20 +151,14 @@ class LLaDADist(TemplateLM):
         self.ids = special_ids(self.model.config, self.tokenizer)
         if args.mask_id is not None and args.mask_id != self.ids.mask:
             raise ValueError(
-                f"--model_args mask_id={args.mask_id}: the mask token of {args.model_path} is {self.ids.mask}; "
-                "leave mask_id out, it is read from the model"
+                f"--model_args mask_id={args.mask_id}: {args.model_path} has mask_id={self.ids.mask}; "
+                "leave it out, it is read from the model"
             )
         self.max_length = args.max_length or self.model.config.max_sequence_length
         self.batch_size = args.batch_size or 32
         self.num_truncated = 0
-        free = {
-            "batch_size",
-            "generate_batch_size",
-            "device",
-            "record_dir",
-            "mask_id",
-        }  # do not change results
-        settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
+        self._warned: set[str] = set()
+        settings = {k: value for k, value in dataclasses.asdict(args).items() if k not in NO_EFFECT}
         settings["files"] = _fingerprint(resolve_checkpoint(args.model_path))
         if args.adapter_path:
             settings["adapter_files"] = _fingerprint(resolve_checkpoint(args.adapter_path))
@@ -171,7 +187,8 @@ class LLaDADist(TemplateLM):
         """As `create_from_arg_obj`, from "name=value,name=value"."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
-    # --- between ranks ------------------------------------------------------------------------------------------
+    # --- between ranks
+    # ------------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
@@ -199,7 +216,8 @@ class LLaDADist(TemplateLM):
         if self._group is not None:
             dist.barrier(group=self._group)
 
-    # --- text and tokens ----------------------------------------------------------------------------------------
+    # --- text and tokens
+    # ----------------------------------------------------------------------------------------
 
     @property
     def eot_token_id(self) -> int:
@@ -246,6 +264,11 @@ class LLaDADist(TemplateLM):
             return list(context[len(context) - room :])
         return list(context)
 
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            log.warning(message)
+        self._warned.add(message)
+
     def _report_truncated(self) -> None:
         if self.num_truncated:
             log.warning(
@@ -256,7 +279,8 @@ class LLaDADist(TemplateLM):
             )
         self.num_truncated = 0
 
-    # --- likelihoods --------------------------------------------------------------------------------------------
+    # --- likelihoods
+    # --------------------------------------------------------------------------------------------
 
     def _loglikelihood_tokens(
         self,
@@ -305,7 +329,10 @@ class LLaDADist(TemplateLM):
         return sorted(index for key, index in first.items() if self.log.get(key) is None)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of whole texts: disjoint windows of max_length, each scored given the one before it."""
+        """The log-likelihood of whole texts, in disjoint windows that follow each other.
+
+        A window is max_length - 1 tokens after one token of context, as in lm_eval's own models.
+        """
         pieces, owners = [], []
         for owner, (text,) in enumerate(request.args for request in requests):
             windows = get_rolling_token_windows(
@@ -322,10 +349,11 @@ class LLaDADist(TemplateLM):
             totals[owner] += value
         return totals
 
-    # --- generation ---------------------------------------------------------------------------------------------
+    # --- generation
+    # ---------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The answers, each cut at EOS or EoT and then at its first `until` string; raw texts go to the request log."""
+        """The answers, each cut at EOS or EoT and then at its first `until` string."""
         seen: Counter[str] = Counter()
         keys, todo = [], {}
         for request in requests:
@@ -349,7 +377,7 @@ class LLaDADist(TemplateLM):
         args = self.args
         known = {"until", "do_sample", "temperature", "max_gen_toks"}
         if ignored := sorted(set(task_kwargs) - known):
-            _warn_once(f"the task's generation_kwargs {', '.join(ignored)} mean nothing to this sampler")
+            self._warn_once(f"the task's generation_kwargs {', '.join(ignored)} mean nothing to this sampler")
         until = task_kwargs.get("until") or []
         gen_length = args.gen_length or int(task_kwargs.get("max_gen_toks", 256))
         temperature = args.temperature
@@ -364,6 +392,13 @@ class LLaDADist(TemplateLM):
             "block_length": args.block_length or gen_length,
             "temperature": float(temperature),
         }
+
+    def _sampler(self, settings: dict[str, Any]) -> LLaDAGenerationConfig:
+        """The sampler of requests with these settings. ValueError for settings that exclude each other."""
+        args = dataclasses.asdict(self.args)
+        own = {name: args[name] for name in SAMPLER_ARGS}
+        asked = {name: value for name, value in settings.items() if name != "until"}
+        return LLaDAGenerationConfig(**own, **asked, cfg_scale=self.args.cfg, seed=self.args.seed)
 
     def _generation_batches(
         self, todo: dict[str, tuple[str, dict[str, Any], int]]
@@ -384,30 +419,16 @@ class LLaDADist(TemplateLM):
         self, batch: list[tuple[str, list[int], str, dict[str, Any]]]
     ) -> Iterator[tuple[str, str, dict[str, Any]]]:
         """(key, answer, what the record keeps of it) of each prompt of a batch."""
-        settings, args = batch[0][3], self.args
-        width = max(len(prompt) for _, prompt, _, _ in batch)
-        input_ids = torch.full((len(batch), width), self.ids.pad, dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, (_, prompt, _, _) in enumerate(batch):
-            input_ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
-            attention_mask[row, width - len(prompt) :] = 1
+        settings = batch[0][3]
         output = self.model.generate(
-            input_ids.to(self.model.device),
-            attention_mask=attention_mask.to(self.model.device),
-            gen_length=settings["gen_length"],
-            steps=settings["steps"],
-            block_length=settings["block_length"],
-            temperature=settings["temperature"],
-            remasking=args.remasking,
-            cfg_scale=args.cfg,
-            repetition_penalty=args.repetition_penalty,
-            logits_eos_inf=args.logits_eos_inf,
-            confidence_eos_eot_inf=args.confidence_eos_eot_inf,
-            early_stop=args.early_stop,
+            [prompt for _, prompt, _, _ in batch],
+            generation_config=self._sampler(settings),
+            # the key names the request, so its draws are the same in any batch and on any rank
+            record_ids=[int(key[:15], 16) for key, *_ in batch],
         )
+        answers = output.sequences[:, -settings["gen_length"] :].tolist()
         ends = {self.ids.eos, self.ids.eot}
-        for (key, _, context, wanted), sequence in zip(batch, output.sequences.tolist(), strict=True):
-            token_ids = sequence[width:]
+        for (key, _, context, wanted), token_ids in zip(batch, answers, strict=True):
             end = next((i for i, token in enumerate(token_ids) if token in ends), len(token_ids))
             text = self.tokenizer.decode(token_ids[:end], skip_special_tokens=True)
             raw = self.tokenizer.decode(token_ids)

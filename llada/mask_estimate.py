@@ -1,19 +1,21 @@
-"""From the token log-probabilities under a plan's masks to one log-likelihood and its standard error, in nats.
+"""From the token log-probabilities under a plan's masks to one log-likelihood and its standard error, in
+nats.
 
-`stratified` plans are read with control variates. How well a token is predicted depends, above all, on which token it
-is, on how many tokens are masked, and on whether its near neighbours are. A small regression of log p_i on those
-features has an expectation under the design that is known exactly, so only what it leaves unexplained is left to chance:
+`stratified` plans are read with control variates. How well a token is predicted depends, above all, on which
+token it is, on how many tokens are masked, and on whether its near neighbours are. A small regression of log
+p_i on those features has an expectation under the design that is known exactly, so only what it leaves
+unexplained is left to chance:
 
     B  =  expectation of the fit  +  sum_n w_n sum_{i in M_n} (log p_i - fit_i(M_n))
 
-The fit of token i is phi . (shared + own_i), own_i shrunk towards 0, phi = (1, l/T, is i-1 masked, ...), each feature
-centred for its mask size. Fitted on the masks it corrects, the estimate has a bias of order 1/N, a small part of its
-standard error. Measured against the published estimator: docs/evaluation.md.
+The fit of token i is phi . (shared + own_i), own_i shrunk towards 0, phi = (1, l/T, is i-1 masked, ...),
+each feature centred for its mask size. Fitted on the masks it corrects, the estimate has a bias of order
+1/N, a small part of its standard error. Measured against the published estimator: docs/evaluation.md.
 
 Shapes: N masks, T answer tokens, F features, P = sum of |M_n| observations (a masked token under a mask).
 
-Source: regression estimators of survey sampling (Cochran, Sampling Techniques, ch. 7); HC2 residuals for the error
-(MacKinnon and White 1985).
+Source: regression estimators of survey sampling (Cochran, Sampling Techniques, ch. 7); HC2 residuals for the
+error (MacKinnon and White 1985).
 """
 
 import math
@@ -25,6 +27,7 @@ from llada.mask_plan import MaskPlan
 # Neighbours by offset; a feature is whether all of them are masked.
 NEIGHBOURS = ((-1,), (1,), (-2,), (2,), (-1, 1), (-2, -1), (1, 2))
 SHRINKAGE = 1.0  # of the tokens' own coefficients: one observation's worth
+SMALL_SAMPLE = 5  # draws spent on the fit, by which the error of few masks would be too small; measured
 MIN_DRAWS = 8  # fewer masks cannot carry a regression
 
 
@@ -82,9 +85,10 @@ def _features(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _regression_estimate(plan: MaskPlan, log_probs: np.ndarray) -> tuple[float, float]:
     """Weighted ridge regression, solved token by token: F x F systems only, so long answers stay cheap.
 
-    With G_t = sum of q phi phi^T over token t's observations (q the draw's relative weight) and D_t = (G_t + s)^-1, the
-    shared coefficients solve sum_t s D_t G_t b = sum_t s D_t c_t, and token t's own are D_t (c_t - G_t b). The hat
-    matrix is q (u_i C u_j + [i = j] phi_i D_i phi_i) with u = s D phi and C the inverse of the shared system.
+    With G_t = sum of q phi phi^T over token t's observations (q the draw's relative weight) and D_t = (G_t +
+    s)^-1, the shared coefficients solve sum_t s D_t G_t b = sum_t s D_t c_t, and token t's own are D_t (c_t
+    - G_t b). The hat matrix is q (u_i C u_j + [i = j] phi_i D_i phi_i) with u = s D phi and C the inverse of
+    the shared system.
     """
     draw, token, phi = _features(plan.masks)
     num_draws, num_tokens = plan.masks.shape
@@ -108,7 +112,8 @@ def _regression_estimate(plan: MaskPlan, log_probs: np.ndarray) -> tuple[float, 
     leverage = relative * np.einsum("pf,pfg,pg->p", phi, inverse[token], phi)
     variance = 0.0
     for n in range(num_draws):
-        # the residuals of draw n had it been left out of the fit: (1 - H) r = residual, by Woodbury's identity
+        # the residuals of draw n had it been left out of the fit: (1 - H) r = residual, by Woodbury's
+        # identity
         rows = draw == n
         scale = 1.0 / (1.0 - leverage[rows])
         scaled = scale[:, None] * u[rows]
@@ -116,4 +121,4 @@ def _regression_estimate(plan: MaskPlan, log_probs: np.ndarray) -> tuple[float, 
         core = np.linalg.inv(np.linalg.inv(q * shared_inverse) - u[rows].T @ scaled)
         left_out = scale * residual[rows] + scaled @ (core @ (scaled.T @ residual[rows]))
         variance += max(0.0, error[n] * plan.weights[n] * left_out.sum())
-    return value, math.sqrt(variance)
+    return value, math.sqrt(variance * num_draws / (num_draws - SMALL_SAMPLE))

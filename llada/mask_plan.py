@@ -4,8 +4,8 @@ The quantity is the any-order evidence lower bound of an answer y of T tokens af
 
     B(y | x) = sum_{l=1..T} E_{|M|=l} (1/l) sum_{i in M} log p(y_i | x, y_notM)          (l-form)
 
-A plan is N masks M_n with weights w_n; sum_n w_n sum_{i in M_n} log p(y_i | x, y_notM_n) estimates B without bias
-(the `reference` plan excepted, which reproduces a published bias on purpose).
+A plan is N masks M_n with weights w_n; sum_n w_n sum_{i in M_n} log p(y_i | x, y_notM_n) estimates B without
+bias (the `reference` plan excepted, which reproduces a published bias on purpose).
 
 Shapes: N masks (one forward each), T answer tokens, S strata (mask sizes l).
 
@@ -53,11 +53,11 @@ def plan_masks(
         num_samples: N, the number of masks. Enumeration decides N itself; it is used by `stratified` when
             T <= exact_tokens or when all 2^T - 1 masks fit in `num_samples`.
         estimator: `stratified` spreads the mask sizes evenly and lets each token be masked equally often;
-            `iid` draws every size and mask on its own (VRPO, ELBO-KTO); `complementary` draws pairs M, not M (ESPO);
-            `reference` is LLaDA's published get_log_likelihood, whose sizes are biased.
+            `iid` draws every size and mask on its own (VRPO, ELBO-KTO); `complementary` draws pairs M, not M
+            (ESPO); `reference` is LLaDA's published get_log_likelihood, whose sizes are biased.
         exact_tokens: longest answer whose masks are always enumerated; 0 to enumerate only what fits.
-        size_law: `uniform`, or `inv_sqrt`: sizes drawn with probability proportional to l^-1/2, which lowers the
-            variance of gradients; for `iid` only.
+        size_law: `uniform`, or `inv_sqrt`: sizes drawn with probability proportional to l^-1/2, which lowers
+            the variance of gradients; for `iid` only.
         reference_batch: the published code's batch size, on which its bias depends.
 
     Raises:
@@ -96,10 +96,12 @@ def _random_masks(sizes: np.ndarray, num_tokens: int, random: np.random.Generato
 
 
 def _stratified(num_tokens: int, num_samples: int, random: np.random.Generator) -> MaskPlan:
-    """One size from each of N equal slices of 1..T, each with weight T / (N l); masks share the tokens evenly.
+    """One size from each of N equal slices of 1..T, each with weight T / (N l); masks share the tokens
+    evenly.
 
-    The masks, smallest first, are cut from one endless sequence of shuffled tokens, so neighbours in size never
-    concentrate on the same tokens. Each mask alone is uniform among those of its size, so the estimate is unbiased.
+    The masks, smallest first, are cut from one endless sequence of shuffled tokens, so neighbours in size
+    never concentrate on the same tokens. Each mask alone is uniform among those of its size, so the estimate
+    is unbiased.
     """
     slices = (np.arange(num_samples) + random.random(num_samples)) / num_samples
     sizes = np.minimum((slices * num_tokens).astype(np.int64), num_tokens - 1) + 1
@@ -140,9 +142,11 @@ def _complementary(num_tokens: int, num_samples: int, random: np.random.Generato
 
 
 def _reference(num_tokens: int, num_samples: int, random: np.random.Generator, batch: int) -> MaskPlan:
-    """LLaDA's get_log_likelihood: rounds of `batch` sizes, round(linspace(k, k + (b-1) T/b)) wrapped into 1..T.
+    """LLaDA's get_log_likelihood: rounds of `batch` sizes, round(linspace(k, k + (b-1) T/b)) wrapped into
+    1..T.
 
-    The rounding is half to even and k is an integer, so the sizes are not uniform unless T is 1 or a multiple of b.
+    The rounding is half to even and k is an integer, so the sizes are not uniform unless T is 1 or a
+    multiple of b.
 
     Source: ML-GSAI/LLaDA get_log_likelihood.py, forward_process.
     """

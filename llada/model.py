@@ -131,13 +131,14 @@ def load_tokenizer(path: str, *, chat: bool = False) -> PreTrainedTokenizerBase:
     if tokenizer.mask_token is None and Path(path, "config.json").is_file():
         # Published tokenizers leave mask_token unset; the model's config knows the id.
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(load_config(path).mask_token_id)
-    if chat and tokenizer.chat_template is None:
+    if chat:
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = CHAT_TEMPLATE
         wanted = [SPECIAL_TOKENS[role] for role in ("start_header", "end_header", "eot")]
         missing = [token for token in wanted if token not in tokenizer.get_vocab()]
-        tokenizer.add_special_tokens(
-            {"additional_special_tokens": missing}, replace_extra_special_tokens=False
-        )
-        tokenizer.chat_template = CHAT_TEMPLATE
+        if missing and SPECIAL_TOKENS["start_header"] in tokenizer.chat_template:
+            added = {"additional_special_tokens": missing}
+            tokenizer.add_special_tokens(added, replace_extra_special_tokens=False)
     return tokenizer
 
 
@@ -251,7 +252,7 @@ def new_model(
 
 
 def attach_lora(
-    model: LLaDAModelLM, *, rank: int, alpha: float, dropout: float, target_modules: list[str]
+    model: LLaDAModelLM, *, rank: int, alpha: float, dropout: float, target_modules: list[str], seed: int
 ) -> PeftModel:
     """The model with trainable LoRA adapters on linear layers of its blocks, never on the LM head.
 
@@ -261,6 +262,7 @@ def attach_lora(
 
     Args:
         target_modules: names of `LINEAR_LAYERS` (LLaDA's or Llama's spelling), or ["all-linear"].
+        seed: of the initial A matrices (B starts at zero), so that all ranks have the same.
     """
     by_spelling = {spelling: ours for ours, llama in LINEAR_LAYERS.items() for spelling in (ours, llama)}
     unknown = [name for name in target_modules if name != "all-linear" and name not in by_spelling]
@@ -277,7 +279,9 @@ def attach_lora(
         target_modules=rf".*\bblocks\.\d+\.({'|'.join(map(re.escape, names))})",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
 
 
 def save_model(

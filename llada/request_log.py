@@ -1,4 +1,4 @@
-"""Finished requests of a long job, on disk as they finish, so that a killed run continues where it stopped."""
+"""Finished requests of a long job, on disk as they finish, so that a killed run can continue."""
 
 import hashlib
 import json

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -189,6 +190,13 @@ def _start_worker(encode: Encoder) -> None:
     global _encode_here
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker
     _encode_here = encode
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when its parent is killed: it would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _write_shard_in_worker(folder: Path, index: int, batch: list[Item]) -> Counter:

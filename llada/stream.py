@@ -217,10 +217,17 @@ class MaskedStream:
         num_records = min(limit or len(self.lengths), len(self.lengths))
         strata = permutation(self.seed, -1, num_records)
         mine = range(self.run.rank, num_records, self.run.world_size)
-        for start in range(0, len(mine), self.micro_batch_size):
+        most = -(-num_records // self.run.world_size)  # records of rank 0; sharded models forward in step
+        for start in range(0, most, self.micro_batch_size):
             ids = mine[start : start + self.micro_batch_size]
             items = [self._fixed_noise(i, int(strata[i]), num_records) for i in ids]
-            yield collate(items, mask_id=self.mask_id, pad_id=self.pad_id)
+            yield collate(items or [self._nothing()], mask_id=self.mask_id, pad_id=self.pad_id)
+
+    def _nothing(self) -> _Noised:
+        """A record that counts for nothing, for a rank that has run out of records."""
+        example = self.example_of(0, 0, int(self.lengths[0]))
+        example.count = 0.0
+        return _Noised(example, np.zeros_like(example.maskable), 0.0, 0)
 
     def _fixed_noise(self, record_id: int, stratum: int, num_records: int) -> _Noised:
         example = self.example_of(record_id, 0, int(self.lengths[record_id]))

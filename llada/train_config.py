@@ -68,6 +68,12 @@ class TrainConfig:
         help="Recompute blocks in the backward: less memory, more time.",
         aliases=["activation_checkpointing"],
     )
+    shard: str = flag(
+        "none",
+        help="Replicate the model on all ranks, shard it over all (FSDP2), or within each node (HSDP).",
+        choices=["none", "full", "hybrid"],
+    )
+    cpu_offload: bool = flag(False, help="With --shard: keep the shards in CPU memory between uses.")
     attn_implementation: str | None = flag(None, help="transformers' attention kernel; default sdpa.")
     use_lora: bool = flag(False, help="Train LoRA adapters instead of all weights.")
     lora_r: int = flag(128, help="LoRA rank.", aliases=["lora_rank"])

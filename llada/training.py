@@ -12,19 +12,18 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
 from llada import checkpoint
 from llada.config import write_yaml
 from llada.model import attach_lora, load_model, save_model
 from llada.runtime import Metrics, Run, autocast, sum_over_ranks
+from llada.sharding import full_state_dict, gradient_sync, parallelize, whole
 from llada.train_config import RESUME_MUST_AGREE, TrainConfig, learning_rate
 
 
@@ -80,6 +79,7 @@ def prepare_trainable(model: torch.nn.Module, config: TrainConfig) -> torch.nn.M
             alpha=config.lora_alpha,
             dropout=config.lora_dropout,
             target_modules=config.lora_target_modules,
+            seed=config.seed,
         )
     if config.gradient_checkpointing:
         # Non-reentrant, so that it also works when the embedding is frozen.
@@ -118,7 +118,7 @@ def fit(
     if run.is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "PREEMPTED").unlink(missing_ok=True)
-    model.to(run.device)
+    parallel = parallelize(model, run, shard=config.shard, dtype=config.dtype, cpu_offload=config.cpu_offload)
     optimizer = make_optimizer(model, config)
     meta = {name: getattr(config, name) for name in RESUME_MUST_AGREE} | fingerprint
     first_step, results = 0, {}
@@ -132,7 +132,7 @@ def fit(
     metrics = Metrics(run, output_dir, report_to=config.report_to, config=dataclasses.asdict(config),
                       total_steps=config.max_steps, first_step=first_step)  # fmt: skip
     state = _Progress(results=results, seconds=results.get("seconds", 0.0))
-    trainer = _Trainer(model, optimizer, config, run, loss)
+    trainer = _Trainer(parallel, optimizer, config, run, loss)
 
     saver = checkpoint.Saver(output_dir, run, keep=config.save_total_limit)
 
@@ -145,8 +145,13 @@ def fit(
         value = validate(model)
         state.note_validation(value)
         metrics.log(step, {"eval_loss": value})
-        if config.save_best and run.is_main and value <= state.results["best_eval_loss"]:
-            save_model(model, tokenizer, output_dir / "best")
+        if config.save_best and value <= state.results["best_eval_loss"]:
+            export(output_dir / "best")
+
+    def export(folder: Path) -> None:
+        weights = full_state_dict(model)
+        if run.is_main:
+            save_model(model, tokenizer, folder, state_dict=weights)
 
     with checkpoint.StopSignal() as signal:
         if first_step == 0:
@@ -189,8 +194,8 @@ def fit(
             save(config.max_steps)
             saver.finish()
     metrics.close()
+    export(output_dir / "final")
     if run.is_main:
-        save_model(model, tokenizer, output_dir / "final")
         text = json.dumps(state.as_results(config.max_steps), indent=1)
         checkpoint.write_atomically(output_dir / "results.json", text)
         (output_dir / "DONE").touch()
@@ -209,7 +214,9 @@ class _Trainer:
     ) -> None:
         self._config, self._run, self._loss, self._optimizer = config, run, loss, optimizer
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._model = DistributedDataParallel(model) if run.world_size > 1 else model
+        self._model = model
+        # Sharded weights are gathered in the right precision already.
+        self._dtype = config.dtype if config.shard == "none" else "float32"
 
     def step(self, step: int, batches: list[Batch], count: float) -> dict[str, float]:
         """Forward, backward and update for one global batch whose counts sum to `count` over all ranks."""
@@ -218,30 +225,25 @@ class _Trainer:
             group["lr"] = rate
         loss_sum = 0.0
         for i, batch in enumerate(batches):
-            with self._no_sync(i < len(batches) - 1), autocast(self._run.device, self._config.dtype):
-                loss = self._loss(self._model, batch.to(self._run.device), count)
-            with self._no_sync(i < len(batches) - 1):
-                # DDP averages over ranks; the loss is already divided by the global count, so undo it.
+            with gradient_sync(self._model, last=i == len(batches) - 1):
+                with autocast(self._run.device, self._dtype):
+                    loss = self._loss(self._model, batch.to(self._run.device), count)
+                # Gradients are averaged over ranks; the loss is already divided by the global count.
                 (loss * self._run.world_size).backward()
             loss_sum += loss.detach()
         max_norm = self._config.max_grad_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, max_norm)
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(self._parameters, max_norm))
         (loss_value,) = sum_over_ranks([float(loss_sum)])
-        if not (math.isfinite(loss_value) and math.isfinite(float(grad_norm))):
+        if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
             records = [record for batch in batches for record in batch.record_ids]
             raise FloatingPointError(
-                f"step {step}: loss {loss_value}, gradient norm {float(grad_norm)}; records of rank "
+                f"step {step}: loss {loss_value}, gradient norm {grad_norm}; records of rank "
                 f"{self._run.rank}: {records}. Nothing was updated; lower --learning_rate or look at the "
                 f"records"
             )
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return {"loss": loss_value, "grad_norm": float(grad_norm), "learning_rate": rate}
-
-    def _no_sync(self, more_to_come: bool):
-        if more_to_come and isinstance(self._model, DistributedDataParallel):
-            return self._model.no_sync()
-        return nullcontext()
+        return {"loss": loss_value, "grad_norm": grad_norm, "learning_rate": rate}
 
 
 @dataclass

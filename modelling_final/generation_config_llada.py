@@ -3,7 +3,7 @@
 import difflib
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 # Setting -> default. The first group keeps the tokens of the published sampler; the second does not.
 EXACT = {
@@ -83,7 +83,9 @@ class LLaDAGenerationConfig(GenerationConfig):
         if length is not None and kwargs.get("gen_length") in (None, length):
             kwargs["gen_length"] = length
         elif length is not None:
-            raise ValueError(f"max_new_tokens {length} and gen_length {kwargs['gen_length']}: give one of them")
+            raise ValueError(
+                f"max_new_tokens {length} and gen_length {kwargs['gen_length']}: give one of them"
+            )
         for name, default in DEFAULTS.items():
             value = kwargs.pop(name, None)  # other GenerationConfigs write None for "not set"
             setattr(self, name, default if value is None else value)
@@ -92,6 +94,11 @@ class LLaDAGenerationConfig(GenerationConfig):
         for name, value in own.items():  # the base class has set its own None for the names we share
             setattr(self, name, value)
         self.check()
+
+    @classmethod
+    def from_model_config(cls, model_config: PreTrainedConfig | dict) -> "LLaDAGenerationConfig":
+        """The defaults: transformers asks at every construction, and a model's config has none of these."""
+        return cls()
 
     @property
     def is_approximate(self) -> bool:
@@ -129,7 +136,9 @@ class LLaDAGenerationConfig(GenerationConfig):
         if self.parallel_decoding != "none" and self.remasking == "random":
             raise ValueError("parallel_decoding goes by confidence; it needs remasking low_confidence")
         if self.cache_refresh_interval and self.cache == "none":
-            raise ValueError(f"cache_refresh_interval {self.cache_refresh_interval} needs cache prefix or dual")
+            raise ValueError(
+                f"cache_refresh_interval {self.cache_refresh_interval} needs cache prefix or dual"
+            )
         if self.num_return_sequences > 1 and not self.is_random:
             raise ValueError(
                 f"num_return_sequences {self.num_return_sequences} would repeat one answer: "
@@ -157,18 +166,18 @@ class LLaDAGenerationConfig(GenerationConfig):
         if self.parallel_decoding == "none" and steps % num_blocks:
             near = max(1, round(steps / num_blocks)) * num_blocks
             raise ValueError(
-                f"steps {steps} cannot be shared out evenly over {num_blocks} blocks (gen_length {gen_length} / "
-                f"block_length {self.block_of(gen_length)}); steps must be a multiple of {num_blocks}, "
+                f"steps {steps} cannot be shared out evenly over {num_blocks} blocks (gen_length {gen_length} "
+                f"/ block_length {self.block_of(gen_length)}); they must be a multiple of {num_blocks}, "
                 f"for example {near}"
             )
         return steps // num_blocks
 
     def changed(self, **overrides: Any) -> "LLaDAGenerationConfig":
         """A copy with some settings replaced. ValueError for a name that does not exist."""
-        known = {*self.to_dict(), *DEFAULTS}
+        known = [*DEFAULTS, "max_new_tokens"]
         for name in overrides:
             if name not in known:
-                near = difflib.get_close_matches(name, [*DEFAULTS, "max_new_tokens"], n=1)
+                near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(DEFAULTS)}"
                 raise ValueError(f"generate() has no setting {name!r}; {hint}")
         values = self.to_dict()

@@ -33,6 +33,7 @@ from .attention_llada import (
 )
 from .cache_llada import WindowCache
 from .configuration_llada import LLaDAConfig
+from .generation_llada import LLaDAGenerationMixin
 from .loss_llada import LLaDAHead
 
 
@@ -247,7 +248,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
         )
 
 
-class LLaDAModelLM(LLaDAPreTrainedModel):
+class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
     """LLaDA with its LM head: a mask predictor p(x_0 | x_t)."""
 
     _tied_weights_keys: ClassVar = {"model.transformer.ff_out.weight": "model.transformer.wte.weight"}

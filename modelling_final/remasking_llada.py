@@ -92,22 +92,20 @@ def choose_tokens(logits: Tensor, uniforms: Tensor | None, *, temperature: float
     return tokens
 
 
-def confidence(logits: Tensor, tokens: Tensor, last_ids: list[int]) -> Tensor:
+def confidence(logits: Tensor, tokens: Tensor, last_ids: Tensor | None) -> Tensor:
     """Probability of each chosen token, [A, R], at temperature 1; -1 for those that have to wait.
 
     Args:
-        last_ids: tokens to decide only when nothing else is left (EOS, EoT). They count as impossible in
-            the softmax of the others, and rank below every probability.
+        last_ids: [n] long or None, tokens to decide only when nothing else is left (EOS, EoT). They count as
+            impossible in the softmax of the others, and rank below every probability.
 
     Source: LLaDA generate.py, low_confidence and confidence_eos_eot_inf.
     """
-    if not last_ids:
+    if last_ids is None:
         return logits.softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
-    logits = logits.clone()
-    logits[..., last_ids] = -torch.inf
-    chosen = logits.softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
-    waits = torch.isin(tokens, torch.tensor(last_ids, device=tokens.device))
-    return chosen.masked_fill(waits, -1.0)
+    others = logits.index_fill(-1, last_ids, -torch.inf)
+    chosen = others.softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
+    return chosen.masked_fill(torch.isin(tokens, last_ids), -1.0)
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -117,7 +115,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def rank(scores: Tensor, valid: Tensor) -> Tensor:
-    """Rank of each entry among the valid ones of its row, best = 0: [A, R]. Of equal scores the first wins."""
+    """Rank of each entry among the valid ones of its row, [A, R]: 0 is the best, and of equals the first."""
     order = scores.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
     return order.argsort(dim=1)
 

@@ -90,9 +90,14 @@ def main(argv: list[str] | None = None) -> None:
     source, tokenizer = load_source(config)
     model = convert(source, tokenizer, logit_shift=config.logit_shift)
     if config.check_tokens:
-        gap = causal_gap(source, model, num_tokens=config.check_tokens)
-        print(f"largest logit difference from the source under a causal mask: {gap:.2e} ({model.dtype})")
-        assert model.dtype != torch.float32 or gap < 1e-3, "the conversion changed the function"
+        gap, scale = causal_gap(source, model, num_tokens=config.check_tokens)
+        print(
+            f"largest logit difference from the source under a causal mask: {gap:.2e} "
+            f"of logits up to {scale:.1f} ({model.dtype})"
+        )
+        # in bfloat16 the two round differently (rotation is float32 here), each about as far from the truth
+        allowed = 1e-3 if model.dtype == torch.float32 else 0.1 * scale
+        assert gap <= allowed, "the conversion changed the function"
     del source
     save_model(model, tokenizer, output_dir)
     settled = model.config
@@ -288,8 +293,8 @@ def with_mean_rows(weight: torch.Tensor, num_rows: int, num_known: int, mask_id:
 
 
 @torch.no_grad()
-def causal_gap(source: PreTrainedModel, model: LLaDAModelLM, *, num_tokens: int) -> float:
-    """Largest absolute logit difference of the two on random tokens, ours under a causal 4-D mask."""
+def causal_gap(source: PreTrainedModel, model: LLaDAModelLM, *, num_tokens: int) -> tuple[float, float]:
+    """Largest |logit difference| on random tokens, ours under a causal 4-D mask; and the largest |logit|."""
     num_rows = min(source.get_input_embeddings().num_embeddings, model.config.mask_token_id)
     drawn = torch.Generator().manual_seed(0)
     input_ids = torch.randint(num_rows, (1, num_tokens), generator=drawn)  # [B, L]
@@ -298,7 +303,7 @@ def causal_gap(source: PreTrainedModel, model: LLaDAModelLM, *, num_tokens: int)
     ours = model(input_ids, attention_mask=is_visible).logits[..., :num_rows]
     if model.config.logit_shift:
         theirs, ours = theirs[:, :-1], ours[:, 1:]
-    return float((ours.float() - theirs.float()).abs().max())
+    return float((ours.float() - theirs.float()).abs().max()), float(theirs.abs().max())
 
 
 if __name__ == "__main__":

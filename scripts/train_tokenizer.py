@@ -74,7 +74,7 @@ def read_texts(paths: list[str]) -> Iterator[str]:
     """Every text of the files: documents, and the contents of the messages of conversations."""
     for path in paths:
         for where, record in read_records(path):
-            if "text" in record:
+            if isinstance(record.get("text"), str):
                 yield record["text"]
             else:
                 yield from (message["content"] for message in to_messages(record, where))

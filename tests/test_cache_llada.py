@@ -16,7 +16,7 @@ def model(request):
     return make_model(**request.param)
 
 
-@pytest.mark.parametrize("window", [(0, 5), (4, 8), (6, L), (0, L)])
+@pytest.mark.parametrize("window", [(4, 8), (6, L), (0, L)])
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @torch.no_grad()
 def test_window_over_unchanged_tokens_equals_the_full_forward(model, side, window):

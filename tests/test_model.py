@@ -6,6 +6,8 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from llada.model import (
     SPECIAL_TOKENS,
@@ -108,24 +110,23 @@ def test_published_tokenizers_leave_the_mask_token_to_the_config(copy_of_model):
     assert load_tokenizer(str(copy_of_model)).mask_token == SPECIAL_TOKENS["mask"]
 
 
-def test_base_tokenizers_get_the_chat_tokens(copy_of_model):
-    # LLaDA-8B-Base: no header tokens, no end of turn, and here no template either
-    from transformers import PreTrainedTokenizerFast
-
+@pytest.mark.parametrize("has_template", [True, False])
+def test_base_tokenizers_get_the_chat_tokens(has_template, copy_of_model):
+    # LLaDA-8B-Base has the template, but neither header tokens nor an end of turn
     full = load_tokenizer(str(copy_of_model))
     state = json.loads(full.backend_tokenizer.to_str())
     chat = [SPECIAL_TOKENS[role] for role in ("start_header", "end_header", "eot")]
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in chat]
     for token in chat:
         state["model"]["vocab"].pop(token, None)
-    from tokenizers import Tokenizer
-
     base = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token=SPECIAL_TOKENS["eos"],
         bos_token=SPECIAL_TOKENS["bos"], mask_token=SPECIAL_TOKENS["mask"],
     )  # fmt: skip
+    base.chat_template = full.chat_template
     base.save_pretrained(copy_of_model)
-    (copy_of_model / "chat_template.jinja").unlink(missing_ok=True)
+    if not has_template:
+        (copy_of_model / "chat_template.jinja").unlink()
     assert SPECIAL_TOKENS["eot"] not in load_tokenizer(str(copy_of_model)).get_vocab()
     tokenizer = load_tokenizer(str(copy_of_model), chat=True)
     assert set(chat) <= set(tokenizer.get_vocab())
@@ -141,6 +142,7 @@ def test_lora_never_touches_the_head_and_knows_both_spellings(model_dir):
         alpha=4,
         dropout=0.0,
         target_modules=["q_proj", "o_proj", "ff_out"],
+        seed=0,
     )
     adapted = {
         name.rpartition(".lora_A")[0].rpartition(".")[2]
@@ -153,12 +155,14 @@ def test_lora_never_touches_the_head_and_knows_both_spellings(model_dir):
 
 def test_unknown_lora_targets_are_refused(model_dir):
     with pytest.raises(ValueError, match=r"--lora_target_modules \['qproj'\]: choose from"):
-        attach_lora(load_model(str(model_dir)), rank=2, alpha=4, dropout=0.0, target_modules=["qproj"])
+        attach_lora(
+            load_model(str(model_dir)), rank=2, alpha=4, dropout=0.0, target_modules=["qproj"], seed=0
+        )
 
 
 def test_an_adapter_folder_loads_with_its_base(model_dir, tmp_path):
     base = load_model(str(model_dir))
-    adapted = attach_lora(base, rank=2, alpha=4, dropout=0.0, target_modules=["all-linear"])
+    adapted = attach_lora(base, rank=2, alpha=4, dropout=0.0, target_modules=["all-linear"], seed=0)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
@@ -181,7 +185,7 @@ def test_an_adapter_for_another_base_is_refused(model_dir, tokenizer_dir, tmp_pa
     )
     other = new_model(str(size), tokenizer, seed=0, max_length=64)
     save_model(
-        attach_lora(other, rank=2, alpha=4, dropout=0.0, target_modules=["q_proj"]),
+        attach_lora(other, rank=2, alpha=4, dropout=0.0, target_modules=["q_proj"], seed=0),
         tokenizer,
         tmp_path / "adapter",
     )

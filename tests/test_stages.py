@@ -51,7 +51,7 @@ def losses(folder):
 def test_pretraining_from_scratch_learns_and_saves_a_checkpoint(tokenizer_dir, tmp_path):
     pretrain.main(pretrain_flags(tmp_path / "run", tokenizer_dir, tmp_path, "--max_steps", "30"))
     results = json.loads((tmp_path / "run/results.json").read_text())
-    # a random model is uniform over its embedding rows but for logits of about unit variance, worth half a nat
+    # uniform over the embedding rows, but for logits of about unit variance, worth half a nat
     rows = json.loads((tmp_path / "run/final/config.json").read_text())["embedding_size"]
     assert results["eval_loss_before"] == pytest.approx(math.log(rows) + 0.5, abs=0.3)
     assert results["eval_loss"] < results["eval_loss_before"] - 0.5
@@ -118,15 +118,19 @@ def launch(num_processes, script, flags):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("extra", [(), ("--use_lora", "--lora_r", "2")], ids=["full", "lora"])
-def test_two_ranks_equal_one_process(extra, model_dir, tmp_path):
+LORA = ("--use_lora", "--lora_r", "2")
+
+
+@pytest.mark.parametrize("shard", ["none", "full"])
+@pytest.mark.parametrize("extra", [(), LORA], ids=["weights", "lora"])
+def test_two_ranks_equal_one_process(extra, shard, model_dir, tmp_path):
     # a large epsilon: Adam's first steps would blow up rounding in gradients that are nearly zero
     extra += ("--adam_epsilon", "1e-2")
     train_sft.main(sft_flags(tmp_path / "one", model_dir, "--micro_batch_size", "4", *extra))
     launch(
         2,
         "sft_training/train_sft.py",
-        sft_flags(tmp_path / "two", model_dir, "--micro_batch_size", "1", *extra),
+        sft_flags(tmp_path / "two", model_dir, "--micro_batch_size", "1", "--shard", shard, *extra),
     )
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     name = "adapter_model.safetensors" if "--use_lora" in extra else "model.safetensors"

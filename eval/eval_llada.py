@@ -1,0 +1,141 @@
+"""Evaluate a LLaDA checkpoint with lm_eval, as the model `llada_dist`.
+
+Every flag of lm_eval's command line works (`--help`); `--model_args` takes the names of `ModelArgs` in
+llada/lm_eval_model.py. `--preset NAME` fills in a published setting of eval/presets.yaml and prints its
+published score; what is given beside it wins. Requests are sharded over the ranks. With `--output_path` the
+results and every raw generation are saved there, and a killed run that is started again continues where it
+stopped.
+
+Run:
+    python eval/eval_llada.py --tasks gsm8k --model llada_dist --num_fewshot 5 --apply_chat_template \\
+        --model_args model_path='GSAI-ML/LLaDA-8B-Instruct',gen_length=256,steps=256,block_length=8
+    python eval/eval_llada.py --preset gsm8k-instruct --model_args model_path=CHECKPOINT \\
+        --output_path runs/eval
+    accelerate launch eval/eval_llada.py --tasks gsm8k_local --include_path eval/tasks \\
+        --model_args model_path=CHECKPOINT,gen_length=256 --output_path runs/eval
+    python eval/eval_llada.py --config configs/debug/eval_llada.yaml
+
+Tasks that run offline, presets and what the numbers mean: docs/evaluation.md.
+"""
+
+import argparse
+import difflib
+import functools
+import logging
+import os
+import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import lm_eval.tasks
+import yaml
+from lm_eval._cli import HarnessCLI
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import setup_logging
+
+from llada.config import read_yaml
+from llada.lm_eval_model import parse_model_args
+from llada.runtime import end_run
+
+MODEL = "llada_dist"  # registered by the import of llada.lm_eval_model
+PRESETS = Path(__file__).with_name("presets.yaml")
+log = logging.getLogger("lm_eval.llada")
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """lm_eval's arguments, with those of --config and --preset filled in where the command line has none.
+
+    Raises:
+        ValueError: an unknown preset or YAML key, or no model_path.
+    """
+    ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    ours.add_argument("--preset")
+    known, rest = ours.parse_known_args(argv)
+    # what lm_eval's own entry point does with sys.argv
+    arguments = HarnessCLI()._parser.parse_args(["run", *rest])
+    if arguments.config is not None:
+        _fill(arguments, read_yaml(arguments.config), f"--config {arguments.config}")
+        arguments.config = None
+    if known.preset is not None:
+        _fill(arguments, read_preset(known.preset), f"--preset {known.preset}")
+    if arguments.model in (None, MODEL):
+        _prepare_model_args(arguments)
+    return arguments
+
+
+def _fill(arguments: argparse.Namespace, values: dict[str, Any], where: str) -> None:
+    """Sets what the command line left open; model_args are merged name by name."""
+    names = {*vars(arguments), *lm_eval.config.evaluate_config.EvaluatorConfig.__slots__}
+    for name, value in values.items():
+        if name not in names:
+            raise ValueError(f"{where}: unknown key {name!r}; {_did_you_mean(name, names)}")
+        if name == "model_args":
+            arguments.model_args = {**value, **(arguments.model_args or {})}
+        elif getattr(arguments, name, None) is None:
+            setattr(arguments, name, value)
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """lm_eval's arguments of a published setting; says what score it was published with.
+
+    Raises:
+        ValueError: no such preset.
+    """
+    presets = yaml.safe_load(PRESETS.read_text(encoding="utf-8"))
+    if name not in presets:
+        raise ValueError(f"--preset {name}: unknown; {_did_you_mean(name, presets)}")
+    preset = presets[name]
+    log.warning("--preset %s: %s is published with %s", name, preset["published_for"], preset["published"])
+    return preset["arguments"]
+
+
+def _prepare_model_args(arguments: argparse.Namespace) -> None:
+    arguments.model = MODEL
+    model_args = dict(arguments.model_args or {})
+    # lm_eval names the results folder after `pretrained`
+    path = model_args.pop("model_path", model_args.pop("pretrained", None))
+    if path is None:
+        raise ValueError("--model_args model_path=FOLDER is missing")
+    if arguments.output_path is not None:
+        model_args.setdefault("record_dir", str(Path(arguments.output_path) / "requests"))
+    arguments.model_args = {"pretrained": str(path), **model_args}
+    parse_model_args(arguments.model_args)  # a misspelt name is refused before the tasks are read
+    if getattr(arguments, "batch_size", None) is None:
+        arguments.batch_size = "auto"  # lm_eval's default of 1 would override the model's
+
+
+def _only_local_tasks(arguments: argparse.Namespace) -> AbstractContextManager:
+    """Spares lm_eval its own ten thousand task files when --include_path has all that are asked for."""
+    if arguments.include_path is None or not arguments.tasks:
+        return nullcontext()
+    local = TaskManager(include_path=arguments.include_path, include_defaults=False)
+    tasks = [name for entry in arguments.tasks for name in entry.split(",")]
+    if not all(local.match_tasks([task]) for task in tasks):
+        return nullcontext()
+    # its command line has no flag for this
+    return mock.patch.object(
+        lm_eval.tasks, "TaskManager", functools.partial(TaskManager, include_defaults=False)
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run lm_eval with `llada_dist` as its default model."""
+    setup_logging()
+    if int(os.environ.get("RANK", "0")) != 0:
+        logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    arguments = parse_arguments(list(sys.argv[1:] if argv is None else argv))
+    with _only_local_tasks(arguments):
+        HarnessCLI().execute(arguments)
+    end_run()
+
+
+if __name__ == "__main__":
+    main()

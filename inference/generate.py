@@ -1,0 +1,347 @@
+"""Answer prompts with a LLaDA checkpoint: one prompt to the terminal, or a file of prompts to a JSONL file.
+
+Prompts come from --prompt, from a text file (one prompt a line), or from JSONL / Parquet records (`prompt`,
+`question`, `instruction`, `text`, or `messages`). With --is_instruct they go through the chat template.
+The output has one line {"id", "prompt", "completion"} for each prompt, in input order; the id is the record's
+own, else its number. An answer depends on the prompt, its number in the file, and the flags; never on batch
+size, number of processes, or order.
+
+Under torchrun the prompts are shared out over the processes. Finished answers are kept in
+<output_path>.parts until all are there: the same command after a kill goes on where it stopped.
+
+The defaults give the tokens of LLaDA's published sampler. --parallel_decoding, --cache and --remdm are
+faster, or different, and approximate.
+
+Run:
+    python inference/generate.py --model_name_or_path runs/quickstart/sft --is_instruct \\
+        --prompt "What is 3 + 4?" --gen_length 64
+    torchrun --nproc_per_node 2 inference/generate.py --model_name_or_path runs/quickstart/sft \\
+        --is_instruct --prompts_file runs/quickstart/data/heldout.jsonl --output_path runs/answers.jsonl \\
+        --method semi_autoregressive_padding --gen_length 64 --block_length 32
+"""
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from llada.chat import render_prompt
+from llada.config import flag, parse
+from llada.likelihood import Request, score
+from llada.messages import to_prompt
+from llada.model import load_model, load_tokenizer, resolve_checkpoint, special_ids
+from llada.records import read_records
+from llada.request_log import RequestLog
+from llada.runtime import barrier, end_run, start_run
+from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
+
+log = logging.getLogger("generate")
+
+
+@dataclass
+class Config:
+    """Flags of this script."""
+
+    model_name_or_path: str = flag(
+        help="Checkpoint or run folder, LoRA adapter folder, or hub name.", aliases=["model_path"]
+    )
+    prompt: str | None = flag(None, help="A prompt; its answer goes to the terminal.")
+    prompts_file: str | None = flag(None, help="File of prompts.", aliases=["dataset_path"])
+    output_path: str | None = flag(None, help="JSONL file of answers; needed with --prompts_file.")
+    max_samples: int | None = flag(None, help="Only the first so many prompts of the file.")
+    is_instruct: bool = flag(False, help="Use the chat template.")
+    adapter_path: str | None = flag(None, help="LoRA adapter to put on the model.")
+    dtype: str = flag(
+        "auto", help="Of the weights.", choices=["auto", "float32", "bfloat16", "float16", "float64"]
+    )
+    device: str | None = flag(None, help="cpu, cuda, ...; default the GPU of this process, else the CPU.")
+    attn_implementation: str | None = flag(None, help="Attention kernel by transformers' name.")
+    num_gpus: int = flag(
+        1, help="For several GPUs start with torchrun --nproc_per_node; this only checks it."
+    )
+    batch_size: int = flag(8, help="Prompts generated together.")
+    long_prompts: str = flag(
+        "error",
+        help="Prompts that with their answer exceed the context: stop, leave them out, or keep their end.",
+        choices=["error", "drop", "truncate"],
+    )
+    trace: str | None = flag(None, help="JSONL file that receives every denoising step.")
+
+    # The sampler; see modelling_final/generation_config_llada.py. These give the published tokens.
+    method: str | None = flag(
+        None,
+        help="fixed_length: one block. semi_autoregressive_padding: blocks in a canvas of full length. "
+        "semi_autoregressive_origin: the canvas grows. Default: padding with --block_length, else fixed.",
+        choices=["fixed_length", "semi_autoregressive_padding", "semi_autoregressive_origin"],
+    )
+    gen_length: int = flag(128, help="Answer length in tokens.")
+    block_length: int | None = flag(None, help="Tokens per block; default 32 for the two block methods.")
+    steps: int | None = flag(None, help="Denoising steps over the whole answer; default gen_length.")
+    temperature: float = flag(0.0, help="0: the most likely token; else sampling.")
+    cfg_scale: float = flag(0.0, help="Classifier-free guidance; 0: none.")
+    remasking: str = flag("low_confidence", help="Order of decisions.", choices=["low_confidence", "random"])
+    logits_eos_inf: bool = flag(False, help="Never produce EOS.")
+    confidence_eos_eot_inf: bool = flag(False, help="Decide EOS and EoT last.")
+    early_stop: bool = flag(True, help="Stop when all before an EOS is decided; the same text.")
+    repetition_penalty: float = flag(1.0, help="Above 1: tokens that were there become less likely.")
+    num_return_sequences: int = flag(1, help="Answers per prompt; all are written as `completions`.")
+    best_of: str = flag(
+        "first",
+        help="Which of several answers is `completion`: the first, the one whose final answer is the most "
+        "frequent, or the most likely one for its length.",
+        choices=["first", "majority", "likelihood"],
+    )
+    seed: int = flag(0, help="Of every random draw.")
+
+    # Approximate: these change the tokens.
+    parallel_decoding: str = flag(
+        "none",
+        help="How many tokens a step decides follows from confidence.",
+        choices=["none", "threshold", "factor", "entropy", "klass"],
+    )
+    threshold: float = flag(0.9, help="Confidence for threshold and klass.")
+    factor: float = flag(1.0, help="f in (n + 1)(1 - c) < f for factor.")
+    entropy_bound: float = flag(0.1, help="Nats for entropy.")
+    klass_kl: float = flag(0.01, help="Nats that count as unchanged for klass.")
+    klass_steps: int = flag(2, help="Unchanged steps for klass.")
+    cache: str = flag(
+        "none", help="Reuse keys and values within a block.", choices=["none", "prefix", "dual"]
+    )
+    cache_refresh_interval: int = flag(0, help="Recompute them every so many steps; 0: once a block.")
+    remdm: str = flag(
+        "none", help="Decided tokens may be masked again.", choices=["none", "cap", "rescale", "conf"]
+    )
+    remdm_eta: float = flag(0.04, help="Strength of cap and rescale.")
+
+
+# Flags that change neither an answer nor which prompts have one: a killed run may go on with others.
+FREE = ("output_path", "max_samples", "device", "num_gpus", "batch_size", "trace", "prompt", "prompts_file")
+
+
+def sampler_settings(config: Config) -> LLaDAGenerationConfig:
+    """The sampler's settings among the flags, checked."""
+    names = set(asdict(config)) & set(LLaDAGenerationConfig().to_dict())
+    values = {name: getattr(config, name) for name in names}
+    block_length, method = config.block_length, config.method
+    if method is None:
+        method = "semi_autoregressive_padding" if block_length else "fixed_length"
+    if method != "fixed_length" and block_length is None:
+        block_length = min(32, config.gen_length)
+    settings = LLaDAGenerationConfig(**values | {"method": method, "block_length": block_length})
+    settings.steps_per_block(config.gen_length)
+    if config.best_of != "first" and config.num_return_sequences == 1:
+        raise ValueError(f"--best_of {config.best_of} chooses among answers: set --num_return_sequences")
+    return settings
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt of the input."""
+
+    index: int  # its number in the input, which keys its random draws
+    name: Any  # the record's id
+    prompt: Any  # as given, for the output
+    token_ids: list[int]
+
+
+def read_items(
+    config: Config, tokenizer: PreTrainedTokenizerBase, context: int
+) -> tuple[list[Item], Counter]:
+    """The prompts, and how many were dropped or truncated; ValueError names file and line."""
+    if (config.prompt is None) == (config.prompts_file is None):
+        raise ValueError("give either --prompt TEXT or --prompts_file FILE")
+    if config.prompts_file is not None and config.output_path is None:
+        raise ValueError("--prompts_file needs --output_path FILE.jsonl for the answers")
+    if config.prompt is not None:
+        records: Iterator[tuple[str, dict[str, Any]]] = iter([("--prompt", {"prompt": config.prompt})])
+    else:
+        records = read_records(config.prompts_file, text_documents="line")
+    items, counts, room = [], Counter(), context - config.gen_length
+    if room < 1:
+        raise ValueError(f"--gen_length {config.gen_length} leaves no room in a context of {context} tokens")
+    for index, (where, record) in enumerate(records):
+        if config.max_samples is not None and index >= config.max_samples:
+            break
+        token_ids = _token_ids(record, where, tokenizer, is_instruct=config.is_instruct)
+        if len(token_ids) > room:
+            if config.long_prompts == "error":
+                raise ValueError(
+                    f"{where}: {len(token_ids)} prompt tokens and --gen_length {config.gen_length} exceed "
+                    f"the context of {context}; see --long_prompts"
+                )
+            counts[f"long prompts, {config.long_prompts}"] += 1
+            if config.long_prompts == "drop":
+                continue
+            token_ids = token_ids[-room:]
+        shown = next((record[k] for k in ("prompt", "text", "question", "messages") if k in record), record)
+        items.append(Item(index, record.get("id", index), shown, token_ids))
+    return items, counts
+
+
+def _token_ids(
+    record: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase, *, is_instruct: bool
+) -> list[int]:
+    if "text" in record:
+        prompt: Any = record["text"]
+    else:
+        prompt = to_prompt(record, where)
+        if not is_instruct and len(prompt) > 1:
+            raise ValueError(f"{where}: a conversation of {len(prompt)} messages needs --is_instruct")
+        if not is_instruct:
+            prompt = prompt[0]["content"]
+    try:
+        token_ids = render_prompt(prompt, tokenizer, chat=is_instruct)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if not token_ids:
+        raise ValueError(f"{where}: empty prompt")
+    return token_ids
+
+
+def answer_batches(
+    model: LLaDAModelLM,
+    tokenizer: PreTrainedTokenizerBase,
+    items: list[Item],
+    settings: LLaDAGenerationConfig,
+    config: Config,
+    trace_file: TextIO | None,
+) -> Iterator[tuple[Item, dict[str, Any], int]]:
+    """(prompt, its fields of the output, tokens generated), prompts of like length together."""
+    items = sorted(items, key=lambda item: len(item.token_ids))
+    num = settings.num_return_sequences
+    for start in range(0, len(items), config.batch_size):
+        batch = items[start : start + config.batch_size]
+        output = model.generate(
+            [item.token_ids for item in batch],
+            generation_config=settings,
+            record_ids=[item.index for item in batch],
+            return_trace=trace_file is not None,
+        )
+        for entry in output.trace or []:
+            item = batch[entry["row"] // num]
+            entry = {"id": item.name, "candidate": entry.pop("row") % num, **entry}
+            trace_file.write(json.dumps(entry) + "\n")
+        for i, item in enumerate(batch):
+            rows = range(i * num, (i + 1) * num)
+            answers = [output.completions[row] for row in rows]
+            texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+            best = choose(config.best_of, model, item, answers, texts, config)
+            fields = {"completion": texts[best], "steps": int(output.steps[rows[best]])}
+            if num > 1:
+                fields["completions"] = texts
+            yield item, fields, sum(map(len, answers))
+
+
+def choose(
+    rule: str, model: LLaDAModelLM, item: Item, answers: list[list[int]], texts: list[str], config: Config
+) -> int:
+    """Which candidate to put first; of equals the earlier one."""
+    if rule == "majority":
+        from llada.rewards import final_answer  # only here: it imports every puzzle of reasoning-gym
+
+        finals = [final_answer(text) for text in texts]
+        counts = Counter(final for final in finals if final)
+        return max(range(len(finals)), key=lambda i: counts[finals[i]])
+    if rule == "likelihood":
+        requests = [
+            Request(tuple(item.token_ids), tuple(answer), f"{item.index}")
+            for answer in answers
+            if answer  # an empty answer has no tokens to score and loses against any other
+        ]
+        scores = iter(score(model, requests, num_samples=32, seed=config.seed, batch_size=config.batch_size))
+        means = [next(scores).log_likelihood / len(a) if a else -float("inf") for a in answers]
+        return max(range(len(means)), key=means.__getitem__)
+    return 0
+
+
+def fingerprint(config: Config) -> dict[str, Any]:
+    """What the answers depend on: the flags, the prompts are keyed one by one, and the checkpoint's files."""
+    flags = {name: value for name, value in asdict(config).items() if name not in FREE}
+    files = []
+    for path in filter(None, (config.model_name_or_path, config.adapter_path)):
+        folder = Path(resolve_checkpoint(path))
+        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+            files.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
+    return {"flags": flags, "files": files}
+
+
+def merge(items: list[Item], answers: RequestLog, output_path: Path) -> None:
+    """Writes all answers in input order; the file appears whole or not at all."""
+    partial = output_path.with_name(output_path.name + ".tmp")
+    with open(partial, "w", encoding="utf-8") as file:
+        for item in items:
+            fields = answers.get(answers.key("generate", [item.index, item.token_ids]))
+            line = {"id": item.name, "prompt": item.prompt, **fields}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    os.replace(partial, output_path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Answers the prompts."""
+    config = parse(Config, argv, description=__doc__)
+    settings = sampler_settings(config)
+    run = start_run(config.device)
+    if config.num_gpus not in (1, run.world_size):
+        raise ValueError(
+            f"--num_gpus {config.num_gpus}: start with torchrun --nproc_per_node {config.num_gpus}; "
+            f"this run has {run.world_size} process(es)"
+        )
+    tokenizer = load_tokenizer(config.model_name_or_path, chat=config.is_instruct)
+    model = load_model(
+        config.model_name_or_path,
+        dtype=config.dtype,
+        adapter_path=config.adapter_path,
+        attn_implementation=config.attn_implementation,
+        device=run.device,
+    )
+    model.config.eot_token_id = special_ids(model.config, tokenizer).eot
+    items, counts = read_items(config, tokenizer, model.config.max_sequence_length)
+    if run.is_main:
+        for what, count in counts.items():
+            print(f"{what}: {count}", flush=True)
+        if settings.is_approximate:
+            print("approximate: other tokens than the published sampler's are possible", flush=True)
+
+    parts = None if config.output_path is None else f"{config.output_path}.parts"
+    answers = RequestLog(parts, fingerprint(config), run.rank)
+    keys = {item.index: answers.key("generate", [item.index, item.token_ids]) for item in items}
+    mine = [item for item in items[run.rank :: run.world_size] if answers.get(keys[item.index]) is None]
+    trace_file = None
+    if config.trace is not None:
+        path = config.trace if run.world_size == 1 else f"{config.trace}.rank{run.rank}"
+        goes_on = len(mine) < len(items[run.rank :: run.world_size])
+        trace_file = open(path, "a" if goes_on else "w", encoding="utf-8")  # noqa: SIM115 - closed below
+    barrier()  # nobody starts before all have read which answers are there
+
+    num_tokens, started = 0, time.time()
+    bar = tqdm(total=len(mine), desc="answers", unit="prompt", disable=not run.is_main or len(mine) < 2)
+    for item, fields, num in answer_batches(model, tokenizer, mine, settings, config, trace_file):
+        answers.put(keys[item.index], fields)
+        num_tokens += num
+        bar.set_postfix_str(f"{num_tokens / (time.time() - started):.0f} tok/s", refresh=False)
+        bar.update()
+    bar.close()
+    if trace_file is not None:
+        trace_file.close()
+    barrier()
+    if run.is_main and config.output_path is None:
+        for item in items:
+            print(answers.get(keys[item.index])["completion"])
+    elif run.is_main:
+        merge(items, RequestLog(parts, fingerprint(config), run.rank), Path(config.output_path))
+        shutil.rmtree(parts)
+        print(f"{len(items)} answers -> {config.output_path}", flush=True)
+    end_run()
+
+
+if __name__ == "__main__":
+    main()

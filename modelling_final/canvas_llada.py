@@ -1,0 +1,137 @@
+"""What the sampler works on: prompts aligned on the right, answers of masks, and the block being decided.
+
+B prompts, N sequences (prompts times candidates), A of them at work on a block, L canvas columns = P prompt
+columns + answer columns, W columns of a block, E head outputs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .cache_llada import WindowCache
+from .generation_config_llada import LLaDAGenerationConfig
+
+Prompts = Tensor | Sequence[Sequence[int]]
+
+
+def read_prompts(input_ids: Prompts, attention_mask: Tensor | None, mask_id: int) -> list[list[int]]:
+    """The prompts as lists of token ids, padding removed."""
+    if isinstance(input_ids, Tensor):
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids must have shape [B, P], got {tuple(input_ids.shape)}")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask {tuple(attention_mask.shape)} must have the shape of input_ids "
+                f"{tuple(input_ids.shape)}"
+            )
+        is_token = attention_mask.bool().cpu()
+        if (is_token[:, 1:] != is_token[:, :-1]).sum(dim=1).gt(1).any():
+            raise ValueError("attention_mask has padding inside a prompt; pad on the left or on the right")
+        prompts = [row[kept].tolist() for row, kept in zip(input_ids.cpu(), is_token, strict=True)]
+    elif attention_mask is not None:
+        raise ValueError("attention_mask goes with a tensor; lists of token ids need none")
+    else:
+        prompts = [list(prompt) for prompt in input_ids]
+    if not prompts:
+        raise ValueError("no prompts: input_ids is empty")
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {row} is empty; give at least one token, for example BOS")
+        if mask_id in prompt:
+            raise ValueError(f"prompt {row} contains the mask token {mask_id}; only the answer is masked")
+    return prompts
+
+
+def check_lengths(
+    prompts: list[list[int]],
+    gen_length: Sequence[int] | None,
+    settings: LLaDAGenerationConfig,
+    max_length: int,
+) -> list[int]:
+    lengths = [settings.gen_length] * len(prompts) if gen_length is None else [int(n) for n in gen_length]
+    if len(lengths) != len(prompts):
+        raise ValueError(f"gen_length has {len(lengths)} entries for {len(prompts)} prompts")
+    for length in set(lengths):
+        if length < 1:
+            raise ValueError(f"gen_length must be from 1, got {length}")
+        settings.steps_per_block(length)
+    for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        if len(prompt) + length > max_length:
+            raise ValueError(
+                f"prompt {row} of {len(prompt)} tokens and gen_length {length} exceed the model's context of "
+                f"{max_length} tokens"
+            )
+    return lengths
+
+
+@dataclass
+class Canvas:
+    """Prompts aligned on the right, then the answers' masks."""
+
+    tokens: Tensor  # [N, L] long
+    keep: Tensor | None  # [N, L] long, 0 = padding; None without any
+    positions: Tensor | None  # [N, L] long, 0 at the first token; None: the columns
+    num_prompt: int  # P
+    gen_lengths: list[int]
+
+    @classmethod
+    def of(cls, prompts: list[list[int]], gen_lengths: list[int], model: nn.Module) -> "Canvas":
+        num_prompt, num_answer = max(map(len, prompts)), max(gen_lengths)
+        tokens = torch.full((len(prompts), num_prompt + num_answer), model.config.pad_token_id)
+        keep = torch.zeros_like(tokens)
+        for row, (prompt, length) in enumerate(zip(prompts, gen_lengths, strict=True)):
+            tokens[row, num_prompt - len(prompt) : num_prompt] = torch.tensor(prompt)
+            tokens[row, num_prompt : num_prompt + length] = model.config.mask_token_id
+            keep[row, num_prompt - len(prompt) : num_prompt + length] = 1
+        # true positions, so that rounding in the rotary tables does not depend on the padding either
+        positions = (keep.cumsum(dim=1) - 1).clamp_min(0).to(model.device)
+        is_full = bool(keep.all())
+        return cls(
+            tokens=tokens.to(model.device),
+            keep=None if is_full else keep.to(model.device),
+            positions=None if is_full else positions,
+            num_prompt=num_prompt,
+            gen_lengths=gen_lengths,
+        )
+
+
+@dataclass
+class Block:
+    """One block of the sequences that are still at it."""
+
+    index: int
+    start: int  # canvas columns [start, end)
+    end: int
+    visible: int  # canvas columns that the model sees
+    rows: Tensor  # [A] long, canvas rows
+    names: list[int]  # the same numbers on the host
+    cache: WindowCache | None = None
+    log_p: Tensor | None = None  # [A, W, E] of the last step, for klass
+    num_stable: Tensor | None = None  # [A, W] long, for klass
+    waits: Tensor | None = None  # [A, W] float, confidence at the time of decision, for ReMDM
+
+    @property
+    def width(self) -> int:
+        return self.end - self.start
+
+    def select(self, stays: list[bool]) -> None:
+        """Lets the other sequences leave."""
+        if all(stays):
+            return
+        chosen = torch.tensor([i for i, stay in enumerate(stays) if stay], device=self.rows.device)
+        self.names = [name for name, stay in zip(self.names, stays, strict=True) if stay]
+        self.rows = self.rows[chosen.long()]
+        if not self.names:
+            return
+        if self.cache is not None:
+            num_branches = self.cache.layers[0].keys.shape[0] // len(stays)
+            self.cache.batch_select_indices(
+                torch.cat([chosen + branch * len(stays) for branch in range(num_branches)])
+            )
+        for name in ("log_p", "num_stable", "waits"):
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name)[chosen])

@@ -1,0 +1,313 @@
+"""The loop over blocks and steps: forwards, which columns they are asked for, and when a sequence is done.
+
+N sequences, A of them at work on the current block, L canvas columns, P prompt columns, W columns of the
+block, R columns wanted of a forward, E head outputs.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .cache_llada import WindowCache
+from .canvas_llada import Block, Canvas
+from .generation_config_llada import LLaDAGenerationConfig
+from .remasking_llada import (
+    ORDER_DRAW,
+    TOKEN_DRAW,
+    choose_tokens,
+    confidence,
+    entropy,
+    guide,
+    kl_divergence,
+    penalise_repetition,
+    pick_entropy_bounded,
+    pick_factor,
+    pick_klass,
+    pick_threshold,
+    pick_top,
+    remdm_sigma,
+    remdm_unmask_probability,
+    transfer_schedule,
+    uniform,
+)
+
+OnStep = Callable[[dict[str, Any]], None]
+
+# Looking for a finished answer waits for the device. On a GPU that is done every so many steps: what is
+# decided in between lies behind the answer's end and is cut off.
+CHECK_EVERY = 8
+
+
+class Decoding:
+    """One call of `generate`: the canvas, and the loop over it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: LLaDAGenerationConfig,
+        canvas: Canvas,
+        keys: list[np.ndarray],
+        on_step: OnStep | None,
+    ) -> None:
+        self.model, self.settings, self.canvas, self.keys, self.on_step = (
+            model,
+            settings,
+            canvas,
+            keys,
+            on_step,
+        )
+        config, self.device = model.config, canvas.tokens.device
+        self.mask_id = config.mask_token_id
+        ends = sorted({i for i in (config.eos_token_id, config.eot_token_id) if i is not None})
+        self.end_ids = torch.tensor(ends, dtype=torch.long, device=self.device)
+        self.eos_id = config.eos_token_id
+        self.pad_id = config.pad_token_id
+        self.fill_id = self.pad_id if self.eos_id is None else self.eos_id
+        self.can_stop = settings.early_stop and bool(ends)
+        self.last_ids = self.end_ids if settings.confidence_eos_eot_inf and ends else None
+        self.exempt_ids = torch.tensor([*ends, self.mask_id], device=self.device)
+        self.steps = torch.zeros(len(keys), dtype=torch.long, device=self.device)
+        self.is_running = [True] * len(keys)
+        self.forwards = 0
+
+    def run(self) -> None:
+        """Decides the canvas, block by block; sequences with equal work in a block go together."""
+        lengths = self.canvas.gen_lengths
+        widths = [self.settings.block_of(length) for length in lengths]
+        steps = [self.settings.steps_per_block(length) for length in lengths]
+        for index in range(max(length // width for length, width in zip(lengths, widths, strict=True))):
+            groups: dict[tuple[int, int], list[int]] = {}
+            for name, running in enumerate(self.is_running):
+                if running and index * widths[name] < lengths[name]:
+                    groups.setdefault((widths[name], steps[name]), []).append(name)
+            for (width, num_steps), names in groups.items():
+                self._decode_block(self._block(index, width, names), num_steps)
+
+    def _block(self, index: int, width: int, names: list[int]) -> Block:
+        start = self.canvas.num_prompt + index * width
+        visible = start + width
+        if self.settings.method == "semi_autoregressive_padding":
+            visible = self.canvas.num_prompt + max(self.canvas.gen_lengths[name] for name in names)
+        rows = torch.tensor(names, device=self.device)
+        return Block(index=index, start=start, end=start + width, visible=visible, rows=rows, names=names)
+
+    def _decode_block(self, block: Block, num_steps: int) -> None:
+        if self.settings.remdm != "none":
+            self._decode_remdm(block, num_steps)
+        elif self.settings.parallel_decoding != "none":
+            self._decode_parallel(block)
+        else:
+            self._decode_scheduled(block, num_steps)
+
+    def _decode_scheduled(self, block: Block, num_steps: int) -> None:
+        """The published schedule: every step decides a number of tokens known in advance."""
+        num_masked = block.width
+        for step, num_picks in enumerate(transfer_schedule(num_masked, num_steps)):
+            if num_picks == 0 or not block.names:
+                return  # the schedule never grows, so all later steps decide nothing too
+            columns = self._masked(block).logical_not().long().argsort(dim=1, stable=True)[:, :num_masked]
+            picks = torch.ones_like(columns, dtype=torch.bool)
+            if self.settings.remasking == "random":
+                order = self._uniform(block, step, ORDER_DRAW).gather(1, columns)
+                order = order.argsort(dim=1, descending=True, stable=True)[:, :num_picks]
+                columns = columns.gather(1, order)
+                picks = picks[:, :num_picks]
+            logits = self._logits(block, columns, step)
+            tokens = self._tokens(block, logits, columns, step)
+            scores = None
+            if self.settings.remasking == "low_confidence":
+                scores = confidence(logits, tokens, self.last_ids)
+                picks = pick_top(scores, picks, num_picks)
+            elif self.on_step is not None:
+                scores = confidence(logits, tokens, None)
+            self._write(block, columns, tokens, picks)
+            self._report(block, step, columns, tokens, picks, scores)
+            num_masked -= num_picks
+            if num_masked == 0 or self.device.type == "cpu" or (step + 1) % CHECK_EVERY == 0:
+                self._stop_finished(block)
+
+    def _decode_parallel(self, block: Block) -> None:
+        """Approximate: each step decides as many tokens as the model is sure of, at least one."""
+        for step in range(block.width):
+            masked = self._masked(block)
+            counts = masked.sum(dim=1)
+            block.select([count > 0 for count in counts.tolist()])
+            if not block.names:
+                break
+            masked, counts = self._masked(block), counts[counts > 0]
+            num_columns = int(counts.max())
+            columns = masked.logical_not().long().argsort(dim=1, stable=True)[:, :num_columns]
+            valid = torch.arange(num_columns, device=self.device) < counts[:, None]
+            logits = self._logits(block, columns, step)
+            tokens = self._tokens(block, logits, columns, step)
+            scores = confidence(logits, tokens, self.last_ids)
+            picks = self._parallel_picks(block, logits, columns, scores, valid)
+            self._write(block, columns, tokens, picks)
+            self._report(block, step, columns, tokens, picks, scores)
+            self._stop_finished(block)
+
+    def _parallel_picks(
+        self, block: Block, logits: Tensor, columns: Tensor, scores: Tensor, valid: Tensor
+    ) -> Tensor:
+        rule, settings = self.settings.parallel_decoding, self.settings
+        if rule == "threshold":
+            return pick_threshold(scores, valid, settings.threshold)
+        if rule == "factor":
+            return pick_factor(scores, valid, settings.factor)
+        if rule == "entropy":
+            return pick_entropy_bounded(scores, entropy(logits), valid, settings.entropy_bound)
+        log_p = logits.log_softmax(dim=-1)
+        wide = columns[..., None].expand_as(log_p)
+        if block.log_p is None:  # the first step has nothing to compare with
+            block.log_p = log_p.new_zeros(len(block.names), block.width, log_p.shape[-1])
+            block.num_stable = columns.new_zeros(len(block.names), block.width)
+        else:
+            is_near = kl_divergence(log_p, block.log_p.gather(1, wide)) < settings.klass_kl
+            num_stable = (block.num_stable.gather(1, columns) + 1) * is_near
+            block.num_stable.scatter_(1, columns, num_stable)
+        block.log_p.scatter_(1, wide, log_p)
+        return pick_klass(
+            scores,
+            block.num_stable.gather(1, columns),
+            valid,
+            threshold=settings.threshold,
+            num_stable=settings.klass_steps,
+        )
+
+    def _decode_remdm(self, block: Block, num_steps: int) -> None:
+        """Approximate: the block's own diffusion, in which decided tokens may become masks again."""
+        block.waits = torch.full((len(block.names), block.width), torch.inf, device=self.device)
+        for step in range(num_steps):
+            masked = self._masked(block)
+            sigma = remdm_sigma(self.settings.remdm, self.settings.remdm_eta, step, num_steps, block.waits)
+            draw = self._uniform(block, step, ORDER_DRAW)
+            unmask = masked & (draw < remdm_unmask_probability(sigma, step, num_steps))
+            remask = ~masked & (draw < sigma)
+            counts = unmask.sum(dim=1)
+            num_columns = int(counts.max())
+            if num_columns > 0 or self.settings.cache != "none":
+                num_columns = max(1, num_columns)
+                columns = unmask.logical_not().long().argsort(dim=1, stable=True)[:, :num_columns]
+                picks = torch.arange(num_columns, device=self.device) < counts[:, None]
+                logits = self._logits(block, columns, step)
+                tokens = self._tokens(block, logits, columns, step)
+                scores = confidence(logits, tokens, None)
+                self._write(block, columns, tokens, picks)
+                waits = torch.where(picks, scores.float(), block.waits.gather(1, columns))
+                block.waits.scatter_(1, columns, waits)
+                self._report(block, step, columns, tokens, picks, scores, remask)
+            block.waits.masked_fill_(remask, torch.inf)
+            span = self.canvas.tokens[block.rows, block.start : block.end]
+            self.canvas.tokens[block.rows, block.start : block.end] = span.masked_fill(remask, self.mask_id)
+        self._stop_finished(block)  # only now: within the block an EOS could still be taken back
+
+    def _masked(self, block: Block) -> Tensor:
+        """[A, W] bool."""
+        return self.canvas.tokens[block.rows, block.start : block.end] == self.mask_id
+
+    def _uniform(self, block: Block, step: int, draw: int) -> Tensor:
+        keys = [self.keys[name] for name in block.names]
+        return uniform(keys, block=block.index, step=step, draw=draw, width=block.width).to(self.device)
+
+    def _logits(self, block: Block, columns: Tensor, step: int) -> Tensor:
+        """Logits [A, R, E] of the block's columns, float32 or float64, with all that changes them applied."""
+        settings = self.settings
+        raw = self._forward(block, columns, step)
+        logits = raw if raw.dtype == torch.float64 else raw.float()
+        if settings.cfg_scale > 0:
+            logits = guide(*logits.chunk(2), settings.cfg_scale)
+        if settings.repetition_penalty != 1:
+            present = self._present(block, logits.shape[-1])
+            logits = penalise_repetition(logits, present, settings.repetition_penalty)
+        if settings.logits_eos_inf and self.eos_id is not None:
+            logits[..., self.eos_id] = -torch.inf
+        self.forwards += 1
+        self.steps.index_add_(0, block.rows, torch.ones_like(block.rows))
+        return logits
+
+    def _forward(self, block: Block, columns: Tensor, step: int) -> Tensor:
+        """The model's logits [A or 2A, R, E]: all visible columns go in, or the cache's window of them."""
+        num_branches = 2 if self.settings.cfg_scale > 0 else 1
+        tokens, keep, positions = (
+            None if table is None else table[block.rows, : block.visible].repeat(num_branches, 1)
+            for table in (self.canvas.tokens, self.canvas.keep, self.canvas.positions)
+        )
+        if num_branches == 2:
+            tokens[len(block.names) :, : self.canvas.num_prompt] = self.mask_id
+        first = 0
+        if self.settings.cache != "none":
+            interval = self.settings.cache_refresh_interval
+            if block.cache is None or (interval and step % interval == 0):
+                block.cache = WindowCache(self.model.config)
+            else:
+                first, last = block.start, block.end if self.settings.cache == "dual" else block.visible
+                block.cache.window = (first, last)
+                if positions is None:
+                    positions = torch.arange(block.visible, device=self.device)[None]
+                tokens, positions = tokens[:, first:last], positions[:, first:last]
+        return self.model(
+            input_ids=tokens,
+            attention_mask=keep,
+            position_ids=positions,
+            past_key_values=block.cache,
+            query_positions=(columns + block.start - first).repeat(num_branches, 1),
+        ).logits
+
+    def _present(self, block: Block, num_outputs: int) -> Tensor:
+        """[A, E] bool: tokens of prompt and answer so far, without EOS, EoT and the mask."""
+        tokens = self.canvas.tokens[block.rows]
+        if self.canvas.keep is not None:
+            tokens = tokens.masked_fill(self.canvas.keep[block.rows] == 0, self.mask_id)
+        present = torch.zeros(len(block.names), num_outputs, dtype=torch.bool, device=self.device)
+        return present.scatter_(1, tokens, True).index_fill_(1, self.exempt_ids, False)
+
+    def _tokens(self, block: Block, logits: Tensor, columns: Tensor, step: int) -> Tensor:
+        draws = None
+        if self.settings.temperature > 0:
+            draws = self._uniform(block, step, TOKEN_DRAW).gather(1, columns)
+        return choose_tokens(logits, draws, temperature=self.settings.temperature, mask_id=self.mask_id)
+
+    def _write(self, block: Block, columns: Tensor, tokens: Tensor, picks: Tensor) -> None:
+        at = (block.rows[:, None], columns + block.start)
+        self.canvas.tokens[at] = torch.where(picks, tokens, self.canvas.tokens[at])
+
+    def _stop_finished(self, block: Block) -> None:
+        """Sequences whose EOS or EoT has no mask before it leave the run."""
+        if not self.can_stop or not block.names:
+            return
+        answer = self.canvas.tokens[block.rows, self.canvas.num_prompt : block.end]
+        is_settled = (answer == self.mask_id).cumsum(dim=1) == 0
+        has_ended = (torch.isin(answer, self.end_ids) & is_settled).any(dim=1).tolist()
+        for name, ended in zip(block.names, has_ended, strict=True):
+            self.is_running[name] = not ended
+        block.select([not ended for ended in has_ended])
+
+    def _report(
+        self,
+        block: Block,
+        step: int,
+        columns: Tensor,
+        tokens: Tensor,
+        picks: Tensor,
+        scores: Tensor,
+        remasked: Tensor | None = None,
+    ) -> None:
+        if self.on_step is None:
+            return
+        offset = block.start - self.canvas.num_prompt
+        for i, name in enumerate(block.names):
+            chosen = columns[i, picks[i]]
+            self.on_step(
+                {
+                    "row": name,
+                    "block": block.index,
+                    "step": step,
+                    "positions": (chosen + offset).tolist(),
+                    "token_ids": tokens[i, picks[i]].tolist(),
+                    "confidences": scores[i, picks[i]].tolist(),
+                    "remasked": [] if remasked is None else (remasked[i].nonzero()[:, 0] + offset).tolist(),
+                }
+            )
