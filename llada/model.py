@@ -223,7 +223,7 @@ def new_model(
     """A randomly initialised model of a named size, shaped for this tokenizer.
 
     Args:
-        config_name: a size in configs/models (for example `2m`), or a YAML/JSON file of LLaDAConfig fields.
+        config_name: a size in configs/models (for example `1m`), or a YAML/JSON file of LLaDAConfig fields.
         tokenizer: decides the vocabulary and the special ids; must have a mask token.
         seed: of the initial weights.
         max_length: context in tokens, unless the size names its own `max_sequence_length`.

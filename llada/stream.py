@@ -169,7 +169,7 @@ class MaskedStream:
         return step * self.batch_size / len(self.lengths)
 
     def records_of(self, step: int) -> list[tuple[int, int]]:
-        """(record id, epoch) of the global batch of one step, in order."""
+        """(record id, epoch) of the global batch of one step, in the order in which they are drawn."""
         records = []
         for position in range(step * self.batch_size, (step + 1) * self.batch_size):
             epoch, place = divmod(position, len(self.lengths))
@@ -179,16 +179,22 @@ class MaskedStream:
         return records
 
     def __call__(self, step: int) -> list[MaskedBatch]:
-        """This rank's micro-batches of one step: micro-batch j holds items [(j world + rank) m, ... + m) of
-        it."""
+        """This rank's micro-batches of one step.
+
+        The global batch is sorted by length and cut into micro-batches, dealt to the ranks in turn: little
+        padding
+        in each, and ranks with equal work.
+        """
         records = self.records_of(step)
-        longest = int(self.lengths[[record_id for record_id, _ in records]].max())
-        noised = {}
-        for start in range(self.run.rank * self.micro_batch_size, self.batch_size,
-                           self.run.world_size * self.micro_batch_size):  # fmt: skip
-            places = range(start, start + self.micro_batch_size)
-            noised[start] = [self._noise(*records[place], longest, step, place) for place in places]
-        return [collate(items, mask_id=self.mask_id, pad_id=self.pad_id) for items in noised.values()]
+        lengths = self.lengths[[record_id for record_id, _ in records]]
+        by_length = np.argsort(lengths, kind="stable")
+        batches = []
+        for start in range(0, self.batch_size, self.run.world_size * self.micro_batch_size):
+            start += self.run.rank * self.micro_batch_size
+            places = by_length[start : start + self.micro_batch_size]
+            noised = [self._noise(*records[place], int(lengths.max()), step, int(place)) for place in places]
+            batches.append(collate(noised, mask_id=self.mask_id, pad_id=self.pad_id))
+        return batches
 
     def _noise(self, record_id: int, epoch: int, longest: int, step: int, place: int) -> _Noised:
         example = self.example_of(record_id, epoch, longest)
@@ -203,9 +209,8 @@ class MaskedStream:
             is_masked = exact_mask(example.maskable, num_masked, random)
             return _Noised(example, is_masked, example.weight * num_maskable / num_masked, record_id)
         p_mask = mask_probability(t)
-        return _Noised(
-            example, bernoulli_mask(example.maskable, p_mask, random), example.weight / p_mask, record_id
-        )
+        is_masked = bernoulli_mask(example.maskable, p_mask, random)
+        return _Noised(example, is_masked, example.weight / p_mask, record_id)
 
     def validation(self, limit: int | None = None) -> Iterator[MaskedBatch]:
         """This rank's share of the data with masks that never change, for a bound that can be compared.

@@ -51,49 +51,38 @@ class Task:
     identity: Callable[[Puzzle], str]
 
 
-def _sudoku_question(puzzle: Puzzle) -> str:
-    rows = [" ".join(str(cell or "_") for cell in row) for row in puzzle["metadata"]["puzzle"]]
-    return "Sudoku:\n" + "\n".join(rows)
+def _grid(rows: list[list[int]]) -> str:
+    return "\n".join(" ".join(map(str, row)) for row in rows)
 
 
-def _sudoku_thought(puzzle: Puzzle) -> str:
-    """The digits that each row still lacks."""
-    rows = puzzle["metadata"]["puzzle"]
-    lacking = [[str(digit) for digit in (1, 2, 3, 4) if digit not in row] for row in rows]
-    return " / ".join(" ".join(digits) or "-" for digits in lacking)
+def _degrees(puzzle: Puzzle) -> int:
+    return 90 * puzzle["metadata"]["num_rotations"]
 
 
-def _partial_sums(puzzle: Puzzle) -> str:
-    """The running total after each term."""
-    first, *rest = puzzle["metadata"]["expression"].split()
-    total, totals = int(first), [first]
-    for sign, term in zip(rest[::2], rest[1::2], strict=True):
-        total += int(term) if sign == "+" else -int(term)
-        totals.append(str(total))
-    return " , ".join(totals)
-
-
+# Every puzzle of a task is asked in the same number of tokens where possible (an empty cell is a 0), so that
+# a small
+# model finds the cell that belongs to an answer at a constant distance.
 TASKS = [
     Task(
         "mini_sudoku",
         {"min_empty": 4, "max_empty": 8},
-        _sudoku_question,
-        _sudoku_thought,
+        lambda puzzle: "Sudoku:\n" + _grid(puzzle["metadata"]["puzzle"]),
+        lambda puzzle: f"{puzzle['metadata']['num_empty']} empty",
         lambda puzzle: puzzle["answer"],
     ),
     Task(
         "chain_sum",
-        {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2},
+        {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
         lambda puzzle: f"Sum: {puzzle['metadata']['expression']}",
-        _partial_sums,
+        lambda puzzle: " ; ".join(puzzle["metadata"]["expression"].split()[::2]),
         lambda puzzle: puzzle["metadata"]["expression"],
     ),
     Task(
-        "spell_backward",
-        {"min_word_len": 3, "max_word_len": 7},
-        lambda puzzle: f"Backward: {puzzle['metadata']['word']}",
-        lambda puzzle: " ".join(puzzle["metadata"]["word"]),
-        lambda puzzle: puzzle["metadata"]["word"].lower(),
+        "rotate_matrix",
+        {"min_n": 3, "max_n": 3, "min_rotations": 1, "max_rotations": 3},
+        lambda puzzle: f"Rotate {_degrees(puzzle)}:\n" + _grid(puzzle["metadata"]["matrix"]),
+        lambda puzzle: f"{puzzle['metadata']['num_rotations']} turns",
+        lambda puzzle: _grid(puzzle["metadata"]["matrix"]),
     ),
 ]
 

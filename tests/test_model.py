@@ -197,7 +197,7 @@ def test_initial_weights_depend_on_the_seed_only(tokenizer_dir):
     tokenizer = load_tokenizer(str(tokenizer_dir))
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first, second, other = (new_model("2m", tokenizer, seed=seed, max_length=64) for seed in (3, 3, 4))
+    first, second, other = (new_model("1m", tokenizer, seed=seed, max_length=64) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), state)
     key = "model.transformer.wte.weight"
     assert torch.equal(first.state_dict()[key], second.state_dict()[key])
@@ -205,7 +205,7 @@ def test_initial_weights_depend_on_the_seed_only(tokenizer_dir):
 
 
 def test_unknown_size_lists_the_sizes(tokenizer_dir):
-    with pytest.raises(ValueError, match=r"--config_name 3q: neither a file nor one of the sizes .*2m"):
+    with pytest.raises(ValueError, match=r"--config_name 3q: neither a file nor one of the sizes .*1m"):
         new_model("3q", load_tokenizer(str(tokenizer_dir)), seed=0, max_length=64)
 
 

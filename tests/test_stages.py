@@ -142,11 +142,11 @@ def test_two_ranks_equal_one_process(extra, shard, model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("main", "flags", "message"),
     [
-        (pretrain.main, ["--config_name", "2m"], "needs --tokenizer_name"),
+        (pretrain.main, ["--config_name", "1m"], "needs --tokenizer_name"),
         (pretrain.main, [], "give either --model_name_or_path"),
         (
             pretrain.main,
-            ["--config_name", "2m", "--model_name_or_path", "x"],
+            ["--config_name", "1m", "--model_name_or_path", "x"],
             "give either --model_name_or_path",
         ),
     ],

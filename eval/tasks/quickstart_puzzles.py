@@ -24,7 +24,7 @@ def _puzzles(name: str, *, data_dir: str | None = None, **_: Any) -> DatasetDict
 
 mini_sudoku = partial(_puzzles, "mini_sudoku")
 chain_sum = partial(_puzzles, "chain_sum")
-spell_backward = partial(_puzzles, "spell_backward")
+rotate_matrix = partial(_puzzles, "rotate_matrix")
 
 
 def solved(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
