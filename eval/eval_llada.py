@@ -33,11 +33,13 @@ from unittest import mock
 import lm_eval.tasks
 import yaml
 from lm_eval._cli import HarnessCLI
+from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import setup_logging
 
 from llada.config import read_yaml
-from llada.lm_eval_model import parse_model_args
+from llada.eval_worker import Worker, parse_model_args
+from llada.lm_eval_model import LLaDADist, with_flags
 from llada.runtime import end_run
 
 MODEL = "llada_dist"  # registered by the import of llada.lm_eval_model
@@ -73,7 +75,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def _fill(arguments: argparse.Namespace, values: dict[str, Any], where: str) -> None:
     """Sets what the command line left open; model_args are merged name by name."""
-    names = {*vars(arguments), *lm_eval.config.evaluate_config.EvaluatorConfig.__slots__}
+    names = {*vars(arguments), *EvaluatorConfig.__slots__}
     for name, value in values.items():
         if name not in names:
             raise ValueError(f"{where}: unknown key {name!r}; {_did_you_mean(name, names)}")
@@ -117,7 +119,8 @@ def _only_local_tasks(arguments: argparse.Namespace) -> AbstractContextManager:
     if arguments.include_path is None or not arguments.tasks:
         return nullcontext()
     local = TaskManager(include_path=arguments.include_path, include_defaults=False)
-    tasks = [name for entry in arguments.tasks for name in entry.split(",")]
+    entries = [arguments.tasks] if isinstance(arguments.tasks, str) else arguments.tasks
+    tasks = [name for entry in entries for name in entry.split(",")]
     if not all(local.match_tasks([task]) for task in tasks):
         return nullcontext()
     # its command line has no flag for this
@@ -129,11 +132,19 @@ def _only_local_tasks(arguments: argparse.Namespace) -> AbstractContextManager:
 def main(argv: list[str] | None = None) -> None:
     """Run lm_eval with `llada_dist` as its default model."""
     setup_logging()
-    if int(os.environ.get("RANK", "0")) != 0:
+    rank = int(os.environ.get("RANK", "0"))
+    if rank != 0:
         logging.getLogger("lm_eval").setLevel(logging.WARNING)
     arguments = parse_arguments(list(sys.argv[1:] if argv is None else argv))
-    with _only_local_tasks(arguments):
-        HarnessCLI().execute(arguments)
+    if arguments.include_path is not None:
+        sys.path.append(str(Path(arguments.include_path).resolve()))  # tasks' files may import each other
+    if rank != 0 and arguments.model == MODEL:
+        Worker(parse_model_args(with_flags(arguments.model_args, vars(arguments)))).serve()
+    else:
+        with _only_local_tasks(arguments):
+            HarnessCLI().execute(arguments)
+        if LLaDADist.latest is not None:
+            LLaDADist.latest.worker.dismiss()
     end_run()
 
 

@@ -336,7 +336,7 @@ def _reveal(
     """Reveals each answer in the order of the model's confidence max_v p(v), ties to the left.
 
     Yields (index, (log-likelihood, whether the last token revealed was the argmax, tokens revealed)). With
-    `stop` a request leaves at its first token that is not the argmax.
+    `stop` a request leaves at its first token that is not the argmax: the boolean then speaks for all.
     """
     waiting = iter(_longest_first(requests))
     active: list[int] = []

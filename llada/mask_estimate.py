@@ -1,5 +1,4 @@
-"""From the token log-probabilities under a plan's masks to one log-likelihood and its standard error, in
-nats.
+"""From token log-probabilities under a plan's masks to one log-likelihood and its error, in nats.
 
 `stratified` plans are read with control variates. How well a token is predicted depends, above all, on which
 token it is, on how many tokens are masked, and on whether its near neighbours are. A small regression of log
@@ -9,8 +8,8 @@ unexplained is left to chance:
     B  =  expectation of the fit  +  sum_n w_n sum_{i in M_n} (log p_i - fit_i(M_n))
 
 The fit of token i is phi . (shared + own_i), own_i shrunk towards 0, phi = (1, l/T, is i-1 masked, ...),
-each feature centred for its mask size. Fitted on the masks it corrects, the estimate has a bias of order
-1/N, a small part of its standard error. Measured against the published estimator: docs/evaluation.md.
+each feature centred for its mask size. Fitted on the masks it corrects, the estimate has a small
+bias, measured as a tenth to a quarter of its standard error: docs/evaluation.md.
 
 Shapes: N masks, T answer tokens, F features, P = sum of |M_n| observations (a masked token under a mask).
 

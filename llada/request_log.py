@@ -17,6 +17,7 @@ class RequestLog:
 
     def __init__(self, folder: str | None, settings: dict[str, Any], rank: int) -> None:
         self._settings = json.dumps(settings, sort_keys=True)
+        self.folder = folder
         self._results: dict[str, Any] = {}
         self._file = None
         if folder is None:
@@ -47,6 +48,10 @@ class RequestLog:
     def get(self, key: str) -> Any | None:
         """Its result, or None while it is not finished."""
         return self._results.get(key)
+
+    def learn(self, results: dict[str, Any]) -> None:
+        """Takes over results that another rank has noted."""
+        self._results.update(results)
 
     def put(self, key: str, result: Any, **details: Any) -> None:
         """Notes a finished request; `details` are for the reader of the file."""

@@ -114,6 +114,9 @@ class TrainConfig:
     )
     num_workers: int = flag(1, help="Batches prepared ahead in background threads; 0 = in the loop.")
     device: str | None = flag(None, help="cpu, cuda, ...; default the GPU if there is one.")
+    dry_run: bool = flag(
+        False, help="Only check the files, and print size, memory per rank and hours; writes nothing."
+    )
     report_to: str = flag(
         "none",
         help="Send metrics to W&B besides metrics.jsonl; WANDB_MODE=offline works.",

@@ -77,15 +77,18 @@ class Canvas:
     positions: Tensor | None  # [N, L] long, 0 at the first token; None: the columns
     num_prompt: int  # P
     gen_lengths: list[int]
+    pad_id: int
 
     @classmethod
     def of(cls, prompts: list[list[int]], gen_lengths: list[int], model: nn.Module) -> "Canvas":
         num_prompt, num_answer = max(map(len, prompts)), max(gen_lengths)
-        tokens = torch.full((len(prompts), num_prompt + num_answer), model.config.pad_token_id)
+        config = model.config
+        pad_id = next((i for i in (config.pad_token_id, config.eos_token_id) if i is not None), 0)
+        tokens = torch.full((len(prompts), num_prompt + num_answer), pad_id)
         keep = torch.zeros_like(tokens)
         for row, (prompt, length) in enumerate(zip(prompts, gen_lengths, strict=True)):
             tokens[row, num_prompt - len(prompt) : num_prompt] = torch.tensor(prompt)
-            tokens[row, num_prompt : num_prompt + length] = model.config.mask_token_id
+            tokens[row, num_prompt : num_prompt + length] = config.mask_token_id
             keep[row, num_prompt - len(prompt) : num_prompt + length] = 1
         # true positions, so that rounding in the rotary tables does not depend on the padding either
         positions = (keep.cumsum(dim=1) - 1).clamp_min(0).to(model.device)
@@ -96,6 +99,7 @@ class Canvas:
             positions=None if is_full else positions,
             num_prompt=num_prompt,
             gen_lengths=gen_lengths,
+            pad_id=pad_id,
         )
 
 

@@ -64,8 +64,6 @@ class Decoding:
         ends = sorted({i for i in (config.eos_token_id, config.eot_token_id) if i is not None})
         self.end_ids = torch.tensor(ends, dtype=torch.long, device=self.device)
         self.eos_id = config.eos_token_id
-        self.pad_id = config.pad_token_id
-        self.fill_id = self.pad_id if self.eos_id is None else self.eos_id
         self.can_stop = settings.early_stop and bool(ends)
         self.last_ids = self.end_ids if settings.confidence_eos_eot_inf and ends else None
         self.exempt_ids = torch.tensor([*ends, self.mask_id], device=self.device)
@@ -179,7 +177,9 @@ class Decoding:
 
     def _decode_remdm(self, block: Block, num_steps: int) -> None:
         """Approximate: the block's own diffusion, in which decided tokens may become masks again."""
-        block.waits = torch.full((len(block.names), block.width), torch.inf, device=self.device)
+        block.waits = torch.full(
+            (len(block.names), block.width), torch.inf, dtype=torch.float64, device=self.device
+        )
         for step in range(num_steps):
             masked = self._masked(block)
             sigma = remdm_sigma(self.settings.remdm, self.settings.remdm_eta, step, num_steps, block.waits)
@@ -196,7 +196,7 @@ class Decoding:
                 tokens = self._tokens(block, logits, columns, step)
                 scores = confidence(logits, tokens, None)
                 self._write(block, columns, tokens, picks)
-                waits = torch.where(picks, scores.float(), block.waits.gather(1, columns))
+                waits = torch.where(picks, scores.double(), block.waits.gather(1, columns))
                 block.waits.scatter_(1, columns, waits)
                 self._report(block, step, columns, tokens, picks, scores, remask)
             block.waits.masked_fill_(remask, torch.inf)

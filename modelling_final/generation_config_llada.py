@@ -60,8 +60,8 @@ class LLaDAGenerationConfig(GenerationConfig):
         remasking: which tokens a step decides: low_confidence (the surest) or random.
         logits_eos_inf: EOS is never produced.
         confidence_eos_eot_inf: EOS and EoT are decided last (with low_confidence).
-        early_stop: stop once an EOS or EoT has no mask before it, and put EOS after it. The text up to it is
-            the same. Off: the whole canvas is decided, as published.
+        early_stop: stop once an EOS or EoT has no mask before it, and put padding after it. The text up to
+            it is the same. Off: the whole canvas is decided, as published.
         repetition_penalty: above 1 makes tokens of the prompt and of the answer so far less likely. EOS and
             EoT are exempt, because every chat prompt contains them.
         num_return_sequences: answers per prompt.
@@ -166,9 +166,9 @@ class LLaDAGenerationConfig(GenerationConfig):
         if self.parallel_decoding == "none" and steps % num_blocks:
             near = max(1, round(steps / num_blocks)) * num_blocks
             raise ValueError(
-                f"steps {steps} cannot be shared out evenly over {num_blocks} blocks (gen_length {gen_length} "
-                f"/ block_length {self.block_of(gen_length)}); they must be a multiple of {num_blocks}, "
-                f"for example {near}"
+                f"steps {steps} cannot be shared out evenly over {num_blocks} blocks (gen_length "
+                f"{gen_length} / block_length {self.block_of(gen_length)}); they must be a multiple of "
+                f"{num_blocks}, for example {near}"
             )
         return steps // num_blocks
 

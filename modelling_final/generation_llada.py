@@ -150,8 +150,8 @@ def _output(decoding: Decoding, width: int, trace: list[dict[str, Any]] | None) 
     before_end = (torch.isin(answers, decoding.end_ids).cumsum(dim=1) == 0) & is_answer
     lengths = before_end.sum(dim=1)
     if decoding.can_stop:  # what was decided behind the end depends on when we looked, so none of it stays
-        answers = answers.masked_fill(is_answer & (columns > lengths[:, None]), decoding.fill_id)
-    padding = prompts.new_full((len(prompts), width - canvas.num_prompt), decoding.pad_id)
+        answers = answers.masked_fill(is_answer & (columns > lengths[:, None]), canvas.pad_id)
+    padding = prompts.new_full((len(prompts), width - canvas.num_prompt), canvas.pad_id)
     cut = zip(answers.tolist(), lengths.tolist(), strict=True)
     return LLaDAGenerateOutput(
         sequences=torch.cat([padding, prompts, answers], dim=1),

@@ -84,7 +84,7 @@ def choose_tokens(logits: Tensor, uniforms: Tensor | None, *, temperature: float
         tokens = logits.argmax(dim=-1)
     else:
         cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
-        total = cumulative[..., -1:]
+        total = cumulative[..., -1:].contiguous()
         tokens = torch.searchsorted(cumulative, uniforms[..., None] * total, right=True)
         last = torch.searchsorted(cumulative, total)  # nothing beyond it has any probability
         tokens = torch.minimum(tokens, last)[..., 0]

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
+from llada import preflight
 from llada.config import flag, parse
 from llada.data import load_corpus
 from llada.losses import masked_diffusion_loss, validation_loss
@@ -71,6 +72,16 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("give either --model_name_or_path (continue) or --config_name (from scratch)")
     if config.config_name is not None and config.tokenizer_name is None:
         raise ValueError("--config_name starts from scratch and needs --tokenizer_name")
+    if config.dry_run:
+        preflight.report(
+            config,
+            partial(preflight.corpus_rows, max_length=config.max_length),
+            train=[config.train_data_path],
+            held_out=config.eval_data_path,
+            checkpoint=config.model_name_or_path,
+            config_name=config.config_name,
+        )
+        return
     run = start_run(config.device)
     tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path)
     if config.config_name is not None:

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
+from llada import preflight
 from llada.chat import TURNS
 from llada.config import flag, parse
 from llada.data import LONG, load_conversations
@@ -79,6 +80,18 @@ def example_of(rows: Dataset, config: Config, eos_id: int, record_id: int, _: in
 def main(argv: list[str] | None = None) -> None:
     """Runs SFT with the given flags."""
     config = parse(Config, argv, description=__doc__)
+    if config.dry_run:
+        options = {"max_length": config.max_length, "turns": config.turns, "long": config.long}
+        preflight.report(
+            config,
+            partial(preflight.conversation_rows, **options),
+            train=config.train_data_path,
+            held_out=config.eval_data_path,
+            weights=config.data_weights,
+            checkpoint=config.model_name_or_path,
+            chat=True,
+        )
+        return
     run = start_run(config.device)
     tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, chat=True)
     model = load_trainable(config.model_name_or_path, config)

@@ -66,7 +66,9 @@ def test_short_answers_are_exact(model, cfg_scale):
 def test_left_to_right_is_the_chain_rule(model):
     for request, found in zip(REQUESTS, score(model, REQUESTS, kind="l2r"), strict=True):
         steps = range(len(request.answer))
-        rows = [logits_of(model, request.context, request.answer, set(range(t, len(steps))))[t] for t in steps]
+        rows = [
+            logits_of(model, request.context, request.answer, set(range(t, len(steps))))[t] for t in steps
+        ]
         expected = sum(float(row[y]) for row, y in zip(rows, request.answer, strict=True))
         assert found.log_likelihood == pytest.approx(expected, abs=1e-5)
         assert (found.standard_error, found.num_forwards) == (0.0, len(steps))
@@ -132,7 +134,9 @@ def test_single_token_choices_cost_one_forward_together(model):
     handle.remove()
     assert shapes == [(1, 4)]
     log_p = logits_of(model, (1, 2, 3), (4,), {0})
-    assert [s.log_likelihood for s in found] == pytest.approx([float(log_p[0, t]) for t in (4, 5, 6, 7)], abs=1e-6)
+    assert [s.log_likelihood for s in found] == pytest.approx(
+        [float(log_p[0, t]) for t in (4, 5, 6, 7)], abs=1e-6
+    )
 
 
 def test_scores_arrive_as_they_get_ready(model):

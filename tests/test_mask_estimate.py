@@ -13,7 +13,7 @@ from llada.masking import generator
 
 
 class MarkovChain:
-    """Any-order conditionals of a Markov chain, exact; order-consistent, so its bound is log p(answer) itself.
+    """Any-order conditionals of a Markov chain, exact. Order-consistent, so the bound is log p(answer).
 
     Neighbours tell most about a token, as in text.
     """
@@ -144,7 +144,7 @@ def test_a_stratified_plan_masks_the_tokens_evenly():
 
 
 def test_reference_sizes_are_the_published_ones():
-    # the published loop at b = 8 and T = 4: k + 0.5 j rounds half to even, so 2 and 4 come three times as often
+    # the published loop at b = 8 and T = 4: k + 0.5 j rounds half to even, so 2 and 4 come thrice as often
     sizes = Counter()
     for i in range(2000):
         plan = plan_masks(4, 8, generator(i), estimator="reference", reference_batch=8)

@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_dataset
 from lm_eval.api.samplers import ContextSampler
 
 VARIABLE = "LLADA_EVAL_DATA"
@@ -63,7 +63,9 @@ def gsm8k(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
 
 
 def humaneval(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
-    """Split test, 164 problems."""
+    """Split test, 164 problems; from the hub where no folder of local data is given."""
+    if not (data_dir or os.environ.get(VARIABLE)):
+        return load_dataset("openai/openai_humaneval")
     path = data_file(["humaneval/HumanEval.jsonl.gz", "humaneval/HumanEval.jsonl"], data_dir)
     return DatasetDict({"test": Dataset.from_list(read_jsonl(path))})
 

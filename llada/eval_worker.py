@@ -1,0 +1,292 @@
+"""The ranks of an evaluation: each holds the model and computes its share of the requests.
+
+Rank 0 alone speaks with lm_eval, so prompts and scores are those of a single process; the others wait in
+`serve` for their shares. A request's masks and samples are keyed by what it asks, so neither the number of
+ranks nor the batch size changes more than rounding. Every finished request is on disk at once.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from llada.config import flag, parse
+from llada.likelihood import KINDS, Request, iter_greedy, iter_scores
+from llada.mask_plan import ESTIMATORS, EXACT_TOKENS
+from llada.model import load_model, load_tokenizer, resolve_checkpoint, special_ids
+from llada.request_log import RequestLog
+from llada.runtime import start_run
+from modelling_final import LLaDAGenerationConfig
+
+log = logging.getLogger("lm_eval.llada")
+THINK_END = "</think>"
+# A rank may wait hours for the slowest one; the default timeout of a process group is half an hour.
+PATIENCE = timedelta(days=7)
+# Arguments that do not change a result: a run may continue with others.
+NO_EFFECT = ("batch_size", "generate_batch_size", "device", "record_dir", "mask_id")
+# Arguments that go to the sampler under their own names; the others depend on the task.
+SAMPLER_ARGS = (
+    *("method", "remasking", "logits_eos_inf", "confidence_eos_eot_inf", "early_stop", "repetition_penalty"),
+    *("parallel_decoding", "threshold", "factor", "entropy_bound", "klass_kl", "klass_steps"),
+    *("cache", "cache_refresh_interval", "remdm", "remdm_eta"),
+)
+
+
+@dataclass
+class ModelArgs:
+    """The names that --model_args takes."""
+
+    model_path: str = flag(help="Checkpoint folder, run folder, LoRA adapter folder or hub name.")
+    adapter_path: str | None = flag(None, help="LoRA adapter to put on the model.")
+    load_lora: bool | None = flag(None, help="True: adapter_path is required; False: it is ignored.")
+    dtype: str = flag("auto", help="Of the weights: float32, bfloat16, float16, or auto (as saved).")
+    attn_implementation: str | None = flag(None, help="Attention kernel by transformers' name.")
+    device: str | None = flag(None, help="cpu, cuda, cuda:1; default the GPU of this rank, else the CPU.")
+    mask_id: int | None = flag(None, help="Only checked: it must be the model's own mask token.")
+    max_length: int | None = flag(
+        None, help="Longest sequence; default the model's. Contexts lose their start."
+    )
+    seed: int = flag(0, help="Of masks and of sampling; every request has its own stream.")
+    record_dir: str | None = flag(None, help="Folder of finished requests; default OUTPUT_PATH/requests.")
+    # likelihood
+    batch_size: int | None = flag(None, help="Sequences per forward of likelihoods; default 32.")
+    likelihood: str = flag(
+        "elbo", choices=KINDS, help="What a log-likelihood means; see llada/likelihood.py."
+    )
+    mc_num: int = flag(128, help="Masks per answer.")
+    estimator: str = flag(
+        "stratified", choices=ESTIMATORS, help="`reference` is the published, slightly biased one."
+    )
+    reference_batch: int = flag(8, help="--batch_size of the published run, on which `reference` depends.")
+    exact_tokens: int = flag(EXACT_TOKENS, help="Answers up to this length are summed over every mask.")
+    is_check_greedy: bool = flag(True, help="Also report whether greedy decoding gives the answer.")
+    cfg: float = flag(0.0, help="Classifier-free guidance scale, of likelihoods and of generation.")
+    # generation
+    gen_length: int | None = flag(None, help="Answer tokens; default the task's max_gen_toks, else 256.")
+    steps: int | None = flag(None, help="Denoising steps; default gen_length, one token a step.")
+    block_length: int | None = flag(None, help="Tokens per block; default gen_length, one block.")
+    remasking: str = flag("low_confidence", help="low_confidence or random.")
+    temperature: float | None = flag(None, help="Default the task's, else 0.")
+    repetition_penalty: float = flag(1.0, help="Above 1: repeated tokens become less likely.")
+    logits_eos_inf: bool = flag(False, help="Never produce EOS.")
+    confidence_eos_eot_inf: bool = flag(False, help="Reveal EOS and EoT last.")
+    early_stop: bool = flag(True, help="Stop when all before a revealed EOS is decided; the same text.")
+    generate_batch_size: int | None = flag(
+        None, help="Prompts generated together; default batch_size, else 8."
+    )
+    method: str = flag("semi_autoregressive_padding", help="This and the next as in LLaDAGenerationConfig.")
+    parallel_decoding: str = flag("none", help="none, or approximate: threshold, factor, entropy, klass.")
+    threshold: float = flag(0.9, help="Confidence that threshold and klass ask for.")
+    factor: float = flag(1.0, help="Bound of the factor rule.")
+    entropy_bound: float = flag(0.1, help="Bound of the entropy rule, in nats.")
+    klass_kl: float = flag(0.01, help="Bound of the klass rule, in nats.")
+    klass_steps: int = flag(2, help="Steps for which the klass rule asks stability.")
+    cache: str = flag("none", help="none, or approximate: prefix, dual.")
+    cache_refresh_interval: int = flag(0, help="Steps between recomputations of the cache; 0: once a block.")
+    remdm: str = flag("none", help="none, or approximate: cap, rescale, conf.")
+    remdm_eta: float = flag(0.04, help="Strength of ReMDM remasking.")
+    use_thinking: bool = flag(True, help="False: the answer starts with an empty <think></think>.")
+
+
+def parse_model_args(values: dict[str, Any]) -> ModelArgs:
+    """The checked model arguments. An unknown name is answered with the nearest one, as for flags.
+
+    Raises:
+        ValueError: load_lora without an adapter.
+    """
+    renamed = {"model_path" if name == "pretrained" else name: value for name, value in values.items()}
+    argv = [f"--{name}={value}" for name, value in renamed.items() if value is not None]
+    args = parse(ModelArgs, argv, description="The names that --model_args takes, as name=value,name=value.")
+    if args.load_lora and not args.adapter_path:
+        raise ValueError("--model_args load_lora=True needs adapter_path=FOLDER")
+    if args.load_lora is False:
+        args.adapter_path = None
+    return args
+
+
+class Prompt(NamedTuple):
+    """A prompt to answer: its text, its token ids, stop strings, and the sampler's settings for it."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    until: tuple[str, ...]
+    settings: dict[str, Any]
+
+
+def _fingerprint(folder: str) -> list[list[Any]]:
+    """What identifies a checkpoint's files: a retrained model under an old path is another model."""
+    path = Path(folder)
+    if not path.is_dir():
+        return [[folder]]
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(path.iterdir()) if f.is_file()]
+
+
+class Worker:
+    """One rank: a model, its tokenizer, and the log of finished requests."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        self.args = args
+        self.run = start_run(args.device)
+        # Requests and results travel on the CPU, whatever the device of the model.
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.run.world_size > 1 else None
+        self.tokenizer = load_tokenizer(args.model_path)
+        self.model = load_model(
+            args.model_path,
+            dtype=args.dtype,
+            adapter_path=args.adapter_path,
+            attn_implementation=args.attn_implementation,
+            device=self.run.device,
+        ).eval()
+        self.ids = special_ids(self.model.config, self.tokenizer)
+        if args.mask_id is not None and args.mask_id != self.ids.mask:
+            raise ValueError(
+                f"--model_args mask_id={args.mask_id}: {args.model_path} has mask_id={self.ids.mask}; "
+                "leave it out, it is read from the model"
+            )
+        settings = {k: value for k, value in dataclasses.asdict(args).items() if k not in NO_EFFECT}
+        settings["files"] = _fingerprint(resolve_checkpoint(args.model_path))
+        if args.adapter_path:
+            settings["adapter_files"] = _fingerprint(resolve_checkpoint(args.adapter_path))
+        self.log = RequestLog(args.record_dir, settings, self.run.rank)
+
+    def serve(self) -> None:
+        """Ranks other than 0: compute shares until rank 0 calls `dismiss`."""
+        while (work := self._broadcast(None)) is not None:
+            self._share(*work)
+
+    def dismiss(self) -> None:
+        """Rank 0: no more work."""
+        if self._group is not None:
+            self._broadcast(None)
+
+    def compute(self, kind: str, items: dict[str, Any]) -> list[Any]:
+        """Rank 0: the results of all items, in their order; those in the log are not computed again.
+
+        Args:
+            kind: "score" or "greedy" (items are `Request`s), or "answer" (`Prompt`s).
+            items: by key of the log.
+        """
+        todo = {key: item for key, item in items.items() if self.log.get(key) is None}
+        if len(todo) < len(items) and self.log.folder is not None:
+            log.info(
+                "%d of %d requests are already in %s", len(items) - len(todo), len(items), self.log.folder
+            )
+        if todo:
+            if self._group is not None:
+                self._broadcast((kind, todo))
+            self._share(kind, todo)
+        return [self.log.get(key) for key in items]
+
+    def _broadcast(self, work: tuple[str, dict[str, Any]] | None) -> tuple[str, dict[str, Any]] | None:
+        box = [work]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def _share(self, kind: str, items: dict[str, Any]) -> None:
+        """Computes this rank's part of the items; rank 0 then has the results of all in its log."""
+        rank, world_size = self.run.rank, self.run.world_size
+        own = _deal(items, world_size)[rank]
+        run = {"score": self._scores, "greedy": self._greedy, "answer": self._answers}[kind]
+        bar = tqdm(run(own), desc=kind, unit="req", total=len(own), disable=rank != 0, mininterval=1)
+        results = {}
+        for key, result, details in bar:
+            self.log.put(key, result, **details)
+            results[key] = result
+        if self._group is not None:
+            parts = [None] * world_size if rank == 0 else None
+            dist.gather_object(results, parts, group=self._group)
+            for part in parts or []:
+                self.log.learn(part)
+
+    def _scores(self, items: dict[str, Request]) -> Iterator[tuple[str, float, dict[str, Any]]]:
+        args, keys = self.args, list(items)
+        for index, score in iter_scores(
+            self.model,
+            list(items.values()),
+            kind=args.likelihood,
+            num_samples=args.mc_num,
+            estimator=args.estimator,
+            exact_tokens=args.exact_tokens,
+            reference_batch=min(args.reference_batch, args.mc_num),
+            seed=args.seed,
+            batch_size=args.batch_size or 32,
+            cfg_scale=args.cfg,
+        ):
+            details = {
+                "answer": self.tokenizer.decode(items[keys[index]].answer),
+                "standard_error": None if math.isnan(score.standard_error) else score.standard_error,
+                "num_forwards": score.num_forwards,
+            }
+            yield keys[index], score.log_likelihood, details
+
+    def _greedy(self, items: dict[str, Request]) -> Iterator[tuple[str, bool, dict[str, Any]]]:
+        keys = list(items)
+        found = iter_greedy(
+            self.model,
+            list(items.values()),
+            batch_size=self.args.batch_size or 32,
+            cfg_scale=self.args.cfg,
+        )
+        return ((keys[index], is_greedy, {}) for index, is_greedy in found)
+
+    def _answers(self, items: dict[str, Prompt]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        size = self.args.generate_batch_size or self.args.batch_size or 8
+        groups: dict[str, list[str]] = {}
+        for key, prompt in items.items():
+            groups.setdefault(json.dumps(prompt.settings, sort_keys=True), []).append(key)
+        for keys in groups.values():
+            keys.sort(key=lambda key: -len(items[key].token_ids))
+            for start in range(0, len(keys), size):
+                yield from self._generate({key: items[key] for key in keys[start : start + size]})
+
+    def sampler(self, settings: dict[str, Any]) -> LLaDAGenerationConfig:
+        """The sampler of prompts with these settings. ValueError for settings that exclude each other."""
+        args = dataclasses.asdict(self.args)
+        own = {name: args[name] for name in SAMPLER_ARGS}
+        return LLaDAGenerationConfig(**own, **settings, cfg_scale=self.args.cfg, seed=self.args.seed)
+
+    def _generate(self, batch: dict[str, Prompt]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        settings = next(iter(batch.values())).settings
+        output = self.model.generate(
+            [list(prompt.token_ids) for prompt in batch.values()],
+            generation_config=self.sampler(settings),
+            # the key names the request, so its draws are the same in any batch and on any rank
+            record_ids=[int(key[:15], 16) for key in batch],
+        )
+        answers = output.sequences[:, -settings["gen_length"] :].tolist()
+        ends = {self.ids.eos, self.ids.eot}
+        for (key, prompt), token_ids in zip(batch.items(), answers, strict=True):
+            end = next((i for i, token in enumerate(token_ids) if token in ends), len(token_ids))
+            text = self.tokenizer.decode(token_ids[:end], skip_special_tokens=True)
+            raw = self.tokenizer.decode(token_ids)
+            yield key, cut_answer(text, prompt.until), {"prompt": prompt.text, "raw": raw, "num_tokens": end}
+
+
+def _deal(items: dict[str, Any], world_size: int) -> list[dict[str, Any]]:
+    """The items of each rank: equal contexts, which share forwards, together, and lengths about even."""
+    hands: list[dict[str, Any]] = [{} for _ in range(world_size)]
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for key, item in items.items():
+        groups.setdefault(item.context if isinstance(item, Request) else (len(groups),), []).append(key)
+    for n, keys in enumerate(sorted(groups.values(), key=lambda keys: -_length(items[keys[0]]))):
+        hands[n % world_size].update((key, items[key]) for key in keys)
+    return hands
+
+
+def _length(item: Request | Prompt) -> int:
+    return len(item.context) + len(item.answer) if isinstance(item, Request) else len(item.token_ids)
+
+
+def cut_answer(text: str, until: Sequence[str]) -> str:
+    """The text after the model's thinking, up to the first of the stop strings."""
+    text = text.rsplit(THINK_END, 1)[-1]
+    cuts = [at for stop in until if stop and (at := text.find(stop)) >= 0]
+    return text[: min(cuts)] if cuts else text

@@ -1,0 +1,181 @@
+"""What a training step costs, by arithmetic: parameters, bytes per rank by kind, and FLOPs.
+
+Shapes and symbols: B sequences of a micro-batch, L positions, n blocks, D model width, K width of keys and of
+values, F MLP width, V head outputs; P all parameters, T trainable ones; R ranks, S ranks that share one copy
+of the state (1: replicated, R: `--shard full`, the ranks of a node: `--shard hybrid`); e bytes of a number in
+--dtype. Gigabytes are 1e9 bytes.
+
+Memory of a rank, added up as if every part were at its peak at once:
+    weights     4 P / S; LoRA: e P / S for the frozen ones, 4 T / S for the adapters
+    gradients   4 T / S; replicated on several ranks another 4 T for the buckets of the all-reduce; sharded
+                with accumulation another 4 T, since they stay whole until a step's last micro-batch
+    AdamW       8 T / S
+    working     replicated bfloat16: 2 bytes for each block weight that autocast has cast; sharded: two
+                gathered blocks and the gathered head, and the largest of these once more in float32 to reduce
+    activations B L n a, where a is `block_bytes` (what one block keeps of a token for its backward);
+                with --gradient_checkpointing B L (n x + a), x the bytes of a block's input
+    head        chunk_rows(V) V (4 + 2) for the logits of a chunk, and where the head is trained its gradient
+                in float32 and the product of a chunk: V D (4 + e)
+FLOPs of a token: 6 for each matrix weight of a block (LoRA: 4, since frozen weights need no gradient), the
+same for the head on the masked share of tokens, and 12 n L D for attention that looks both ways. A
+recomputed block costs its forward again, which does not count as useful (MFU) work.
+
+Source: arXiv 2204.02311 appendix B (6 per weight); for LLaDA-8B at 4,096 positions, all rows in the head:
+51.4 GFLOP a token, LoRA 36.4, LoRA recomputed 52.5.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from llada.model import LINEAR_LAYERS
+from llada.train_config import TrainConfig
+from modelling_final import LLaDAConfig
+from modelling_final.loss_llada import chunk_rows
+
+GB = 1e9
+FLOAT32 = 4
+ADAMW_BYTES = 8  # two float32 moments
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters, and the bytes in which they are held."""
+
+    total: int
+    trainable: int
+    weight_bytes: int
+    blocks: int  # base weights of all blocks, norms included
+    adapted: frozenset[str]  # linear layers of a block whose input is kept for a weight gradient
+
+    @property
+    def is_lora(self) -> bool:
+        return self.trainable < self.total
+
+
+def count_parameters(model: nn.Module) -> Parameters:
+    """The parameters of a model prepared for training; a model on the meta device will do."""
+    named = list(model.named_parameters())
+    trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    adapted = {layer for layer in LINEAR_LAYERS for name, _ in trainable if f".{layer}." in f".{name}"}
+    return Parameters(
+        # of an adapted model the base alone: its size is what a reader compares
+        total=sum(p.numel() for name, p in named if "lora_" not in name),
+        trainable=sum(p.numel() for _, p in trainable),
+        weight_bytes=sum(p.numel() * p.element_size() for _, p in named),
+        blocks=sum(p.numel() for name, p in named if ".blocks." in name and "lora_" not in name),
+        adapted=frozenset(adapted),
+    )
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many processes there are, and how many of them share one copy of the state."""
+
+    world_size: int
+    sharing: int
+
+    @classmethod
+    def of(cls, shard: str, world_size: int, local_world_size: int) -> "Ranks":
+        """The ranks that `--shard` makes; ValueError where it does not fit them."""
+        if shard == "none":
+            return cls(world_size, 1)
+        if world_size == 1:
+            raise ValueError(f"--shard {shard} needs several processes: start the script with torchrun")
+        if shard == "hybrid" and world_size % local_world_size:
+            raise ValueError(
+                f"--shard hybrid: {world_size} ranks are not a multiple of the {local_world_size} of a node"
+            )
+        return cls(world_size, local_world_size if shard == "hybrid" else world_size)
+
+
+def block_bytes(shape: LLaDAConfig, config: TrainConfig, parameters: Parameters) -> tuple[int, int]:
+    """(bytes that a block keeps of one token for its backward, bytes of the token at the block's input).
+
+    Counted from modelling_final with a fused attention kernel, which keeps q, k, v, its output and one
+    float32 per head, never an L x L matrix.
+    """
+    e = 2 if config.dtype == "bfloat16" else FLOAT32
+    d, f = shape.d_model, shape.mlp_hidden_size
+    k = shape.n_kv_heads * shape.head_dim
+    autocast = config.shard == "none" and e == 2
+    residual = FLOAT32 if config.shard == "none" and not parameters.is_lora else e
+    # A norm squares its input in float32 (kept), and its trainable weight needs the normalised rows.
+    norm = FLOAT32 * d + (0 if parameters.is_lora else residual * d)
+    attention = e * (2 * d + 2 * k) + FLOAT32 * shape.n_heads
+    mlp = e * 3 * f  # gate, its activation, and what that is multiplied with
+
+    # Inputs kept for weight gradients: one tensor for all layers that read it, but autocast casts for each.
+    inputs = 0
+    for layers, width in ((("q_proj", "k_proj", "v_proj"), d), (("ff_proj", "up_proj"), d)):
+        readers = len(parameters.adapted.intersection(layers))
+        inputs += e * width * (readers if autocast else min(readers, 1))
+    # The attention's output is kept anyway; LoRA under autocast casts a copy of its own.
+    inputs += e * d if "attn_out" in parameters.adapted and autocast and parameters.is_lora else 0
+    inputs += e * f if "ff_out" in parameters.adapted else 0
+    return 2 * norm + attention + mlp + inputs, residual * d
+
+
+def memory(
+    shape: LLaDAConfig, config: TrainConfig, parameters: Parameters, ranks: Ranks, *, length: int
+) -> dict[str, float]:
+    """Bytes of a rank by kind, for micro-batches of `length` positions; the kinds of the module's docstring.
+
+    The CUDA context and the allocator's gaps, about 1 GB and a tenth, come on top.
+    """
+    e = 2 if config.dtype == "bfloat16" else FLOAT32
+    trainable, sharing = parameters.trainable, ranks.sharing
+    block = parameters.blocks / shape.n_layers
+    head = shape.embedding_size * shape.d_model
+    tokens = config.micro_batch_size * length
+    accumulates = config.batch_size > config.micro_batch_size * ranks.world_size
+
+    gradients = FLOAT32 * trainable / sharing
+    if (sharing == 1 and ranks.world_size > 1) or (sharing > 1 and accumulates):
+        gradients += FLOAT32 * trainable
+    working = 0.0
+    if sharing > 1:
+        largest = (trainable / shape.n_layers) if parameters.is_lora else max(block, head)
+        working = e * (2 * block + head) + FLOAT32 * largest
+    elif e == 2 and not parameters.is_lora:
+        working = e * parameters.blocks
+
+    per_block, at_input = block_bytes(shape, config, parameters)
+    if config.gradient_checkpointing:
+        activations = tokens * (shape.n_layers * at_input + per_block)
+    else:
+        activations = tokens * shape.n_layers * per_block
+    head_bytes = chunk_rows(shape.embedding_size) * shape.embedding_size * (FLOAT32 + 2)
+    if not parameters.is_lora:
+        head_bytes += head * (FLOAT32 + e)
+    return {
+        "weights": parameters.weight_bytes / sharing,
+        "gradients": gradients,
+        "AdamW": ADAMW_BYTES * trainable / sharing,
+        "working copies": working,
+        "activations": float(activations),
+        "head": float(head_bytes),
+    }
+
+
+def flops_per_token(
+    shape: LLaDAConfig,
+    parameters: Parameters,
+    *,
+    length: int,
+    masked_share: float,
+    recompute: bool = False,
+) -> float:
+    """FLOPs that the loss and its gradients need for one token of a row of `length` positions.
+
+    Args:
+        masked_share: share of the tokens whose row goes through the head; 0.5 in pretraining.
+        recompute: also count the second forward of the blocks that activation checkpointing runs.
+    """
+    d, k = shape.d_model, shape.n_kv_heads * shape.head_dim
+    matrices = shape.n_layers * (2 * d * d + 2 * d * k + 3 * d * shape.mlp_hidden_size)
+    attention = 12 * shape.n_layers * length * d
+    per_weight = 4 if parameters.is_lora else 6
+    head = per_weight * shape.embedding_size * d * masked_share
+    again = 2 * matrices + attention / 3 if recompute else 0.0
+    return per_weight * matrices + attention + head + again

@@ -1,0 +1,326 @@
+"""The preflight that `--dry_run` runs: is everything there, does it fit together, and what will it cost?
+
+Reads configs, the tokenizer, the headers of weight files and a sample of the data; builds the model on the
+meta device, where tensors have shapes and no values; writes nothing. `torchrun` and SLURM variables say how
+many ranks there are, so a large job can be tried in one process:
+
+    WORLD_SIZE=64 LOCAL_WORLD_SIZE=8 python pretraining/pretrain.py ... --shard hybrid --dry_run
+"""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from llada.checkpoint import check_meta, find_resume, read_meta
+from llada.data import load_conversations, load_corpus
+from llada.encoding import encode_conversations, encode_documents
+from llada.footprint import (
+    ADAMW_BYTES,
+    FLOAT32,
+    GB,
+    Parameters,
+    Ranks,
+    count_parameters,
+    flops_per_token,
+    memory,
+)
+from llada.messages import to_messages
+from llada.model import DTYPES, load_config, load_tokenizer, new_model, resolve_checkpoint, special_ids
+from llada.records import OnBytes, files_of, read_records
+from llada.runtime import Run
+from llada.shards import Item, is_prepared, read_manifest
+from llada.train_config import RESUME_MUST_AGREE, TrainConfig
+from llada.training import prepare_trainable
+from modelling_final import LLaDAConfig, LLaDAModelLM
+
+SAMPLE_RECORDS = 256  # of raw files; enough for lengths within a few per cent
+# Dense bf16 of an H100 SXM, and a usual share of it.
+PEAK_FLOPS, MFU = 989e12, 0.4
+_ALONE = Run(rank=0, world_size=1, device=torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How much data there is; estimated from its first records where `is_exact` is False."""
+
+    num_rows: float
+    num_tokens: float
+    num_maskable: float
+    is_exact: bool
+
+    def times(self, factor: float) -> "Rows":
+        return Rows(factor * self.num_rows, factor * self.num_tokens, factor * self.num_maskable, False)
+
+
+RowsOf = Callable[[str, PreTrainedTokenizerBase], Rows]
+"""(path, tokenizer) -> its rows; ValueError where the stage could not read it."""
+
+
+def corpus_rows(path: str, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Rows:
+    """The rows that pretraining gets from `path`, prepared or raw."""
+    if _is_prepared(path):
+        load_corpus(path, tokenizer, prepared="", max_length=max_length, run=_ALONE)
+        counts = read_manifest(path)["statistics"]
+        return Rows(counts["rows"], counts["tokens"], counts["tokens"], is_exact=True)
+
+    def documents(on_bytes: OnBytes) -> Iterator[Item]:
+        for where, record in read_records(path, on_bytes=on_bytes):
+            if not isinstance(record.get("text"), str):
+                raise ValueError(f"{where}: a document needs a string field 'text', has {sorted(record)}")
+            yield where, record["text"]
+
+    def encode(items: list[Item]) -> Counter:
+        return encode_documents(items, tokenizer=tokenizer, max_length=max_length)[1]
+
+    return _sampled(path, documents, encode)
+
+
+def conversation_rows(
+    path: str, tokenizer: PreTrainedTokenizerBase, *, max_length: int, turns: str, long: str
+) -> Rows:
+    """The rows that SFT gets from `path`, prepared or raw."""
+    if _is_prepared(path):
+        load_conversations([path], tokenizer, prepared="", max_length=max_length, run=_ALONE)
+        counts = read_manifest(path)["statistics"]
+        return Rows(counts["rows"], counts["tokens"], counts["answer_tokens"], is_exact=True)
+
+    def conversations(on_bytes: OnBytes) -> Iterator[Item]:
+        for where, record in read_records(path, on_bytes=on_bytes):
+            yield where, to_messages(record, where)
+
+    def encode(items: list[Item]) -> Counter:
+        options = {"max_length": max_length, "turns": turns, "long": long}
+        return encode_conversations(items, tokenizer=tokenizer, **options)[1]
+
+    return _sampled(path, conversations, encode)
+
+
+def _is_prepared(path: str) -> bool:
+    # Of a folder of prepared splits too, since loading it says which one to name.
+    return is_prepared(path) or is_prepared(Path(path, "train"))
+
+
+def _sampled(
+    path: str, read: Callable[[OnBytes], Iterator[Item]], encode: Callable[[list[Item]], Counter]
+) -> Rows:
+    """The rows of raw files, from their first records and the bytes these take."""
+    used = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal used
+        used += count
+
+    records = read(on_bytes)
+    items = list(islice(records, SAMPLE_RECORDS))
+    counts = encode(items)
+    if not counts["rows"]:
+        raise ValueError(f"{path}: no usable row in its first {len(items)} records; counts: {dict(counts)}")
+    found = Rows(counts["rows"], counts["tokens"], counts.get("answer_tokens", counts["tokens"]), True)
+    num_read = len(items)
+    while next(records, None) is not None:
+        if used:  # bytes are told for whole lines or batches, when the record after them is asked for
+            size = sum(file.stat().st_size for file in files_of(path))
+            return found.times(size / used * num_read / len(items))
+        num_read += 1
+    return found
+
+
+def _mixture(parts: list[Rows], weights: Sequence[float] | None) -> Rows:
+    """All parts once, or as `llada.data.interleave` mixes them: until each has been seen in full."""
+    if weights:
+        if len(weights) != len(parts):
+            raise ValueError(f"--data_weights has {len(weights)} numbers for {len(parts)} data sets")
+        shares = [weight / sum(weights) for weight in weights]
+        total = max(part.num_rows / share for part, share in zip(parts, shares, strict=True))
+        parts = [p.times(total * share / p.num_rows) for p, share in zip(parts, shares, strict=True)]
+    sums = [sum(getattr(part, name) for part in parts) for name in ("num_rows", "num_tokens", "num_maskable")]
+    return Rows(*sums, is_exact=all(part.is_exact for part in parts))
+
+
+def check_weight_files(folder: str, model: nn.Module) -> int:
+    """Bytes of the safetensors files of a checkpoint, after a look at their headers; 0 if it has none here.
+
+    Raises:
+        ValueError: a file is missing or cut short, or its tensors are not those of the model.
+    """
+    index = Path(folder, "model.safetensors.index.json")
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    else:
+        names = {"model.safetensors"} if Path(folder, "model.safetensors").is_file() else set()
+    found: dict[str, list[int]] = {}
+    size = 0
+    for file in (Path(folder, name) for name in sorted(names)):
+        try:
+            size += file.stat().st_size
+            with safe_open(file, "pt") as tensors:
+                found |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"--model_name_or_path {folder}: {file.name} is damaged: {error}") from error
+    expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    wrong = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
+    if names and wrong:
+        name = min(wrong)
+        raise ValueError(
+            f"--model_name_or_path {folder}: {len(wrong)} tensors are not what config.json asks for; {name} "
+            f"should be {expected.get(name, 'absent')} and is {found.get(name, 'absent')}"
+        )
+    return size
+
+
+def report(
+    config: TrainConfig,
+    rows_of: RowsOf,
+    *,
+    train: Sequence[str],
+    held_out: str | None = None,
+    weights: Sequence[float] | None = None,
+    checkpoint: str | None,
+    config_name: str | None = None,
+    chat: bool = False,
+) -> None:
+    """Checks the files of a training stage and prints what the run will be. Rank 0 alone does it.
+
+    Args:
+        rows_of: how the stage reads its data.
+        train, held_out, weights: the data and the share of each.
+        checkpoint, config_name: what to start from; as in pretraining, one of them is None.
+        chat: whether the tokenizer needs chat tokens.
+
+    Raises:
+        ValueError: whatever would stop the run itself: a missing file, a vocabulary that does not fit, a
+            batch that the ranks cannot share, a state in --output_dir that has other flags.
+    """
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = Ranks.of(config.shard, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    tokenizer = load_tokenizer(config.tokenizer_name or checkpoint, chat=chat)
+    model, files = _build(config, tokenizer, checkpoint, config_name)
+    shape = model.config if isinstance(model, LLaDAModelLM) else model.get_base_model().config
+    ids = special_ids(shape, tokenizer)
+    parameters = count_parameters(model)
+    rows = _mixture([rows_of(path, tokenizer) for path in train], weights)
+    config.resolve(Run(rank=0, world_size=world_size, device=torch.device("cpu")), int(rows.num_rows))
+    lines = [
+        ("checkpoint", f"{checkpoint or config_name}{files}"),
+        ("parameters", _describe_parameters(parameters)),
+        ("vocabulary", f"{len(tokenizer)} tokens, {shape.embedding_size} rows; "
+         f"mask {ids.mask}, eos {ids.eos}, pad {ids.pad}, eot {ids.eot}"),
+        ("data", _describe_rows(rows)),
+    ]  # fmt: skip
+    if held_out is not None:
+        lines.append(("held out", _describe_rows(rows_of(held_out, tokenizer))))
+    lines += _describe_steps(config, rows, ranks)
+    lines += _describe_cost(config, shape, parameters, rows, ranks)
+    lines += _describe_memory(
+        memory(shape, config, parameters, ranks, length=config.max_length), config, ranks
+    )
+    lines += _describe_output(config, parameters)
+    for name, text in lines:
+        print(f"{name:>15}  {text}")
+    print("dry run: nothing was loaded, nothing was written", flush=True)
+
+
+def _build(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, checkpoint: str | None, config_name: str | None
+) -> tuple[nn.Module, str]:
+    """The model as training would have it, on the meta device, and a note about its weight files."""
+    with torch.device("meta"):
+        if config_name is not None:
+            model = new_model(config_name, tokenizer, seed=config.seed, max_length=config.max_length)
+            return prepare_trainable(model, config), ", new weights"
+        folder = resolve_checkpoint(checkpoint)
+        adapter = (
+            LoraConfig.from_pretrained(folder) if Path(folder, "adapter_config.json").is_file() else None
+        )
+        base = folder if adapter is None else resolve_checkpoint(adapter.base_model_name_or_path)
+        model = LLaDAModelLM(load_config(base))
+        size = check_weight_files(base, model)
+        model.to(DTYPES[config.dtype if config.use_lora else "float32"])
+        if adapter is not None:
+            adapter.inference_mode = False
+            model = get_peft_model(model, adapter)
+        note = f", {size / GB:.2f} GB of weights" if size else ", weights not looked at (no safetensors here)"
+        return prepare_trainable(model, config), note
+
+
+def _describe_parameters(parameters: Parameters) -> str:
+    share = parameters.trainable / parameters.total
+    return f"{parameters.total:,}, trainable {parameters.trainable:,} ({share:.2%})"
+
+
+def _describe_rows(rows: Rows) -> str:
+    about = "" if rows.is_exact else "about "
+    share = rows.num_maskable / max(1, rows.num_tokens)
+    return f"{about}{rows.num_rows:,.0f} rows, {rows.num_tokens:,.0f} tokens, {share:.0%} of them maskable"
+
+
+def _describe_steps(config: TrainConfig, rows: Rows, ranks: Ranks) -> list[tuple[str, str]]:
+    accumulation = config.batch_size // (config.micro_batch_size * ranks.world_size)
+    epochs = config.max_steps * config.batch_size / rows.num_rows
+    tokens = config.batch_size * rows.num_tokens / rows.num_rows
+    return [
+        ("batch", f"{config.batch_size} rows = {ranks.world_size} ranks x {config.micro_batch_size} x "
+         f"{accumulation} micro-batches"),
+        ("steps", f"{config.max_steps:,} = {epochs:.2f} epochs; {tokens:,.0f} tokens a step"),
+    ]  # fmt: skip
+
+
+def _describe_cost(
+    config: TrainConfig, shape: LLaDAConfig, parameters: Parameters, rows: Rows, ranks: Ranks
+) -> list[tuple[str, str]]:
+    tokens = config.batch_size * rows.num_tokens / rows.num_rows
+    settings = {
+        "length": min(config.max_length, round(rows.num_tokens / rows.num_rows)),
+        "masked_share": 0.5 * rows.num_maskable / rows.num_tokens,
+    }
+    useful = tokens * flops_per_token(shape, parameters, **settings)
+    seconds = useful / (ranks.world_size * PEAK_FLOPS * MFU)
+    text = f"{useful:.3g} FLOPs a step; {seconds:.3g} s at {MFU:.0%} MFU of an H100 per rank"
+    return [("compute", text), ("time", f"{seconds * config.max_steps / 3600:.3g} hours at that rate")]
+
+
+def _describe_memory(parts: dict[str, float], config: TrainConfig, ranks: Ranks) -> list[tuple[str, str]]:
+    state = ("weights", "gradients", "AdamW")
+    where = "CPU" if config.cpu_offload and ranks.sharing > 1 else "device"
+    total = sum(size for kind, size in parts.items() if where == "device" or kind not in state)
+    lines = [
+        (kind, f"{size / GB:9.3f} GB{' (CPU)' * (where == 'CPU' and kind in state)}")
+        for kind, size in parts.items()
+    ]
+    room = ""
+    if torch.cuda.is_available():
+        room = f"; this device has {torch.cuda.get_device_properties(0).total_memory / GB:.1f} GB"
+    lengths = f"micro-batches of {config.micro_batch_size} x {config.max_length}"
+    return [
+        *lines,
+        ("memory", f"{total / GB:9.3f} GB a rank at {lengths}, context and gaps not counted{room}"),
+    ]
+
+
+def _describe_output(config: TrainConfig, parameters: Parameters) -> list[tuple[str, str]]:
+    """Where the run goes, whether it continues another, and whether its states fit on the disk."""
+    folder = Path(config.output_dir)
+    state = find_resume(folder, config.resume_from_checkpoint)
+    begins = "a new run"
+    if state is not None:
+        check_meta(state, {name: getattr(config, name) for name in RESUME_MUST_AGREE})
+        begins = f"continues {state} at step {read_meta(state)['step']}"
+    existing = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
+    size = (FLOAT32 + ADAMW_BYTES) * parameters.trainable / GB
+    free = shutil.disk_usage(existing).free / GB
+    needed = (config.save_total_limit + 1) * size  # the newest is complete before the oldest goes
+    text = f"{size:.3f} GB a state, {needed:.3f} GB with --save_total_limit, {free:.1f} GB free"
+    return [("output", f"{folder}: {begins}"), ("disk", text + (": TOO LITTLE" if needed > free else ""))]

@@ -1,0 +1,71 @@
+"""The documented commands of the training system this suite succeeds, with our script paths, flags as
+written.
+
+They run on a small checkpoint that stands in a folder named like the hub's, and on small data under the
+documented
+names; only the number of steps is lowered, by one more flag at the end.
+"""
+
+import json
+import shlex
+import shutil
+
+import pytest
+from conftest import ROOT, load_script
+
+PRETRAIN = """pretraining/pretrain.py
+    --model_name_or_path "GSAI-ML/LLaDA-8B-Base" --train_data_path "./data/train.jsonl"
+    --output_dir "./checkpoints/pretraining" --max_steps 100000 --batch_size 4 --learning_rate 4e-4"""
+SFT = """sft_training/train_sft.py
+    --model_name_or_path "./checkpoints/pretraining/best_model.pt" --train_data_path "./data/sft_train.jsonl"
+    --output_dir "./checkpoints/sft" --max_steps 10000 --batch_size 4 --learning_rate 2e-5"""
+INFERENCE = """inference/generate.py
+    --model_name_or_path "./checkpoints/sft/best_sft_model.pt" --prompt "What is the capital of France?"
+    --method fixed_length --gen_length 128 --steps 128 --remasking low_confidence --is_instruct"""
+ORIGIN = """inference/generate.py --model_name_or_path ./checkpoints/sft/best_sft_model.pt --prompt Hi
+    --method semi_autoregressive_origin --gen_length 128"""
+PADDING = """inference/generate.py --model_name_or_path ./checkpoints/sft/best_sft_model.pt --prompt Hi
+    --method semi_autoregressive_padding --gen_length 128 --block_length 32"""
+
+
+def run(command, *more):
+    script, *flags = shlex.split(command)
+    load_script(script).main([*flags, *more])
+
+
+@pytest.fixture
+def project(model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model_dir, "GSAI-ML/LLaDA-8B-Base")
+    (tmp_path / "data").mkdir()
+    shutil.copy(ROOT / "data/samples/pretrain.jsonl", "data/train.jsonl")
+    shutil.copy(ROOT / "data/samples/sft.jsonl", "data/sft_train.jsonl")
+    return tmp_path
+
+
+def test_three_stages_by_hand(project, capsys):
+    run(PRETRAIN, "--max_steps", "2", "--max_length", "64")
+    run(SFT, "--max_steps", "2", "--max_length", "256")
+    for command in (INFERENCE, ORIGIN, PADDING):
+        capsys.readouterr()
+        run(command)
+        assert capsys.readouterr().out.strip()
+    assert json.loads((project / "checkpoints/sft/results.json").read_text())["steps"] == 2
+
+
+def test_the_pipeline(project, capsys):
+    (project / "config.yaml").write_text(
+        "model: {name_or_path: GSAI-ML/LLaDA-8B-Base, max_length: 256}\n"
+        "pretraining: {train_data_path: ./data/train.jsonl, output_dir: ./checkpoints/pretraining, "
+        "max_steps: 1, learning_rate: 4e-4}\n"
+        "sft: {train_data_path: ./data/sft_train.jsonl, output_dir: ./checkpoints/sft, max_steps: 1}\n"
+        "inference: {default_method: fixed_length, gen_length: 32, remasking: low_confidence}\n"
+    )
+    main = load_script("scripts/train_pipeline.py").main
+    main(["--config", "config.yaml", "--stage", "pretraining"])
+    main(["--config", "config.yaml", "--stage", "sft"])
+    main(["--config", "config.yaml", "--stage", "inference", "--prompt", "Hello, how are you?"])
+    main(["--config", "config.yaml", "--stage", "all"])
+    out = capsys.readouterr().out
+    assert "== sft: finished before" in out
+    assert (project / "checkpoints/loss_curves.png").is_file()
