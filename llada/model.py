@@ -303,6 +303,8 @@ def save_model(
     partial.mkdir(parents=True)
     model.save_pretrained(partial, state_dict=state_dict)
     tokenizer.save_pretrained(partial)
+    for file in partial.iterdir():
+        file.chmod(0o644)  # safetensors writes 0600, which colleagues on a cluster cannot read
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

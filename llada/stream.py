@@ -130,6 +130,8 @@ class MaskedStream:
         mask_count: "bernoulli" = LLaDA's recipe with weight 1 / p_mask; "exact" = ceil(t n) of the n
         maskable tokens
             with weight n / l, the same expectation with less variance.
+        full_length, full_length_probability: this share of the global batches counts as having a row of
+            `full_length` tokens, for stages that fill rows up to the longest.
     """
 
     example_of: ExampleOf
@@ -142,6 +144,8 @@ class MaskedStream:
     pad_id: int
     t_sampling: str = "iid"
     mask_count: str = "bernoulli"
+    full_length: int = 0
+    full_length_probability: float = 0.0
 
     @classmethod
     def over(
@@ -188,11 +192,14 @@ class MaskedStream:
         records = self.records_of(step)
         lengths = self.lengths[[record_id for record_id, _ in records]]
         by_length = np.argsort(lengths, kind="stable")
+        longest = int(lengths.max())
+        if generator(self.seed, "full length", step).random() < self.full_length_probability:
+            longest = max(longest, self.full_length)
         batches = []
         for start in range(0, self.batch_size, self.run.world_size * self.micro_batch_size):
             start += self.run.rank * self.micro_batch_size
             places = by_length[start : start + self.micro_batch_size]
-            noised = [self._noise(*records[place], int(lengths.max()), step, int(place)) for place in places]
+            noised = [self._noise(*records[place], longest, step, int(place)) for place in places]
             batches.append(collate(noised, mask_id=self.mask_id, pad_id=self.pad_id))
         return batches
 

@@ -23,7 +23,6 @@ Run:
 
 import copy
 import gc
-import importlib
 import json
 import os
 import resource
@@ -31,20 +30,27 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from llada.config import flag, parse, read_yaml
 from llada.footprint import count_parameters, flops_per_token
-from llada.masking import EPS, exact_mask, generator
+from llada.masking import generator
 from llada.model import DTYPES, ROOT, attach_lora
+from llada.reference_losses import (
+    Loss,
+    NoisedBatch,
+    all_rows_loss,
+    dllm_loss,
+    noise,
+    our_loss,
+    peer_loss,
+    published_loss,
+    unchunked_loss,
+)
 from llada.runtime import autocast
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
@@ -114,42 +120,6 @@ class Config:
         return replace(SHAPES[self.shape], **{name: n for name, n in wishes.items() if n is not None})
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One noised batch in the form of every arm."""
-
-    x_0: Tensor  # [B, L]
-    x_t: Tensor  # [B, L]
-    is_masked: Tensor  # [B, L]
-    p_mask: Tensor  # [B, L] float32
-    rows: Tensor  # [M]
-    targets: Tensor  # [M]
-    weights: Tensor  # [M] float32, 1 / (p_mask B L)
-
-
-def make_batch(shape: Shape, mask_ratio: float, *, seed: int, device: str) -> Batch:
-    """Random tokens, `mask_ratio` of them masked: the same number in every run, at times spread around it."""
-    random, mask_id = generator(seed, "bench"), shape.vocab_size - 1
-    size = shape.batch_size, shape.length
-    x_0 = torch.from_numpy(random.integers(0, mask_id, size))
-    p_mask, is_masked = torch.empty(size), torch.ones(size, dtype=torch.bool)
-    for b in range(shape.batch_size):
-        t = mask_ratio + min(mask_ratio, 1 - mask_ratio) * ((2 * b + 1) / shape.batch_size - 1)
-        p_mask[b] = max(t, EPS)
-        masked = exact_mask(is_masked[b].numpy(), max(1, round(t * shape.length)), random)
-        is_masked[b] = torch.from_numpy(masked)
-    batch = Batch(
-        x_0=x_0,
-        x_t=torch.where(is_masked, mask_id, x_0),
-        is_masked=is_masked,
-        p_mask=p_mask,
-        rows=is_masked.flatten().nonzero()[:, 0],
-        targets=x_0[is_masked],
-        weights=1 / (p_mask[is_masked] * x_0.numel()),
-    )
-    return Batch(**{name: value.to(device) for name, value in vars(batch).items()})
-
-
 def build_model(config: Config, shape: Shape) -> torch.nn.Module:
     """The model with random weights on the device: float32, or in --dtype under adapters."""
     fields, last = shape.model, shape.vocab_size - 1
@@ -181,81 +151,9 @@ def bare(model: torch.nn.Module) -> LLaDAModelLM:
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
-Loss = Callable[[torch.nn.Module, Batch], Tensor]
-
-
-def published_loss(model: torch.nn.Module, batch: Batch) -> Tensor:
-    """Source: LLaDA GUIDELINES.md, Pre-training; written anew."""
-    logits = model(input_ids=batch.x_t).logits
-    nll = F.cross_entropy(logits[batch.is_masked], batch.x_0[batch.is_masked], reduction="none")
-    return (nll / batch.p_mask[batch.is_masked]).sum() / batch.x_0.numel()
-
-
-def dllm_loss(model: torch.nn.Module, batch: Batch) -> Tensor:
-    """Every position is scored, and the unmasked ones weigh 0.
-
-    The check of inputs against labels (two waits for a GPU) belongs to that step, as does the float32 copy of
-    the logits that transformers' Trainer makes under mixed precision.
-
-    Source: dllm, core/trainers/mdlm.py, MDLMTrainer.compute_loss; written anew.
-    """
-    is_maskable = torch.ones_like(batch.is_masked)
-    logits = model(input_ids=batch.x_t).logits.float()
-    assert (batch.x_0[is_maskable] == batch.x_0[is_maskable]).all()
-    nll = F.cross_entropy(logits.transpose(1, 2), batch.x_0, reduction="none")
-    nll = nll * (1 / batch.p_mask) * batch.is_masked.to(nll.dtype)
-    return (nll / is_maskable.sum().clamp_min(1)).sum()
-
-
-def our_loss(model: torch.nn.Module, batch: Batch) -> Tensor:
-    """As in llada.losses: the model forms the loss and its gradients at the masked rows."""
-    return model(input_ids=batch.x_t, rows=batch.rows, targets=batch.targets, weights=batch.weights).loss
-
-
-def all_rows_loss(model: torch.nn.Module, batch: Batch) -> Tensor:
-    """Ours with the head at every position."""
-    rows = torch.arange(batch.x_0.numel(), device=batch.x_0.device)
-    weights = torch.zeros(rows.shape, device=rows.device).index_copy_(0, batch.rows, batch.weights)
-    return model(input_ids=batch.x_t, rows=rows, targets=batch.x_0.flatten(), weights=weights).loss
-
-
-def unchunked_loss(model: torch.nn.Module, batch: Batch) -> Tensor:
-    """Ours with the logits of all masked rows at once, and autograd's gradients."""
-    logits = model(input_ids=batch.x_t, rows=batch.rows).logits.float()
-    return (F.cross_entropy(logits, batch.targets, reduction="none") * batch.weights).sum()
-
-
-def trunk_loss(model: torch.nn.Module, batch: Batch) -> Tensor:
+def trunk_loss(model: torch.nn.Module, batch: NoisedBatch) -> Tensor:
     """No head and no cross-entropy: what memory is compared with."""
     return bare(model).model(input_ids=batch.x_t).last_hidden_state.float().square().mean()
-
-
-def peer_loss(peer_path: str, mask_id: int) -> Loss:
-    """dllm's own compute_loss over our model, made to draw the noise of our batch.
-
-    Raises:
-        ValueError: the checkout cannot be imported in this environment.
-    """
-    sys.path.insert(0, peer_path)
-    try:
-        module = importlib.import_module("dllm.core.trainers.mdlm")
-    except ImportError as error:
-        raise ValueError(f"--peer_path {peer_path}: dllm cannot be imported from there: {error}") from error
-    finally:
-        sys.path.remove(peer_path)
-    trainer = object.__new__(module.MDLMTrainer)  # its constructor wants data, folders and callbacks
-    vars(trainer).update(
-        processing_class=SimpleNamespace(padding_side="right", mask_token_id=mask_id), meter=mock.Mock(),
-        scheduler=module.LinearAlphaScheduler(), time_epsilon=EPS, loss_weight_type="scheduler",
-        loss_norm_type="token", right_shift_logits=False,
-    )  # fmt: skip
-
-    def loss(model: torch.nn.Module, batch: Batch) -> Tensor:
-        uniform = [(batch.p_mask[:, 0] - EPS) / (1 - EPS), 1 - batch.is_masked.float()]
-        with mock.patch("torch.rand", side_effect=uniform):
-            return trainer.compute_loss(model, {"input_ids": batch.x_0, "labels": batch.x_0.clone()})
-
-    return loss
 
 
 @dataclass(frozen=True)
@@ -292,6 +190,7 @@ class Bench:
     """One set of weights and of AdamW moments, which every arm uses."""
 
     def __init__(self, config: Config, shape: Shape) -> None:
+        self.shape = shape
         self.on_gpu = config.device.startswith("cuda")
         self.device = torch.device(config.device)
         self.model = self._compiled = build_model(config, shape)
@@ -310,7 +209,13 @@ class Bench:
                 optimizer.state[parameter] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
             self._optimizers[kind] = optimizer
 
-    def forward_backward(self, arm: Arm, batch: Batch) -> Tensor:
+    def batch(self, mask_ratio: float, seed: int) -> NoisedBatch:
+        """Random tokens, the share `mask_ratio` of them masked."""
+        random, mask_id = generator(seed, "bench"), self.shape.vocab_size - 1
+        x_0 = torch.from_numpy(random.integers(0, mask_id, (self.shape.batch_size, self.shape.length)))
+        return noise(x_0, mask_id, mask_ratio, random).to(self.device)
+
+    def forward_backward(self, arm: Arm, batch: NoisedBatch) -> Tensor:
         """The loss; the parameters have their gradients afterwards."""
         for parameter in self.parameters:
             parameter.grad = None
@@ -324,7 +229,7 @@ class Bench:
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self._optimizers[arm.fused].step()
 
-    def seconds(self, arm: Arm, batch: Batch) -> float:
+    def seconds(self, arm: Arm, batch: NoisedBatch) -> float:
         """Wall time of one whole step, the GPU's work included."""
         self.wait()
         start = time.perf_counter()
@@ -333,7 +238,7 @@ class Bench:
         self.wait()
         return time.perf_counter() - start
 
-    def peaks(self, arm: Arm, batch: Batch) -> dict[str, float]:
+    def peaks(self, arm: Arm, batch: NoisedBatch) -> dict[str, float]:
         """Peak bytes after forward and backward, and after the whole step.
 
         On a CPU this is the peak of the process since it started, so only its first call means anything.
@@ -362,7 +267,7 @@ class Bench:
             torch.cuda.empty_cache()
 
 
-def compare(bench: Bench, arms: list[Arm], batch: Batch) -> dict[str, dict[str, float]]:
+def compare(bench: Bench, arms: list[Arm], batch: NoisedBatch) -> dict[str, dict[str, float]]:
     """Warms every arm up with a step, and gives its relative errors of loss and gradient against the first.
 
     `worst_tensor` is the largest error of a single parameter, among those whose gradient counts (above 1e-4
@@ -402,7 +307,7 @@ def compare(bench: Bench, arms: list[Arm], batch: Batch) -> dict[str, dict[str, 
     return errors
 
 
-def time_arms(bench: Bench, arms: list[Arm], batch: Batch, repeats: int) -> dict[str, list[float]]:
+def time_arms(bench: Bench, arms: list[Arm], batch: NoisedBatch, repeats: int) -> dict[str, list[float]]:
     """Seconds per step of every arm; the arms take turns."""
     rounds = [[bench.seconds(arm, batch) for arm in arms] for _ in range(repeats)]
     bench.free()
@@ -424,7 +329,7 @@ def matmul_rate(bench: Bench, dtype: str) -> float:
 
 
 def memory_above_trunk(
-    bench: Bench, arms: list[Arm], batch: Batch, flags: list[str]
+    bench: Bench, arms: list[Arm], batch: NoisedBatch, flags: list[str]
 ) -> dict[str, dict[str, float]]:
     """Bytes per arm: `loss`, by which head and loss raise the trunk's peak, and `step`, the whole peak."""
     peaks = {}
@@ -481,8 +386,7 @@ def print_table(rows: dict[str, dict], memory: dict[str, dict[str, float]]) -> N
 
 def measure(bench: Bench, arms: list[Arm], config: Config, *, mask_ratio: float, flags: list[str]) -> dict:
     """Everything at one mask ratio, printed and returned."""
-    shape = config.resolve()
-    batch = make_batch(shape, mask_ratio, seed=config.seed, device=config.device)
+    batch = bench.batch(mask_ratio, config.seed)
     print(f"\nmask ratio {mask_ratio}", flush=True)
     errors = compare(bench, arms, batch)
     for arm in arms:
@@ -492,18 +396,15 @@ def measure(bench: Bench, arms: list[Arm], config: Config, *, mask_ratio: float,
         )
     arms = [arm for arm in arms if arm.name in errors]
     seconds = time_arms(bench, arms, batch, config.repeats)
-    masked_share = batch.rows.numel() / batch.x_0.numel()
-    flops = batch.x_0.numel() * flops_per_token(
-        bare(bench.model).config,
-        count_parameters(bench.model),
-        length=shape.length,
-        masked_share=masked_share,
-    )
+    num_tokens = batch.x_0.numel()
+    flops = num_tokens * flops_per_token(
+        bare(bench.model).config, count_parameters(bench.model), length=bench.shape.length,
+        masked_share=batch.rows.numel() / num_tokens,
+    )  # fmt: skip
     rates = {dtype: matmul_rate(bench, dtype) for dtype in _PRECISIONS if any(a.dtype == dtype for a in arms)}
     print("  matrix product: " + ", ".join(f"{x / 1e12:.3f} TFLOP/s {dtype}" for dtype, x in rates.items()))
-    rows = summarize(
-        seconds, tokens=batch.x_0.numel(), flops=flops, rates={a.name: rates[a.dtype] for a in arms}
-    )
+    by_arm = {arm.name: rates[arm.dtype] for arm in arms}
+    rows = summarize(seconds, tokens=num_tokens, flops=flops, rates=by_arm)
     memory = {}
     if config.memory:
         trunk = Arm("trunk", trunk_loss, config.dtype, fused=True)
@@ -531,8 +432,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.memory_of:
         arms.append(Arm("trunk", trunk_loss, config.dtype, fused=True))
         arm = next(arm for arm in arms if arm.name == config.memory_of)
-        batch = make_batch(shape, config.mask_ratio[0], seed=config.seed, device=config.device)
-        print(json.dumps(bench.peaks(arm, batch)))
+        print(json.dumps(bench.peaks(arm, bench.batch(config.mask_ratio[0], config.seed))))
         return
     machine = {
         "torch": torch.__version__,

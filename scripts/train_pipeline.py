@@ -233,6 +233,33 @@ def accuracy_by_task(completions: Path, prompts: Path) -> dict[str, float]:
     return {task: sum(values) / len(values) for task, values in solved.items()}
 
 
+def stage_rows(stage: str, folder: Path, seconds: float) -> list[tuple[str, ...]]:
+    """The table's lines about a finished stage: what its own results files say, or that it ran."""
+    seconds_text = f"{seconds:.0f}"
+    if (folder / "results.json").is_file():
+        values = json.loads((folder / "results.json").read_text())
+        if "eval_loss" in values:
+            before, after = f"{values['eval_loss_before']:.3f}", f"{values['eval_loss']:.3f}"
+            return [(stage, "validation loss, nats", before, after, seconds_text, str(folder))]
+    if stage == "eval":
+        newest = max(folder.rglob("results_*.json"), key=lambda path: path.stat().st_mtime)
+        results = json.loads(newest.read_text())["results"]
+        return [
+            (
+                stage,
+                f"lm_eval {task} {name.partition(',')[0]}",
+                "",
+                f"{value:.1%}",
+                seconds_text,
+                str(newest.parent),
+            )
+            for task, values in results.items()
+            for name, value in values.items()
+            if isinstance(value, float) and "stderr" not in name
+        ]
+    return [(stage, "", "", "", seconds_text, str(folder))]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs, or prints, the selected stages; ends with a table of what each one gained."""
     arguments = parse_arguments(argv)
@@ -249,15 +276,9 @@ def main(argv: list[str] | None = None) -> None:
             continue
         logs = pipeline.output_dir / "logs"
         seconds = run_once(stage, command, logs)
-        folder = pipeline.flags(stage).get("output_dir", "")
-        results = Path(folder, "results.json")
-        if STAGES[stage].trains and results.is_file():
-            values = json.loads(results.read_text())
-            if "eval_loss" in values:
-                rows.append((stage, "validation loss, nats", f"{values['eval_loss_before']:.3f}",
-                             f"{values['eval_loss']:.3f}", f"{seconds:.0f}", str(folder)))  # fmt: skip
-        else:
-            rows.append((stage, "", "", "", f"{seconds:.0f}", str(folder)))
+        flags = pipeline.flags(stage)
+        folder = flags.get("output_dir") or flags.get("output_path") or ""
+        rows += stage_rows(stage, Path(folder), seconds)
         if heldout:
             command, completions = pipeline.heldout_command(stage)
             completions.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,11 @@
 """Train a byte-level BPE tokenizer with LLaDA's special tokens on your own text.
 
 Every one of the 256 bytes is in the alphabet and nothing is normalised, so any UTF-8 text is encoded
-without an unknown token and decoded back unchanged. Digits are split one by one (numbers of any length share
-ten tokens). `<think>` is ordinary text. The special tokens take the last ids, as in LLaDA's own tokenizer;
-padding is EOS.
+without an unknown token and decoded back unchanged. Digits are split one by one, each with the space before
+it if
+there is one (numbers of any length share twenty tokens). `<think>` is ordinary text. The special tokens take
+the
+last ids, as in LLaDA's own tokenizer; padding is EOS.
 
 Run:
     python scripts/train_tokenizer.py --data data/samples/pretrain.jsonl data/samples/sft.jsonl \\
@@ -13,7 +15,7 @@ Run:
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from llada.config import flag, parse
@@ -49,7 +51,10 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(r" ?\d"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -71,13 +76,13 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
 
 
 def read_texts(paths: list[str]) -> Iterator[str]:
-    """Every text of the files: documents, and the contents of the messages of conversations."""
+    """Every text of the files: documents, and the roles and contents of the messages of conversations."""
     for path in paths:
         for where, record in read_records(path):
             if isinstance(record.get("text"), str):
                 yield record["text"]
             else:
-                yield from (message["content"] for message in to_messages(record, where))
+                yield from (text for message in to_messages(record, where) for text in message.values())
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -63,6 +63,11 @@ class Config(TrainConfig):
     eos_padding: bool = flag(
         False, help="Fill rows with EOS that is attended, masked and scored (LLaDA's recipe)."
     )
+    full_padding_probability: float = flag(
+        0.0,
+        help="With --eos_padding: share of the batches that is filled up to --max_length instead, "
+        "so that the model also meets canvases much longer than its answers.",
+    )
     learning_rate: float = flag(2e-5, help="Peak learning rate.", aliases=["lr"])
 
 
@@ -111,6 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     ).with_format("numpy")
     config.resolve(run, len(rows))
     stream = MaskedStream.over(rows, partial(example_of, rows, config, ids.eos), config, run, ids)
+    stream.full_length, stream.full_length_probability = config.max_length, config.full_padding_probability
     validate = None
     if config.eval_data_path is not None:
         held_out = load([config.eval_data_path], prepared=data_dir / "validation").with_format("numpy")
@@ -128,6 +134,7 @@ def main(argv: list[str] | None = None) -> None:
         fingerprint={
             "train_data_path": f"{len(rows)} rows, {stream.lengths.sum()} tokens",
             "eos_padding": config.eos_padding,
+            "full_padding_probability": config.full_padding_probability,
         },
     )
     end_run()

@@ -136,3 +136,18 @@ def test_validation_masks_never_change_and_do_not_depend_on_the_ranks():
     assert [len(list(stream.validation())) for stream in narrow] == [4, 4, 4]
     assert sum(batch.count for stream in narrow for batch in stream.validation()) == LENGTHS.sum()
     assert sorted(as_rows(make_stream().validation(limit=4))) == [0, 1, 2, 3]
+
+
+def test_a_share_of_the_batches_counts_as_full():
+    longest = {}
+
+    def example(record_id, epoch, length):
+        longest.setdefault(length, []).append(record_id)
+        return example_of(record_id, epoch, length)
+
+    stream = make_stream(example_of=example, full_length=50, full_length_probability=0.25)
+    for step in range(200):
+        stream(step)
+    # 200 batches of 8 records: a quarter of them, with a standard error of 3 %
+    assert abs(len(longest[50]) / 1600 - 0.25) < 0.12
+    assert set(longest) <= {7, 8, 9, 50}

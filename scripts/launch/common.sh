@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the launchers of this folder: turns environment variables into one torchrun command and runs it.
 # What the variables mean: docs/launching.md. DRY_RUN=1 prints the command instead, and needs nothing installed.
 set -euo pipefail
@@ -21,6 +22,7 @@ split_words() {
     WORDS=()
     [[ $1 =~ [^[:space:]] ]] || return 0
     lines=$(xargs printf '%s\n' <<<"$1")
+    # shellcheck disable=SC2034  # read by the launchers
     mapfile -t WORDS <<<"$lines"
 }
 
@@ -60,7 +62,7 @@ launch() {
         printf '\n'
         exit 0
     fi
-    exec "$@"  # a signal sent to the launcher then reaches torchrun
+    exec "$@" # a signal sent to the launcher then reaches torchrun
 }
 
 # launch_training output_dir script [flags]: survives signals (torchrun passes them on and waits for the save,

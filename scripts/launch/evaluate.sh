@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # lm_eval on this node, or on one of many. Run: MODEL_PATH=runs/sft TASKS=gsm8k scripts/launch/evaluate.sh
 # Variables: docs/launching.md. Further flags of eval/eval_llada.py may follow; they win.
+# shellcheck source=scripts/launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 model=${MODEL_PATH:-checkpoints/sft_newdataset}

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # One answer to the terminal, or a file of prompts on all GPUs. Run: GEN_MODEL=runs/sft GEN_PROMPT="Who are you?" scripts/launch/generate.sh
 # Variables: docs/launching.md. Further flags of inference/generate.py may follow; they win.
+# shellcheck source=scripts/launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 model=${GEN_MODEL:-checkpoints/sft_newdataset}

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Pretraining on this node, or on one of many. Run: PRETRAIN_DATA=corpus/train scripts/launch/pretrain.sh
 # Variables: docs/launching.md. Further flags of pretraining/pretrain.py may follow; they win.
+# shellcheck source=scripts/launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 output_dir=${PRETRAIN_OUTPUT:-checkpoints/pretrain_run}

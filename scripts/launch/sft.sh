@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # SFT on this node, or on one of many; LoRA unless SFT_LORA_TARGETS is empty. Run: SFT_DATA=sft.jsonl scripts/launch/sft.sh
 # Variables: docs/launching.md. Further flags of sft_training/train_sft.py may follow; they win.
+# shellcheck source=scripts/launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 model=${SFT_MODEL:-checkpoints/pretrain_run}

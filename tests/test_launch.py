@@ -1,0 +1,282 @@
+"""The shell launchers: the commands they build, and real runs that are stopped, resumed, and spread."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, load_script
+
+from llada.config import parse
+from llada.runtime import read_metrics
+
+LAUNCH = ROOT / "scripts/launch"
+# What a launcher may use besides bash itself.
+TOOLS = ("bash", "dirname", "xargs", "printf", "grep", "rm")
+TORCHRUN_FLAGS = {
+    "--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-id", "--rdzv-endpoint",
+    "--rdzv-conf", "--signals-to-handle", "--shutdown-timeout", "--max-restarts",
+}  # fmt: skip
+
+
+@pytest.fixture
+def tools(tmp_path) -> Path:
+    """A folder that is all of PATH: no Python, no torchrun, no nvidia-smi."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    for name in TOOLS:
+        (folder / name).symlink_to(shutil.which(name))
+    return folder
+
+
+def add_tool(tools: Path, name: str, text: str) -> None:
+    (tools / name).write_text(f"#!{shutil.which('bash')}\n{text}\n")
+    (tools / name).chmod(0o755)
+
+
+def start(tools: Path, launcher: str | Path, *flags: str, **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", str(LAUNCH / launcher), *flags],
+        env={"PATH": str(tools), **variables}, capture_output=True, text=True, check=False, cwd=tools,
+    )  # fmt: skip
+
+
+def dry_run(tools: Path, launcher: str, *flags: str, **variables: str) -> tuple[list[str], str, list[str]]:
+    """(torchrun's flags, script, the script's flags) of the one line that DRY_RUN=1 prints."""
+    done = start(tools, launcher, *flags, DRY_RUN="1", **variables)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("[DRY_RUN] ")
+    program, *words = shlex.split(line.removeprefix("[DRY_RUN] "))
+    assert Path(program).name == "torchrun"
+    end = next(i for i, word in enumerate(words) if not word.startswith("--"))
+    assert {word.split("=")[0] for word in words[:end]} <= TORCHRUN_FLAGS
+    return words[:end], words[end], words[end + 1 :]
+
+
+def config_of(script: str, flags: list[str]):
+    """The script's Config; a flag that it does not know ends the test."""
+    return parse(load_script(Path(script).relative_to(ROOT).as_posix()).Config, flags)
+
+
+def test_pretraining_defaults_and_variables(tools):
+    torchrun, script, flags = dry_run(tools, "pretrain.sh")
+    assert torchrun == [
+        "--standalone", "--nproc-per-node=1", "--signals-to-handle=SIGTERM,SIGUSR1", "--shutdown-timeout=300",
+        "--max-restarts=3",
+    ]  # fmt: skip
+    config = config_of(script, flags)
+    assert config.output_dir == "checkpoints/pretrain_run"
+    assert (config.batch_size, config.micro_batch_size, config.learning_rate) == (64, 8, 1e-5)
+    assert config.model_name_or_path == "GSAI-ML/LLaDA-8B-Base"
+
+    torchrun, script, flags = dry_run(
+        tools, "pretrain.sh", "--run_name", "it's a run",
+        PRETRAIN_OUTPUT="my runs/8k", PRETRAIN_MODEL="base model", PRETRAIN_DATA="corpus $HOME/train",
+        PRETRAIN_ARGS="--eval_data_path 'held out' --lr 3e-4 --max_steps 500", NUM_GPUS="4", MAX_RESTARTS="0",
+    )  # fmt: skip
+    assert {"--nproc-per-node=4", "--max-restarts=0"} <= set(torchrun)
+    config = config_of(script, flags)
+    assert (config.output_dir, config.model_name_or_path) == ("my runs/8k", "base model")
+    assert (config.train_data_path, config.eval_data_path) == ("corpus $HOME/train", "held out")
+    assert (config.learning_rate, config.max_steps, config.run_name) == (3e-4, 500, "it's a run")
+
+    _, script, flags = dry_run(tools, "pretrain.sh", PRETRAIN_CONFIG="1b", PRETRAIN_TOKENIZER="a tokenizer")
+    config = config_of(script, flags)
+    assert (config.config_name, config.tokenizer_name, config.model_name_or_path) == (
+        "1b",
+        "a tokenizer",
+        None,
+    )
+
+
+def test_sft_defaults_and_variables(tools):
+    config = config_of(*dry_run(tools, "sft.sh")[1:])
+    assert (config.num_train_epochs, config.learning_rate) == (3, 1e-5)
+    assert (config.batch_size, config.micro_batch_size) == (128, 8)
+    assert (config.use_lora, config.lora_target_modules) == (True, ["q_proj", "v_proj", "k_proj", "attn_out"])
+
+    config = config_of(
+        *dry_run(
+            tools, "sft.sh", SFT_MODEL="a model", SFT_DATA="some data", SFT_OUTPUT="an output",
+            SFT_EPOCHS="2", SFT_LR="2e-4", SFT_LOCAL_BATCH="2", SFT_GLOBAL_BATCH="16",
+            SFT_LORA_TARGETS="q_proj ff_out", SFT_ARGS="--turns last",
+        )[1:]
+    )  # fmt: skip
+    assert (config.model_name_or_path, config.train_data_path) == ("a model", ["some data"])
+    assert (config.output_dir, config.num_train_epochs, config.learning_rate) == ("an output", 2, 2e-4)
+    assert (config.micro_batch_size, config.batch_size, config.turns) == (2, 16, "last")
+    assert config.lora_target_modules == ["q_proj", "ff_out"]
+    assert not config_of(*dry_run(tools, "sft.sh", SFT_LORA_TARGETS="")[1:]).use_lora
+    adapter = config_of(*dry_run(tools, "sft.sh", SFT_LORA_WEIGHTS="runs/an adapter")[1:])
+    assert adapter.model_name_or_path == "runs/an adapter"
+
+
+def test_generation_defaults_and_variables(tools):
+    config = config_of(*dry_run(tools, "generate.sh")[1:])
+    assert (config.prompt, config.gen_length, config.temperature) == ("Hello", 64, 0.7)
+    torchrun, script, flags = dry_run(
+        tools, "generate.sh", GEN_MODEL="m", GEN_PROMPT="What's 2 + 2? \"Think\".", GEN_MAX_TOKENS="32",
+        GEN_ARGS="temperature=0,steps=16 --is_instruct", NUM_GPUS="8",
+    )  # fmt: skip
+    assert "--nproc-per-node=1" in torchrun
+    config = config_of(script, flags)
+    assert (config.prompt, config.gen_length) == ('What\'s 2 + 2? "Think".', 32)
+    assert (config.temperature, config.steps, config.is_instruct) == (0, 16, True)
+    torchrun, script, flags = dry_run(tools, "generate.sh", GEN_PROMPTS_FILE="my prompts.jsonl", NUM_GPUS="8")
+    assert "--nproc-per-node=8" in torchrun
+    assert config_of(script, flags).prompts_file == "my prompts.jsonl"
+
+
+def test_evaluation_defaults_and_variables(tools):
+    eval_llada = load_script("eval/eval_llada.py")
+    arguments = eval_llada.parse_arguments(dry_run(tools, "evaluate.sh")[2])
+    assert (arguments.tasks, arguments.num_fewshot) == (["gsm8k"], 5)
+    assert arguments.model_args["pretrained"] == "checkpoints/sft_newdataset"
+    assert (arguments.model_args["mc_num"], arguments.model_args["steps"]) == (64, 256)
+    *_, flags = dry_run(
+        tools, "evaluate.sh", "--limit", "5", MODEL_PATH="runs/my model", TASKS="mmlu,gsm8k", FEWSHOT="0",
+        BATCH_SIZE="4", EXTRA_ARGS="cfg=1.0", EVAL_OUTPUT="my results",
+    )  # fmt: skip
+    arguments = eval_llada.parse_arguments(flags)
+    assert (arguments.model_args["pretrained"], arguments.model_args["cfg"]) == ("runs/my model", 1.0)
+    assert (arguments.num_fewshot, arguments.limit, arguments.output_path) == (0, 5, "my results")
+
+
+def test_processes_are_the_visible_gpus(tools):
+    add_tool(tools, "nvidia-smi", 'for i in 0 1 2 3; do echo "GPU $i: H100 (UUID: GPU-$i)"; done')
+    assert "--nproc-per-node=4" in dry_run(tools, "sft.sh")[0]
+    assert "--nproc-per-node=2" in dry_run(tools, "sft.sh", CUDA_VISIBLE_DEVICES="1,3")[0]
+    assert "--nproc-per-node=3" in dry_run(tools, "sft.sh", NUM_GPUS="2", NPROC_PER_NODE="3")[0]
+    add_tool(tools, "nvidia-smi", "echo 'no driver' >&2; exit 9")
+    assert "--nproc-per-node=1" in dry_run(tools, "sft.sh")[0]
+
+
+def test_many_nodes(tools):
+    nodes = {"NNODES": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "29501"}
+    torchrun, *_ = dry_run(tools, "pretrain.sh", NODE_RANK="0", NUM_GPUS="8", **nodes)
+    assert torchrun[:6] == [
+        "--nnodes=4", "--rdzv-backend=c10d", "--rdzv-id=llada", "--rdzv-endpoint=node0:29501",
+        "--rdzv-conf=is_host=true", "--nproc-per-node=8",
+    ]  # fmt: skip
+    assert "--rdzv-conf=is_host=false" in dry_run(tools, "pretrain.sh", NODE_RANK="3", **nodes)[0]
+    elastic = dry_run(tools, "pretrain.sh", NNODES="2:8", RDZV_ENDPOINT="a:1", RDZV_ID="job 7")[0]
+    assert elastic[:4] == ["--nnodes=2:8", "--rdzv-backend=c10d", "--rdzv-id=job 7", "--rdzv-endpoint=a:1"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "message"),
+    [
+        ([], {"NNODES": "2"}, "NNODES=2 needs MASTER_ADDR"),
+        (["--output_dir", "x"], {}, "the folder comes from PRETRAIN_OUTPUT or SFT_OUTPUT"),
+        ([], {"SFT_ARGS": "--run_name 'half a quote"}, "unmatched single quote"),
+    ],
+)
+def test_bad_variables(flags, variables, message, tools):
+    done = start(tools, "sft.sh", *flags, DRY_RUN="1", **variables)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert done.stdout == ""
+
+
+def slurm(
+    tools: Path, job: Path, *, leaves: str, status: int
+) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """The sbatch file with SLURM's commands replaced; the launcher leaves files and exits with `status`."""
+    log = job / "log"
+    log.write_text("")
+    add_tool(tools, "scontrol", f'[[ $1 == show ]] && echo node7 || echo "$@" >>"{log}"')
+    add_tool(
+        tools,
+        "srun",
+        f'echo "srun $MASTER_ADDR $NNODES" >>"{log}"; while [[ $1 == -* ]]; do shift; done; "$@"',
+    )
+    launcher = job / "my launcher.sh"
+    launcher.write_text(
+        f'[[ -z $PRINT_OUTPUT_DIR ]] || {{ echo "{job}/out"; exit; }}\n'
+        f'echo "rank $NODE_RANK: $*" >>"{log}"\n'
+        f'for marker in {leaves}; do echo >"{job}/out/$marker"; done\nexit {status}\n'
+    )
+    variables = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2"}
+    done = start(tools, "slurm.sbatch", str(launcher), "--run_name", "a b", SLURM_NODEID="1", **variables)
+    return done, log.read_text().splitlines()
+
+
+def test_slurm_requeues_by_the_markers(tools, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    started = ["srun node7 2", "rank 1: --run_name a b"]
+    # torchrun exits with 1 after a signal; PREEMPTED says that the state was saved
+    done, log = slurm(tools, tmp_path, leaves="PREEMPTED", status=1)
+    assert (done.returncode, log) == (0, [*started, "requeue 12345"])
+    # the marker of an earlier run is no reason to queue again
+    done, log = slurm(tools, tmp_path, leaves="", status=3)
+    assert (done.returncode, log) == (3, started)
+    assert "neither DONE nor PREEMPTED" in done.stderr
+    done, log = slurm(tools, tmp_path, leaves="DONE", status=0)
+    assert (done.returncode, log) == (0, started)
+    # a job that is requeued after its end does nothing
+    done, log = slurm(tools, tmp_path, leaves="", status=1)
+    assert (done.returncode, log) == (0, [])
+
+
+def environment(**variables: str) -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
+
+
+def sft(model_dir: Path, output: Path, args: str, **variables: str) -> subprocess.Popen:
+    """sft.sh on the tiny model, started."""
+    variables = {
+        "SFT_MODEL": str(model_dir), "SFT_OUTPUT": str(output),
+        "SFT_DATA": str(ROOT / "data/samples/sft.jsonl"),
+        "SFT_GLOBAL_BATCH": "2", "SFT_LOCAL_BATCH": "1", "SFT_LORA_TARGETS": "q_proj ff_out",
+        "SFT_ARGS": f"--max_length 256 --lora_r 2 --log_interval 1 --num_workers 0 {args}",
+        "MAX_RESTARTS": "0", **variables,
+    }  # fmt: skip
+    command = ["bash", str(LAUNCH / "sft.sh")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment(**variables), **pipes)
+
+
+def test_sigterm_saves_and_the_same_command_continues(model_dir, tmp_path):
+    output, args = tmp_path / "a run", "--max_steps 50 --save_interval 1000"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # two nodes of one process each; SLURM signals them all
+    nodes = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NPROC_PER_NODE": "1"}
+    both = [sft(model_dir, output, args, NODE_RANK=str(i), **nodes) for i in range(2)]
+    metrics = output / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size):
+        ended = [process for process in both if process.poll() is not None]
+        assert not ended, ended[0].communicate()[0][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for process in both:
+        process.send_signal(signal.SIGTERM)
+    texts = [process.communicate(timeout=60)[0] for process in both]
+    assert "the same command continues" in "".join(texts), "\n".join(text[-3000:] for text in texts)
+    assert (output / "PREEMPTED").exists()
+    assert not (output / "DONE").exists()
+    state = output / (output / "latest").read_text()
+    stopped_at = json.loads((state / "meta.json").read_text())["step"]
+    assert 0 < stopped_at < 50
+    assert not list(output.glob("*.tmp"))
+
+    # one node, one process: the same global batches, in two micro-batches each
+    process = sft(model_dir, output, args, NUM_GPUS="1")
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, text[-3000:]
+    assert (output / "DONE").exists()
+    assert not (output / "PREEMPTED").exists()
+    steps = [entry["step"] for entry in read_metrics(metrics) if "loss" in entry]
+    assert steps == list(range(1, 51))
