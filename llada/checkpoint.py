@@ -1,10 +1,8 @@
 """Save and resume training state; stop cleanly on a signal.
 
 A save is written to `step-N.tmp`, renamed to `step-N` when whole, and only then named in `latest`, so
-whatever kills
-the run, `latest` names a complete checkpoint. Everything random is keyed by the step, so the state is the
-weights, the
-optimizer and one integer.
+whatever kills the run, `latest` names a complete checkpoint. Everything random is keyed by the step, so the
+state is the weights, the optimizer and one integer.
 """
 
 import json
@@ -35,9 +33,8 @@ class Saver:
     """Saves states in the background: training goes on while the files are written.
 
     A save takes a copy of the state at once, and its files become a checkpoint (rename, `latest`, retention)
-    when all
-    ranks have written theirs, at a step boundary where all ranks agree on it. One save is under way at a
-    time.
+    when all ranks have written theirs, at a step boundary where all ranks agree on it. One save is under way
+    at a time.
     """
 
     def __init__(self, output_dir: Path, run: Run, *, keep: int) -> None:

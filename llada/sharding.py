@@ -1,9 +1,7 @@
-"""Data parallelism on PyTorch's own engine: replicated (DDP), sharded (FSDP2), or sharded within a node
-(HSDP).
+"""Data parallelism on PyTorch's own engine: replicated (DDP), sharded (FSDP2), or within a node (HSDP).
 
 The loss of a micro-batch is already divided by the global count, and all three average gradients over ranks,
-so the
-loop multiplies by the number of ranks and the sum comes out.
+so the loop multiplies by the number of ranks and the sum comes out.
 """
 
 import os

@@ -1,8 +1,7 @@
 """Streams of noised batches: which records a step sees, and which of their tokens are masked.
 
 Everything is a function of (seed, step): the state of a stream is one integer, a resume needs nothing else,
-and the
-global batch is the same however it is split into ranks and micro-batches.
+and the global batch is the same however it is split into ranks and micro-batches.
 
 Shapes: B sequences of a micro-batch, L positions (the longest of them), M masked tokens of the micro-batch.
 """
@@ -127,9 +126,8 @@ class MaskedStream:
         lengths: [num_records] tokens of each record.
         batch_size: records per step over all ranks; micro_batch_size: records per forward.
         t_sampling: "iid", or "stratified" = one t in each of `batch_size` equal parts of (0, 1).
-        mask_count: "bernoulli" = LLaDA's recipe with weight 1 / p_mask; "exact" = ceil(t n) of the n
-        maskable tokens
-            with weight n / l, the same expectation with less variance.
+        mask_count: "bernoulli" = LLaDA's recipe with weight 1 / p_mask; "exact" = l = ceil(t n) of the n
+            maskable tokens with weight n / l, the same expectation with less variance.
         full_length, full_length_probability: this share of the global batches counts as having a row of
             `full_length` tokens, for stages that fill rows up to the longest.
     """

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # On a GPU the float32 logits of a chunk take about this much. Larger chunks gain nothing once the matrix
-# product hides the reading of the head (from about 210 rows on, for the 8B head), and this is what bounds peak
-# memory. On a CPU products are as fast from 256 rows on, and smaller logits stay nearer to the cores.
+# product hides the reading of the head (from about 210 rows on, for the 8B head), and this is what bounds
+# peak memory. On a CPU products are as fast from 256 rows on, and smaller logits stay nearer to the cores.
 CHUNK_BYTES = 2**28
 MIN_CHUNK, MAX_CHUNK = 256, 2048
 

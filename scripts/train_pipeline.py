@@ -1,17 +1,13 @@
 """Runs the stages of a project in order, each on the checkpoint of the one before.
 
 The config file holds one section per stage; a section's keys are the flags of the stage's script. A section
-without
-`model_name_or_path` gets the checkpoint of the last training stage before it. `{output_dir}` in a value
-stands for the
-top-level `output_dir`. A finished stage is not run twice (its mark in `<output_dir>/logs` holds its
-command); a failed
-one stops the line and shows the end of its log.
+without `model_name_or_path` gets the checkpoint of the last training stage before it. `{output_dir}` in a
+value stands for the top-level `output_dir`. A finished stage is not run twice (its mark in
+`<output_dir>/logs` holds its command); a failed one stops the line and shows the end of its log.
 
 Run:
     python scripts/train_pipeline.py --config configs/quickstart.yaml --stage all
-    python scripts/train_pipeline.py --config configs/quickstart.yaml --stage sft --dry_run   # print the
-    command only
+    python scripts/train_pipeline.py --config configs/quickstart.yaml --stage sft --dry_run  # prints commands
 """
 
 import argparse

@@ -1,11 +1,9 @@
 """Train a byte-level BPE tokenizer with LLaDA's special tokens on your own text.
 
-Every one of the 256 bytes is in the alphabet and nothing is normalised, so any UTF-8 text is encoded
-without an unknown token and decoded back unchanged. Digits are split one by one, each with the space before
-it if
+Every one of the 256 bytes is in the alphabet and nothing is normalised, so any UTF-8 text is encoded without
+an unknown token and decoded back unchanged. Digits are split one by one, each with the space before it if
 there is one (numbers of any length share twenty tokens). `<think>` is ordinary text. The special tokens take
-the
-last ids, as in LLaDA's own tokenizer; padding is EOS.
+the last ids, as in LLaDA's own tokenizer; padding is EOS.
 
 Run:
     python scripts/train_tokenizer.py --data data/samples/pretrain.jsonl data/samples/sft.jsonl \\

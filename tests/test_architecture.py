@@ -35,7 +35,7 @@ def test_the_model_needs_only_torch_and_transformers(path):
     )
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "llada").glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "llada").rglob("*.py")), ids=lambda p: p.name)
 def test_the_common_module_imports_no_script(path):
     stems = {script.stem for script in SCRIPTS}
     assert not imported_modules(path) & {*STAGES, *stems}, f"{path.name} imports a script"

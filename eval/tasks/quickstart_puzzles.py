@@ -18,13 +18,12 @@ def _puzzles(name: str, *, data_dir: str | None = None, **_: Any) -> DatasetDict
     records = [
         record for record in read_jsonl(data_file(["heldout.jsonl"], data_dir)) if record["task"] == name
     ]
-    rows = [{"prompt": r["prompt"], "record": json.dumps(r)} for r in records if r["task"] == name]
+    rows = [{"prompt": r["prompt"], "record": json.dumps(r)} for r in records]
     return DatasetDict({"test": Dataset.from_list(rows)})
 
 
 mini_sudoku = partial(_puzzles, "mini_sudoku")
-chain_sum = partial(_puzzles, "chain_sum")
-rotate_matrix = partial(_puzzles, "rotate_matrix")
+binary_matrix = partial(_puzzles, "binary_matrix")
 
 
 def solved(doc: dict[str, Any], results: list[str]) -> dict[str, float]:

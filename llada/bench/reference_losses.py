@@ -10,7 +10,8 @@ import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -109,15 +110,20 @@ def peer_loss(peer_path: str, mask_id: int) -> Loss:
     """dllm's own compute_loss over our model, made to draw the noise of our batch.
 
     Raises:
-        ValueError: the checkout cannot be imported in this environment.
+        ValueError: no checkout there, or one that cannot be imported in this environment.
     """
-    sys.path.insert(0, peer_path)
+    if not Path(peer_path, "dllm/core/trainers/mdlm.py").is_file():
+        raise ValueError(
+            f"--peer_path {peer_path}: no dllm/core/trainers/mdlm.py there; give a checkout of dllm"
+        )
+    # Packages without their __init__, which would import every pipeline and with them transformers 4.
+    for name in ("dllm", "dllm.core", "dllm.core.trainers", "dllm.utils"):
+        package = sys.modules[name] = ModuleType(name)
+        package.__path__ = [str(Path(peer_path, *name.split(".")))]
     try:
         module = importlib.import_module("dllm.core.trainers.mdlm")
     except ImportError as error:
-        raise ValueError(f"--peer_path {peer_path}: dllm cannot be imported from there: {error}") from error
-    finally:
-        sys.path.remove(peer_path)
+        raise ValueError(f"--peer_path {peer_path}: dllm's trainer cannot be imported: {error}") from error
     trainer = object.__new__(module.MDLMTrainer)  # its constructor wants data, folders and callbacks
     vars(trainer).update(
         processing_class=SimpleNamespace(padding_side="right", mask_token_id=mask_id), meter=mock.Mock(),

@@ -1,0 +1,4 @@
+"""What benchmark programs share: others' algorithms written out plainly, clocks and floors.
+
+Training never imports it.
+"""
