@@ -37,6 +37,7 @@ from llada.footprint import (
 )
 from llada.messages import to_messages
 from llada.model import DTYPES, load_config, load_tokenizer, new_model, resolve_checkpoint, special_ids
+from llada.progress import PEAK_FLOPS
 from llada.records import OnBytes, files_of, read_records
 from llada.runtime import Run
 from llada.shards import Item, is_prepared, read_manifest
@@ -45,8 +46,7 @@ from llada.training import prepare_trainable
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
 SAMPLE_RECORDS = 256  # of raw files; enough for lengths within a few per cent
-# Dense bf16 of an H100 SXM, and a usual share of it.
-PEAK_FLOPS, MFU = 989e12, 0.4
+MFU = 0.4  # a usual share of a GPU's peak
 _ALONE = Run(rank=0, world_size=1, device=torch.device("cpu"))
 
 
@@ -287,7 +287,7 @@ def _describe_cost(
         "masked_share": 0.5 * rows.num_maskable / rows.num_tokens,
     }
     useful = tokens * flops_per_token(shape, parameters, **settings)
-    seconds = useful / (ranks.world_size * PEAK_FLOPS * MFU)
+    seconds = useful / (ranks.world_size * PEAK_FLOPS["H100"] * MFU)
     text = f"{useful:.3g} FLOPs a step; {seconds:.3g} s at {MFU:.0%} MFU of an H100 per rank"
     return [("compute", text), ("time", f"{seconds * config.max_steps / 3600:.3g} hours at that rate")]
 

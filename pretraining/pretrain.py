@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
             config_name=config.config_name,
         )
         return
-    run = start_run(config.device)
+    run = start_run(config.device, output_dir=config.output_dir)
     tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path)
     if config.config_name is not None:
         model = new_model(config.config_name, tokenizer, seed=config.seed, max_length=config.max_length)
