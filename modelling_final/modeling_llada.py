@@ -34,7 +34,7 @@ from .attention_llada import (
 from .cache_llada import WindowCache
 from .configuration_llada import LLaDAConfig
 from .generation_llada import LLaDAGenerationMixin
-from .loss_llada import LLaDAHead
+from .loss_llada import LLaDAHead, Score
 
 
 @dataclass
@@ -43,7 +43,7 @@ class LLaDAOutput(ModelOutput):
 
     loss: Tensor | None = None  # sum(weights * nll), or the mean over labels; scalar float32
     logits: Tensor | None = None  # [B, L, E], [B, R, E] with query_positions, [M, E] with rows
-    nll: Tensor | None = None  # [M] float32, detached
+    nll: Tensor | None = None  # [M] float32, detached; with a score, the rows' losses
     past_key_values: WindowCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
@@ -302,6 +302,7 @@ class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
         rows: Tensor | None = None,
         targets: Tensor | None = None,
         weights: Tensor | None = None,
+        score: Score | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> LLaDAOutput:
@@ -322,6 +323,7 @@ class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
             targets: [M] long, with rows: no logits; `nll`, and `loss` = sum(weights * nll) with its
                 gradients formed chunk by chunk.
             weights: [M] float32, with targets; ones by default.
+            score: with rows, instead of targets: any loss of their logits, chunk by chunk; `loss` is its sum.
 
         Raises:
             ValueError: arguments that exclude one another, or a mask the attention kernel cannot honour.
@@ -331,6 +333,8 @@ class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
             raise ValueError("labels, rows, query_positions and logits_to_keep choose rows; give one of them")
         if (targets is not None and rows is None) or (weights is not None and targets is None):
             raise ValueError("targets need rows, and weights need targets")
+        if score is not None and (rows is None or targets is not None):
+            raise ValueError("a score needs rows, and takes the place of targets")
         if replace_position is not None and past_key_values is None:
             raise ValueError("replace_position is a window of a cache; give past_key_values")
         # transformers' capturing falls back to the config only for what is not passed at all
@@ -364,6 +368,8 @@ class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
             if weights is None:
                 weights = torch.ones(rows.shape, device=rows.device)
             loss, nll = self._score(hidden.flatten(0, 1).index_select(0, rows), targets, weights)
+        elif score is not None:
+            loss, nll = self._score(hidden.flatten(0, 1).index_select(0, rows), score=score)
         elif rows is not None:
             logits = self.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, rows))
         else:
@@ -383,11 +389,17 @@ class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
             return cache.put_hidden(hidden)
         return torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
 
-    def _score(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def _score(
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        weights: Tensor | None = None,
+        score: Score | None = None,
+    ) -> tuple[Tensor, Tensor]:
         head = self.get_output_embeddings()
         if hasattr(head, "base_layer"):  # peft's wrapper: the loss would read the base weight only
             raise ValueError(
                 "the LM head model.transformer.ff_out has an adapter, which the chunked loss cannot apply; "
                 r"keep target_modules to the blocks, for example '.*blocks\.\d+\.(q_proj|ff_out)'"
             )
-        return head(hidden, targets, weights)
+        return head(hidden, targets, weights, score)
