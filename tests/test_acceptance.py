@@ -1,4 +1,4 @@
-"""Exactness by enumeration: the output distribution of each acceptance rule, over all outcomes of all draws."""
+"""Exactness by enumeration: the output distribution of each acceptance rule, over all outcomes."""
 
 import itertools
 
@@ -113,8 +113,8 @@ def test_the_output_has_the_verifiers_distribution(draft, rule, length, num_chai
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_this_test_finds_what_is_not_exact(rule):
     # tokens drawn in order of confidence, with the row each was drawn from as q: the known mistake
-    errors = [error(Tables(seed), any_order, rule, 3) for seed in range(4)]
-    assert min(errors) > 1e-3 and max(errors) > 0.02
+    errors = [error(Tables(seed), any_order, rule, 2) for seed in range(20)]
+    assert np.mean(errors) > 0.01 and max(errors) > 0.05
 
 
 def test_not_renormalising_q_is_not_exact():
