@@ -42,6 +42,7 @@ from llada.model import load_model, load_tokenizer, resolve_checkpoint, special_
 from llada.records import read_records
 from llada.request_log import RequestLog
 from llada.runtime import barrier, end_run, start_run
+from llada.verifiers import final_answer
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 
 log = logging.getLogger("generate")
@@ -246,8 +247,6 @@ def choose(
 ) -> int:
     """Which candidate to put first; of equals the earlier one."""
     if rule == "majority":
-        from llada.rewards import final_answer  # only here: it imports every puzzle of reasoning-gym
-
         finals = [final_answer(text) for text in texts]
         counts = Counter(final for final in finals if final)
         return max(range(len(finals)), key=lambda i: counts[finals[i]])
