@@ -10,9 +10,9 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -42,7 +42,25 @@ class Batch(Protocol):
 Stream = Callable[[int], list[Batch]]
 """step -> this rank's micro-batches."""
 
-Loss = Callable[[torch.nn.Module, Batch, float], torch.Tensor]
+
+@dataclass
+class LossParts:
+    """A micro-batch's share of a loss whose gradient comes in several forward and backward passes.
+
+    Attributes:
+        value: the share of the loss itself, to be logged; without a graph.
+        parts: each is called once, in order, and gives a scalar; the gradients of all together are the
+            gradient of `value`. Every rank must have as many.
+        means: name -> (sum, count), to be logged: all sums of a step, over micro-batches and ranks, divided
+            by all counts. Every micro-batch must name the same ones.
+    """
+
+    value: torch.Tensor
+    parts: Sequence[Callable[[], torch.Tensor]]
+    means: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+Loss = Callable[[torch.nn.Module, Batch, float], torch.Tensor | LossParts]
 """(model, micro-batch, count of the global batch) -> this micro-batch's share of the loss."""
 
 
@@ -95,9 +113,10 @@ def fit(
     *,
     stream: Stream,
     loss: Loss,
-    validate: Callable[[torch.nn.Module], float] | None,
+    validate: Callable[[torch.nn.Module], float | Mapping[str, float]] | None,
     fingerprint: dict[str, object],
     prefetch: bool = True,
+    carried: dict[str, float] | None = None,
 ) -> None:
     """Trains until --max_steps, or until a signal asks to stop; saves, resumes and logs on the way.
 
@@ -105,9 +124,11 @@ def fit(
         model: on any device; trained in place.
         stream: this rank's micro-batches of a step.
         loss: a micro-batch's share of the loss.
-        validate: the held-out loss of the model, or None.
+        validate: the held-out loss of the model, or several numbers with `eval_loss` among them; or None.
         fingerprint: what, besides the common flags, a resumed run must share with the first one.
         prefetch: prepare batches in the background; not for streams that need the current weights.
+        carried: numbers that `loss` keeps from one step to the next, saved and restored in place with the
+            state.
 
     Writes `final/` (a plain checkpoint), `results.json` and `DONE` at the end; `PREEMPTED` when stopped.
 
@@ -126,7 +147,10 @@ def fit(
     if resume_from is not None:
         checkpoint.check_meta(resume_from, meta)
         first_step = checkpoint.load_state(resume_from, model, optimizer)
-        results = checkpoint.read_meta(resume_from)["results"]
+        saved = checkpoint.read_meta(resume_from)
+        results = saved["results"]
+        if carried is not None:
+            carried.update(saved.get("carried", {}))
     if run.is_main:
         write_yaml(config, output_dir / "config.yaml")
     metrics = Metrics(run, output_dir, report_to=config.report_to, config=dataclasses.asdict(config),
@@ -137,15 +161,17 @@ def fit(
     saver = checkpoint.Saver(output_dir, run, keep=config.save_total_limit)
 
     def save(step: int) -> None:
-        saver.start(step, model, optimizer, meta | {"results": state.as_results(step)})
+        progress = {"results": state.as_results(step), "carried": dict(carried or {})}
+        saver.start(step, model, optimizer, meta | progress)
 
     def validate_at(step: int) -> None:
         if validate is None:
             return
-        value = validate(model)
-        state.note_validation(value)
-        metrics.log(step, {"eval_loss": value})
-        if config.save_best and value <= state.results["best_eval_loss"]:
+        found = validate(model)
+        values = found if isinstance(found, Mapping) else {"eval_loss": found}
+        state.note_validation(values["eval_loss"])
+        metrics.log(step, values)
+        if config.save_best and values["eval_loss"] <= state.results["best_eval_loss"]:
             export(output_dir / "best")
 
     def export(folder: Path) -> None:
@@ -224,16 +250,17 @@ class _Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         loss_sum = 0.0
+        sums: dict[str, tuple[float, float]] = {}
         for i, batch in enumerate(batches):
-            with gradient_sync(self._model, last=i == len(batches) - 1):
-                with autocast(self._run.device, self._dtype):
-                    loss = self._loss(self._model, batch.to(self._run.device), count)
-                # Gradients are averaged over ranks; the loss is already divided by the global count.
-                (loss * self._run.world_size).backward()
-            loss_sum += loss.detach()
+            loss, means = self._forward_backward(batch, count, last=i == len(batches) - 1)
+            loss_sum += loss
+            for name, (total, number) in means.items():
+                before = sums.get(name, (0.0, 0.0))
+                sums[name] = (before[0] + total, before[1] + number)
         max_norm = self._config.max_grad_norm or math.inf
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(self._parameters, max_norm))
-        (loss_value,) = sum_over_ranks([float(loss_sum)])
+        flat = [number for pair in sums.values() for number in pair]
+        loss_value, *flat = sum_over_ranks([float(loss_sum), *flat])
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
             records = [record for batch in batches for record in batch.record_ids]
             raise FloatingPointError(
@@ -243,7 +270,30 @@ class _Trainer:
             )
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return {"loss": loss_value, "grad_norm": grad_norm, "learning_rate": rate}
+        means = {
+            name: total / number
+            for name, total, number in zip(sums, flat[::2], flat[1::2], strict=True)
+            if number
+        }
+        return {"loss": loss_value, "grad_norm": grad_norm, "learning_rate": rate} | means
+
+    def _forward_backward(
+        self, batch: Batch, count: float, *, last: bool
+    ) -> tuple[torch.Tensor, Mapping[str, tuple[float, float]]]:
+        """The micro-batch's share of the loss, its gradients added, and its sums to log."""
+        # Gradients are averaged over ranks; the loss is already divided by the global count.
+        with gradient_sync(self._model, last=last):
+            with autocast(self._run.device, self._dtype):
+                loss = self._loss(self._model, batch.to(self._run.device), count)
+            if isinstance(loss, torch.Tensor):
+                (loss * self._run.world_size).backward()
+                return loss.detach(), {}
+        for k, part in enumerate(loss.parts):
+            with gradient_sync(self._model, last=last and k == len(loss.parts) - 1):
+                with autocast(self._run.device, self._dtype):
+                    value = part()
+                (value * self._run.world_size).backward()
+        return loss.value, loss.means
 
 
 @dataclass
