@@ -8,6 +8,7 @@ Shapes: B sequences of a micro-batch, L positions (the longest of them), M maske
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import pyarrow.compute as pc
@@ -75,7 +76,7 @@ class MaskedBatch:
 
 
 @dataclass
-class _Noised:
+class Noised:
     """One record after noise: `weight` already holds the 1 / p_mask (or L / l) of this draw."""
 
     example: Example
@@ -84,7 +85,7 @@ class _Noised:
     record_id: int
 
 
-def collate(noised: list[_Noised], *, mask_id: int, pad_id: int) -> MaskedBatch:
+def collate(noised: list[Noised], *, mask_id: int, pad_id: int) -> MaskedBatch:
     """Stacks noised records, padded on the right to the longest."""
     length = max(len(item.example.input_ids) for item in noised)
     x_0 = np.full((len(noised), length), pad_id, dtype=np.int64)
@@ -104,6 +105,15 @@ def collate(noised: list[_Noised], *, mask_id: int, pad_id: int) -> MaskedBatch:
         count=float(sum(item.example.count for item in noised)),
         record_ids=[item.record_id for item in noised],
     )
+
+
+_order = lru_cache(maxsize=4)(permutation)
+
+
+def records_of(step: int, batch_size: int, *, num_records: int, seed: int) -> list[tuple[int, int]]:
+    """(record id, epoch) of the global batch of one step, in the order in which they are drawn."""
+    places = [divmod(i, num_records) for i in range(step * batch_size, (step + 1) * batch_size)]
+    return [(int(_order(seed, epoch, num_records)[place]), epoch) for epoch, place in places]
 
 
 def row_lengths(rows: Dataset) -> np.ndarray:
@@ -163,22 +173,13 @@ class MaskedStream:
             mask_count=config.mask_count,
         )
 
-    def __post_init__(self) -> None:
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
-
     def epoch(self, step: int) -> float:
         """How often the data has been seen after `step` steps."""
         return step * self.batch_size / len(self.lengths)
 
     def records_of(self, step: int) -> list[tuple[int, int]]:
         """(record id, epoch) of the global batch of one step, in the order in which they are drawn."""
-        records = []
-        for position in range(step * self.batch_size, (step + 1) * self.batch_size):
-            epoch, place = divmod(position, len(self.lengths))
-            if epoch != self._epoch:
-                self._epoch, self._order = epoch, permutation(self.seed, epoch, len(self.lengths))
-            records.append((int(self._order[place]), epoch))
-        return records
+        return records_of(step, self.batch_size, num_records=len(self.lengths), seed=self.seed)
 
     def __call__(self, step: int) -> list[MaskedBatch]:
         """This rank's micro-batches of one step.
@@ -201,7 +202,7 @@ class MaskedStream:
             batches.append(collate(noised, mask_id=self.mask_id, pad_id=self.pad_id))
         return batches
 
-    def _noise(self, record_id: int, epoch: int, longest: int, step: int, place: int) -> _Noised:
+    def _noise(self, record_id: int, epoch: int, longest: int, step: int, place: int) -> Noised:
         example = self.example_of(record_id, epoch, longest)
         random = generator(self.seed, "mask", record_id, epoch)
         t = random.random()
@@ -212,10 +213,10 @@ class MaskedStream:
             num_maskable = int(example.maskable.sum())
             num_masked = max(1, int(np.ceil(t * num_maskable)))
             is_masked = exact_mask(example.maskable, num_masked, random)
-            return _Noised(example, is_masked, example.weight * num_maskable / num_masked, record_id)
+            return Noised(example, is_masked, example.weight * num_maskable / num_masked, record_id)
         p_mask = mask_probability(t)
         is_masked = bernoulli_mask(example.maskable, p_mask, random)
-        return _Noised(example, is_masked, example.weight / p_mask, record_id)
+        return Noised(example, is_masked, example.weight / p_mask, record_id)
 
     def validation(self, limit: int | None = None) -> Iterator[MaskedBatch]:
         """This rank's share of the data with masks that never change, for a bound that can be compared.
@@ -233,16 +234,16 @@ class MaskedStream:
             items = [self._fixed_noise(i, int(strata[i]), num_records) for i in ids]
             yield collate(items or [self._nothing()], mask_id=self.mask_id, pad_id=self.pad_id)
 
-    def _nothing(self) -> _Noised:
+    def _nothing(self) -> Noised:
         """A record that counts for nothing, for a rank that has run out of records."""
         example = self.example_of(0, 0, int(self.lengths[0]))
         example.count = 0.0
-        return _Noised(example, np.zeros_like(example.maskable), 0.0, 0)
+        return Noised(example, np.zeros_like(example.maskable), 0.0, 0)
 
-    def _fixed_noise(self, record_id: int, stratum: int, num_records: int) -> _Noised:
+    def _fixed_noise(self, record_id: int, stratum: int, num_records: int) -> Noised:
         example = self.example_of(record_id, 0, int(self.lengths[record_id]))
         random = generator(self.seed, "validation", record_id)
         num_maskable = int(example.maskable.sum())
         num_masked = 1 + int((stratum + random.random()) / num_records * num_maskable)
         is_masked = exact_mask(example.maskable, num_masked, random)
-        return _Noised(example, is_masked, example.weight * num_maskable / num_masked, record_id)
+        return Noised(example, is_masked, example.weight * num_maskable / num_masked, record_id)
