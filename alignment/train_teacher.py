@@ -5,8 +5,8 @@ is the cross-entropy of the answers' tokens, each from those before it, averaged
 trials and for the quickstart; a real teacher is a checkpoint that you have already.
 
 Run:
-    python alignment/train_teacher.py --config_name 1m --tokenizer_name runs/sft --train_data_path sft.jsonl \\
-        --eval_data_path sft_validation.jsonl --output_dir runs/teacher --max_length 128 --max_steps 1000
+    python alignment/train_teacher.py --config_name 1m --tokenizer_name runs/sft --max_length 128 \\
+        --train_data_path sft.jsonl --eval_data_path sft_validation.jsonl --output_dir runs/teacher
 
 The same command continues an interrupted run.
 """
