@@ -34,6 +34,7 @@ def masked_diffusion_loss(model: torch.nn.Module, batch: MaskedBatch, total_coun
         rows=batch.rows,
         targets=batch.targets,
         weights=batch.weights / total_count,
+        document_borders=batch.document_borders,
     ).loss
 
 
