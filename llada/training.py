@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from llada import checkpoint
 from llada.blocks import wrap_blocks
 from llada.config import write_yaml
+from llada.context import NO_SCALING, RopeScaling
 from llada.guards import MAX_SKIPPED_IN_A_ROW, LossWatch, gather_records
 from llada.model import attach_lora, load_model, save_model
 from llada.progress import Progress
@@ -82,11 +83,12 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.A
     )
 
 
-def load_trainable(path: str, config: TrainConfig) -> torch.nn.Module:
+def load_trainable(path: str, config: TrainConfig, *, rope: RopeScaling = NO_SCALING) -> torch.nn.Module:
     """The model to train, from a checkpoint: all its weights in float32, or LoRA adapters on weights in
     --dtype."""
     dtype = config.dtype if config.use_lora else "float32"
-    model = load_model(path, dtype=dtype, attn_implementation=config.attn_implementation, merge_adapter=False)
+    options = {"attn_implementation": config.attn_implementation, "merge_adapter": False}
+    model = load_model(path, dtype=dtype, rope=rope, **options)
     return prepare_trainable(model, config)
 
 
