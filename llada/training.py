@@ -155,9 +155,9 @@ def fit(
         checkpoint.check_meta(resume_from, meta)
         first_step = checkpoint.load_state(resume_from, model, optimizer)
         saved = checkpoint.read_meta(resume_from)
-        results, watched = saved["results"], saved["loss_watch"]
+        results, watched = saved["results"], saved.get("loss_watch", {})
         if carried is not None:
-            carried.update(saved["carried"])
+            carried.update(saved.get("carried", {}))
     if run.is_main:
         write_yaml(config, output_dir / "config.yaml")
     metrics = Metrics(run, output_dir, report_to=config.report_to, config=dataclasses.asdict(config),
