@@ -109,7 +109,7 @@ def make_draws(
     examples: list[Example] = []
     for n, (request, plan) in enumerate(zip(requests, plans, strict=True)):
         num_masks, num_tokens = plan.masks.shape
-        tokens = np.array([*request.context, *request.answer], dtype=np.int64)
+        tokens = np.concatenate([request.context, request.answer]).astype(np.int64)
         if fill is not None:
             tokens = np.pad(tokens, (0, max(0, fill[1] - len(tokens))), constant_values=fill[0])
         answer = slice(len(request.context), len(request.context) + num_tokens)
