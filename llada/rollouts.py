@@ -224,12 +224,8 @@ class RolloutStream:
     def _terms(self, completions: Sequence[Completion], rollout: int) -> Terms:
         return self.terms_of(
             [
-                Answer(
-                    self._by_index[c.prompt].token_ids,
-                    c.answer,
-                    f"{rollout}/{c.prompt}/{c.candidate}",
-                    c.trace,
-                )
+                # A group shares its masks: what its completions have in common then cancels.
+                Answer(self._by_index[c.prompt].token_ids, c.answer, f"{rollout}/{c.prompt}", c.trace)
                 for c in completions
             ]
         )

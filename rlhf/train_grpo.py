@@ -68,7 +68,9 @@ class Config(RewardFlags, SamplerFlags, PolicyConfig):
         "openai/gsm8k@main", help="File of prompts, or name@config of a hub data set.", aliases=["dataset"]
     )
     eval_data_path: str | None = flag(
-        None, help="Prompts for held-out accuracy, answered at temperature 0.", aliases=["eval_dataset"]
+        None,
+        help="Prompts for held-out accuracy: the first reward, at temperature 0.",
+        aliases=["eval_dataset"],
     )
     apply_chat_template: bool = flag(
         True, help="Prompts that are plain texts become a user's turn.", aliases=["is_instruct"]
@@ -177,12 +179,11 @@ def make_reference(config: Config, run: Run) -> ReferenceModel | None:
 def make_validation(
     sampler: Sampler, prompts: list[Prompt], config: Config, run: Run, carried: dict[str, float]
 ) -> Callable[[torch.nn.Module], dict[str, float]]:
-    """Held-out accuracy: the mean reward as a share of the highest one, answered at temperature 0.
+    """Held-out accuracy: the mean of the first reward, answered at temperature 0.
 
     `eval_loss` is what it lacks to 1, so that the best checkpoint is the one with the smallest. Notes in
     `carried` when --stop_accuracy or --patience ends the run.
     """
-    best_possible = sum(reward.weight for reward in sampler.rewards)
     mine = prompts[run.rank :: run.world_size]
     greedy = Sampler(
         model=sampler.model,
@@ -205,7 +206,7 @@ def make_validation(
             name: total / max(count, 1.0)
             for name, total, count in zip(columns, totals[: len(columns)], counts, strict=True)
         }
-        accuracy = found["eval_reward"] / best_possible
+        accuracy = found[f"eval_rewards/{sampler.rewards[0].name}/mean"]
         if accuracy > carried.get("best_accuracy", -math.inf):
             carried.update(best_accuracy=accuracy, validations_since=0.0)
         else:
