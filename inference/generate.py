@@ -34,14 +34,14 @@ from typing import Any, TextIO
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from llada.chat import render_prompt
 from llada.config import flag, parse
 from llada.likelihood import Request, score
-from llada.messages import to_prompt
-from llada.model import load_model, load_tokenizer, resolve_checkpoint, special_ids
+from llada.model import load_model, load_tokenizer, special_ids
+from llada.prompts import checkpoint_files, prompt_of
 from llada.records import read_records
 from llada.request_log import RequestLog
 from llada.runtime import barrier, end_run, start_run
+from llada.verifiers import final_answer
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 
 log = logging.getLogger("generate")
@@ -171,7 +171,7 @@ def read_items(
     for index, (where, record) in enumerate(records):
         if config.max_samples is not None and index >= config.max_samples:
             break
-        token_ids = _token_ids(record, where, tokenizer, is_instruct=config.is_instruct)
+        _, token_ids = prompt_of(record, where, tokenizer, chat=config.is_instruct)
         if len(token_ids) > room:
             if config.long_prompts == "error":
                 raise ValueError(
@@ -185,26 +185,6 @@ def read_items(
         shown = next((record[k] for k in ("prompt", "text", "question", "messages") if k in record), record)
         items.append(Item(index, record.get("id", index), shown, token_ids))
     return items, counts
-
-
-def _token_ids(
-    record: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase, *, is_instruct: bool
-) -> list[int]:
-    if "text" in record:
-        prompt: Any = record["text"]
-    else:
-        prompt = to_prompt(record, where)
-        if not is_instruct and len(prompt) > 1:
-            raise ValueError(f"{where}: a conversation of {len(prompt)} messages needs --is_instruct")
-        if not is_instruct:
-            prompt = prompt[0]["content"]
-    try:
-        token_ids = render_prompt(prompt, tokenizer, chat=is_instruct)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    if not token_ids:
-        raise ValueError(f"{where}: empty prompt")
-    return token_ids
 
 
 def answer_batches(
@@ -246,8 +226,6 @@ def choose(
 ) -> int:
     """Which candidate to put first; of equals the earlier one."""
     if rule == "majority":
-        from llada.rewards import final_answer  # only here: it imports every puzzle of reasoning-gym
-
         finals = [final_answer(text) for text in texts]
         counts = Counter(final for final in finals if final)
         return max(range(len(finals)), key=lambda i: counts[finals[i]])
@@ -266,12 +244,7 @@ def choose(
 def fingerprint(config: Config) -> dict[str, Any]:
     """What the answers depend on: the flags, the prompts are keyed one by one, and the checkpoint's files."""
     flags = {name: value for name, value in asdict(config).items() if name not in FREE}
-    files = []
-    for path in filter(None, (config.model_name_or_path, config.adapter_path)):
-        folder = Path(resolve_checkpoint(path))
-        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-            files.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
-    return {"flags": flags, "files": files}
+    return {"flags": flags, "files": checkpoint_files(config.model_name_or_path, config.adapter_path)}
 
 
 def merge(items: list[Item], answers: RequestLog, output_path: Path) -> None:

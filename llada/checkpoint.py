@@ -5,13 +5,17 @@ whatever kills the run, `latest` names a complete checkpoint. Everything random 
 state is the weights, the optimizer and one integer.
 """
 
+import fcntl
+import functools
 import json
 import os
 import shutil
 import signal
+import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from llada.runtime import Run, barrier
+from llada.runtime import STOP_SIGNALS, Run, barrier
 
 # A single process is a normal way to train; torch warns about it at every save and load.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -174,16 +178,57 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Holds the folder for this process: a second run in it would overwrite states and metrics of the first.
+
+    The lock ends with the process, however that ends. File systems without locks are used without one.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise ValueError(
+                f"--output_dir {folder}: another run ({holder}) is writing there; wait for it, stop it, or "
+                "give another folder"
+            ) from error
+        except OSError as error:
+            warnings.warn(f"{folder}: no lock on this file system ({error.strerror})", stacklevel=2)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def one_run_per_folder(fit: Callable[..., None]) -> Callable[..., None]:
+    """`fit(model, tokenizer, config, run, ...)`, with --output_dir locked by rank 0 as long as it runs."""
+
+    @functools.wraps(fit)
+    def locked(model: torch.nn.Module, tokenizer: Any, config: Any, run: Run, **options: Any) -> None:
+        if not run.is_main:
+            return fit(model, tokenizer, config, run, **options)
+        with folder_lock(Path(config.output_dir)):
+            return fit(model, tokenizer, config, run, **options)
+
+    return locked
+
+
 class StopSignal:
-    """Notes SIGTERM and SIGUSR1 (what SLURM and torchrun send), so that the loop can stop between two
-    steps."""
+    """Notes SIGTERM, SIGUSR1 (what SLURM and torchrun send) and SIGHUP (a closed terminal), so that the loop
+    can stop between two steps."""
 
     def __init__(self) -> None:
         self.received = False
         self._previous = {}
 
     def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._note)
         return self
 

@@ -30,6 +30,7 @@ ROLE_SPELLINGS = {
     "start_header": ("<|start_header_id|>", "<start_id>"),
     "end_header": ("<|end_header_id|>", "<end_id>"),
 }
+ROLE_OF_SPELLING = {spelling: role for role, spellings in ROLE_SPELLINGS.items() for spelling in spellings}
 # What a tokenizer calls its own, where no spelling above says more.
 ROLE_ATTRIBUTES = ("bos", "eos")
 
@@ -85,13 +86,30 @@ class TokenBytes:
         """The token that ends an answer: end of turn, or end of text where there is none."""
         return self.ids_of_role.get("eot", self.ids_of_role.get("eos"))
 
+    @cached_property
+    def id_of_text(self) -> dict[bytes, int]:
+        """bytes -> id: a real token before a byte-fallback one, then the lowest id."""
+        ids: dict[bytes, int] = {}
+        for i in sorted(range(len(self.texts)), key=lambda i: (i in self.is_fallback, i)):
+            if self.texts[i]:
+                ids.setdefault(self.texts[i], i)
+        return ids
+
+    @cached_property
+    def id_of_special(self) -> dict[str, int]:
+        """spelling -> id of the special tokens, and of other tokenizers' spellings of the same roles."""
+        roles = {spelling: self.ids_of_role.get(role) for spelling, role in ROLE_OF_SPELLING.items()}
+        ids = {spelling: i for spelling, i in roles.items() if i is not None}
+        own = {token: i for i, token in enumerate(self.tokens) if token and self.texts[i] is None}
+        return ids | own
+
     def decode(self, ids: Sequence[int]) -> bytes:
         """The bytes of a text's tokens; special tokens write nothing."""
         return b"".join(self.texts[i] or b"" for i in ids)
 
     def starts(self, ids: Sequence[int]) -> np.ndarray:
         """[n + 1] where each token begins in the text's bytes, and where the text ends."""
-        return np.cumsum([0, *(len(self.texts[i] or b"") for i in ids)])
+        return _starts([self.texts[i] for i in ids])
 
 
 @dataclass(frozen=True)
@@ -125,11 +143,6 @@ class VocabMap:
         if ours.tokens == theirs.tokens and ours.texts == theirs.texts:
             known = [i if token is not None else OTHER for i, token in enumerate(ours.tokens)]
             return cls(torch.tensor(known), ours, theirs, is_identity=True)
-        by_text: dict[bytes, int] = {}
-        for i in sorted(range(len(theirs.texts)), key=lambda i: (i in theirs.is_fallback, i)):
-            if theirs.texts[i]:
-                by_text.setdefault(theirs.texts[i], i)
-        special = {token: i for i, token in enumerate(theirs.tokens) if token and theirs.texts[i] is None}
         role_of = {i: role for role, i in ours.ids_of_role.items()}
         target_of = [OTHER] * len(ours.tokens)
         is_identity = True
@@ -142,12 +155,12 @@ class VocabMap:
                 continue
             is_identity &= i >= len(theirs.tokens) or theirs.tokens[i] is None
             if text is not None:
-                target_of[i] = by_text.get(text, OTHER)
+                target_of[i] = theirs.id_of_text.get(text, OTHER)
             elif i == ours.closing and theirs.closing is not None:
                 target_of[i] = theirs.closing
             else:
                 role = role_of.get(i)
-                target_of[i] = special.get(token, theirs.ids_of_role.get(role, OTHER))
+                target_of[i] = theirs.id_of_special.get(token, theirs.ids_of_role.get(role, OTHER))
                 if target_of[i] == OTHER and role in ("eot", "eos"):
                     target_of[i] = OTHER if theirs.closing is None else theirs.closing
         return cls(torch.tensor(target_of), ours, theirs, is_identity)
@@ -213,29 +226,46 @@ class VocabMap:
         Raises:
             ValueError: the two texts differ; says from which byte on.
         """
-        ours, theirs = self.source.decode(source_ids), self.target.decode(target_ids)
-        shift = 0
-        if ours != theirs and self.source.drops_first_space != self.target.drops_first_space:
-            shift = int(ours.startswith(b" ")) - int(theirs.startswith(b" "))
-            ours, theirs = ours[max(shift, 0) :], theirs[max(-shift, 0) :]
-        if ours != theirs:
-            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-            at = min(len(ours), len(theirs)) if at is None else at
-            raise ValueError(
-                f"the two texts differ from byte {at} on: {ours[at : at + 20]!r} in the source's tokens, "
-                f"{theirs[at : at + 20]!r} in the target's"
-            )
-        places = _places(self.source, source_ids, max(shift, 0))
-        index_of = {place: i for i, place in enumerate(places)}
-        wanted = _places(self.target, target_ids, max(-shift, 0))
-        return np.array([index_of.get(place, OTHER) for place in wanted], dtype=np.int64)
+        dropped = self.source.drops_first_space, self.target.drops_first_space
+        ours, theirs = self.source.texts, self.target.texts
+        return align_texts([ours[i] for i in source_ids], [theirs[i] for i in target_ids], dropped)
 
 
-def _places(table: TokenBytes, ids: Sequence[int], dropped: int) -> list[tuple[int, int]]:
+def align_texts(
+    source: Sequence[bytes | None],
+    target: Sequence[bytes | None],
+    drops_first_space: tuple[bool, bool] = (False, False),
+) -> np.ndarray:
+    """`VocabMap.align` for tokens given by what they write; None is a special token.
+
+    Args:
+        drops_first_space: of the source's and the target's tokenizer.
+    """
+    ours, theirs = (b"".join(text or b"" for text in texts) for texts in (source, target))
+    shift = 0
+    if ours != theirs and drops_first_space[0] != drops_first_space[1]:
+        shift = int(ours.startswith(b" ")) - int(theirs.startswith(b" "))
+        ours, theirs = ours[max(shift, 0) :], theirs[max(-shift, 0) :]
+    if ours != theirs:
+        at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+        at = min(len(ours), len(theirs)) if at is None else at
+        raise ValueError(
+            f"the two texts differ from byte {at} on: {ours[at : at + 20]!r} in the source's tokens, "
+            f"{theirs[at : at + 20]!r} in the target's"
+        )
+    index_of = {place: i for i, place in enumerate(_places(source, max(shift, 0)))}
+    return np.array([index_of.get(place, OTHER) for place in _places(target, max(-shift, 0))], dtype=np.int64)
+
+
+def _starts(texts: Sequence[bytes | None]) -> np.ndarray:
+    return np.cumsum([0, *(len(text or b"") for text in texts)])
+
+
+def _places(texts: Sequence[bytes | None], dropped: int) -> list[tuple[int, int]]:
     """(first byte, 0 for text or the how-many-eth special token there) of each token."""
     places, num_special = [], 0
-    for i, start in zip(ids, table.starts(ids), strict=False):
-        num_special = num_special + 1 if table.texts[i] is None else 0
+    for text, start in zip(texts, _starts(texts), strict=False):
+        num_special = num_special + 1 if text is None else 0
         places.append((max(0, int(start) - dropped), num_special))
     return places
 

@@ -423,8 +423,6 @@ def test_programs_pass_only_when_their_tests_run_through():
     assert passes(code.extract_function([["```\n    return x + 1\n```"]], [doc])) == 1.0
     assert passes([["def up(x): return 2\nimport os, sys; os._exit(0)"]]) == 0.0
     assert passes([["def up(x): return bytearray(2**32) and 2"]]) == 0.0
-    assert not code.runs_through("while True: pass", seconds=0.5)
-    assert not code.runs_through("import os\nassert os.environ.get('HOME') == 'x'")
 
 
 def test_the_shell_script_prints_its_commands(tmp_path):
