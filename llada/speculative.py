@@ -1,7 +1,7 @@
 """Speculative decoding: a LLaDA model drafts, an autoregressive model verifies and decides every token.
 
     draft:   masks behind [prompt, answer so far] become tokens                        llada/drafting.py
-    verify:  one forward of the verifier over the drafted tokens                       llada/verifier.py
+    verify:  one forward of the verifier over the drafted tokens                       llada/verifying.py
     accept:  the first n of them stay, one more token comes from the verifier          llada/acceptance.py
     bridge:  between two tokenizers                                                    llada/bridge.py
     generate(custom_generate=...) of transformers                              llada/speculative_generate.py
@@ -16,7 +16,9 @@ K chains, G tokens of a draft, V outputs of the verifier.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
@@ -24,7 +26,7 @@ from llada.acceptance import Accepted, Draws, GreedyDraws, KeyedDraws, by_block,
 from llada.bridge import Bridge
 from llada.drafting import Draft, Drafter
 from llada.speculative_settings import SpeculativeSettings, warpers
-from llada.verifier import Verifier
+from llada.verifying import Verifier, shared_length
 from modelling_final import LLaDAModelLM
 
 IsDone = Callable[[list[int]], bool]
@@ -52,8 +54,11 @@ class SpeculativeStats:
 
     @property
     def acceptance_by_position(self) -> list[float]:
-        """alpha_k: of the drafts whose tokens before k were accepted, the share whose k-th was too."""
-        return [a / r for a, r in zip(self.accepted, self.reached, strict=True)]
+        """alpha_k: of the drafts whose tokens before k were accepted, the share whose k-th was too.
+
+        0 where no draft came so far.
+        """
+        return [a / max(1, r) for a, r in zip(self.accepted, self.reached, strict=True)]
 
     @property
     def seconds(self) -> float:
@@ -158,6 +163,30 @@ class SpeculativeDecoder:
         limit = max_new_tokens or self.settings.max_new_tokens
         self.check_lengths(len(prompt), 1, limit)
         return self._decode(list(prompt), limit, record_id, is_done, drafts=False)
+
+    def explain_difference(
+        self, prompt: Sequence[int], answer: Sequence[int], plain: Sequence[int], *, record_id: int
+    ) -> dict[str, Any]:
+        """Where two answers that should be equal part, and whether rounding explains it.
+
+        `gap`: by how much the scores of the two tokens differ there (with their noise, when sampling).
+        `rounding`: by how much any score differs between a forward over all of the text and one over its last
+        token with the others' keys kept. `is_rounding`: the gap is at most four times that.
+        """
+        place = shared_length(answer, plain)
+        text, both = [*prompt, *plain[:place]], [plain[place], answer[place]]
+        self.verifier.start()
+        whole = self.verifier.scores(text, [[]])[0]
+        self.verifier.start()
+        self.verifier.scores(text[:-1], [[]])
+        last = self.verifier.scores(text, [[]])[0]
+        rounding = float((whole - last).masked_fill(whole == -torch.inf, 0).abs().max())
+        draws = self._draws(record_id)[0]
+        noisy = (
+            whole[0] if isinstance(draws, GreedyDraws) else draws.noisy([place], whole.softmax(-1)).log()[0]
+        )
+        gap = abs(float(noisy[both[0]] - noisy[both[1]]))
+        return {"place": place, "gap": gap, "rounding": rounding, "is_rounding": gap <= 4 * rounding}
 
     def check_lengths(self, num_prompt: int, num_drafter_prompt: int, max_new_tokens: int) -> None:
         """ValueError unless both models have room. A canvas may fill up before the end: drafts then stop."""

@@ -14,7 +14,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from llada.bridge import Bridge
 from llada.speculative import SpeculativeDecoder, SpeculativeStats
 from llada.speculative_settings import SpeculativeSettings
-from llada.verifier import ROW_BY_ROW
+from llada.verifying import ROW_BY_ROW
 from modelling_final import LLaDAModelLM
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from llada.speculative import SpeculativeDecoder
 from llada.speculative_settings import SpeculativeSettings
-from llada.verifier import Verifier
+from llada.verifying import Verifier
 
 
 class TableModel(nn.Module):

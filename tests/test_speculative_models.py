@@ -12,7 +12,7 @@ from llada.speculative import (
 )
 from llada.speculative_generate import speculative_generate
 from llada.speculative_settings import SpeculativeSettings, warpers
-from llada.verifier import Verifier
+from llada.verifying import Verifier
 
 V = 48
 EOS = 0
