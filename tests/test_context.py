@@ -118,8 +118,8 @@ def test_the_bound_by_position_adds_up_to_the_validation_bound(model_dir, text, 
     output = tmp_path / "bound.json"
     bench_context.main([
         "--model_name_or_path", str(model_dir), str(model_dir), "--data_path", str(text),
-        "--max_length", "128", "--num_rows", "6", "--num_parts", "4", "--rope_scaling", "none", "linear", "--rope_factor", "1", "2",
-        "--output", str(output), "--batch_size", "2",
+        "--max_length", "128", "--num_rows", "6", "--num_parts", "4", "--output", str(output),
+        "--rope_scaling", "none", "linear", "--rope_factor", "1", "2", "--batch_size", "2",
     ])  # fmt: skip
     plain, stretched = (np.array(bound) for bound in json.loads(output.read_text()).values())
     assert plain.shape == stretched.shape == (6, 4)
