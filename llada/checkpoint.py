@@ -23,7 +23,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from llada.runtime import STOP_SIGNALS, Run, barrier
 
@@ -117,6 +123,25 @@ def load_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
     meta = read_meta(folder)
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
     state = {"model": model_state, "optimizer": optimizer_state}
+    _load(folder, state)
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=_OPTIONS,
+    )
+    return meta["step"]
+
+
+def load_weights(folder: Path, model: torch.nn.Module) -> None:
+    """Fills the model's trained weights from a saved state, whatever ranks wrote it; ValueError as above."""
+    state = {"model": get_model_state_dict(model, options=_OPTIONS)}
+    _load(folder, state)
+    set_model_state_dict(model, state["model"], options=_OPTIONS)
+
+
+def _load(folder: Path, state: dict[str, Any]) -> None:
     try:
         dcp.load(state, checkpoint_id=folder)
     except (CheckpointException, RuntimeError, OSError, EOFError) as error:
@@ -126,14 +151,6 @@ def load_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
             f"--resume_from_checkpoint {folder}: cannot be loaded: {_reason(error)}. Other states to name "
             f"with --resume_from_checkpoint: {', '.join(others)}"
         ) from error
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
-        options=_OPTIONS,
-    )
-    return meta["step"]
 
 
 def _reason(error: Exception) -> str:
