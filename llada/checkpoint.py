@@ -104,8 +104,10 @@ class Saver:
         except (Exception, CheckpointException) as error:  # DCP's is a BaseException
             if self._run.is_main:
                 shutil.rmtree(partial, ignore_errors=True)  # its room is needed
+            free = shutil.disk_usage(self._output_dir).free / 1e9
             raise OSError(
-                f"{partial}: the training state could not be saved ({_reason(error)}); is the disk full? "
+                f"{partial}: the training state could not be saved ({_reason(error)}); is the disk full? It "
+                f"has {free:.3f} GB free without what was written of this state. "
                 f"The last complete checkpoint is the one that {self._output_dir / 'latest'} names"
             ) from error
         if self._run.is_main:
