@@ -5,8 +5,9 @@ Shapes: B sequences, L positions, M masked tokens of a micro-batch.
 
 import torch
 
+from llada.batches import MaskedBatch
 from llada.runtime import Run, autocast, sum_over_ranks
-from llada.stream import MaskedBatch, MaskedStream
+from llada.stream import MaskedStream
 from llada.train_config import TrainConfig
 
 
@@ -34,6 +35,7 @@ def masked_diffusion_loss(model: torch.nn.Module, batch: MaskedBatch, total_coun
         rows=batch.rows,
         targets=batch.targets,
         weights=batch.weights / total_count,
+        document_borders=batch.document_borders,
     ).loss
 
 

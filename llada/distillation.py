@@ -1,0 +1,156 @@
+"""Losses that pull a student towards a teacher's distributions: tensors in, float32 numbers out.
+
+The teacher's distribution at a position is known for some tokens (the top k, or all of them); everything else
+is one bucket, "rest": the teacher's tail, and its tokens that the student does not have. The student's
+distribution is cut into the same categories. So no loss asks how the rest is shared out inside, a top-k KL is
+a lower bound of the full one, and the two are equal with k = all.
+
+R rows (positions), K known tokens a row, E columns of the student's head.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LK_DECAY = 3.0  # lambda = exp(-3 alpha). Source: LK losses, arXiv 2602.23881
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """The teacher's distribution at R positions, in the student's vocabulary.
+
+    Attributes:
+        ids: [R, K] long, the student's ids of the known tokens, -1 = none; None: column v is token v.
+        log_probs: [R, K] float32; -inf for what is not known.
+        log_rest: [R] float32, log-probability of all other tokens together.
+    """
+
+    ids: Tensor | None
+    log_probs: Tensor
+    log_rest: Tensor
+
+
+def categories(logits: Tensor, teacher: TeacherRows) -> tuple[Tensor, Tensor]:
+    """(log p, log q), each [R, K + 1]: the known tokens, then the rest; both normalised, in float32.
+
+    A token that the teacher does not know is in the student's rest. Where the student has nothing left for
+    a rest, the teacher's is dropped: it cannot be learned.
+
+    Args:
+        logits: [R, E] of the student, any floating type; -inf rules a token out.
+    """
+    log_q = logits.float().log_softmax(-1)
+    num_columns = log_q.shape[-1]
+    is_known = teacher.log_probs > -torch.inf
+    ids = teacher.ids
+    if ids is None:
+        ids = torch.arange(teacher.log_probs.shape[-1], device=logits.device).expand_as(is_known)
+    is_known &= ids >= 0
+    ids = ids.where(is_known, num_columns)  # a column of nobody
+    in_rest = torch.ones(log_q.shape[0], num_columns + 1, dtype=torch.bool, device=logits.device)
+    in_rest = in_rest.scatter_(1, ids, False)[:, :-1]
+    rest, has_rest = _log_sum(log_q.masked_fill(~in_rest, -torch.inf))
+    known = log_q.gather(1, ids.clamp_max(num_columns - 1)).masked_fill(~is_known, -torch.inf)
+    log_q = torch.cat([known, rest[:, None]], dim=1)
+
+    log_p = teacher.log_probs.float().masked_fill(~is_known, -torch.inf)
+    log_rest = teacher.log_rest.float().masked_fill(~has_rest, -torch.inf)
+    log_p = torch.cat([log_p, log_rest[:, None]], dim=1)
+    return log_p - log_p.logsumexp(-1, keepdim=True), log_q
+
+
+def _log_sum(log_x: Tensor) -> tuple[Tensor, Tensor]:
+    """(logsumexp over the last dimension, is there anything to sum); without it -inf, and no NaN gradient."""
+    has_any = (log_x > -torch.inf).any(-1)
+    total = log_x.masked_fill(~has_any[:, None], 0.0).logsumexp(-1)
+    return total.masked_fill(~has_any, -torch.inf), has_any
+
+
+def temper(log_probs: Tensor, temperature: float) -> Tensor:
+    """log of p^(1/T) / sum p^(1/T): a softmax at temperature T, from its log-probabilities at 1."""
+    if temperature == 1.0:
+        return log_probs
+    scaled = log_probs / temperature
+    return scaled - scaled.logsumexp(-1, keepdim=True)
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) = sum_v p_v (log p_v - log q_v) of each row, in nats; 0 log 0 = 0."""
+    has_mass = log_p > -torch.inf
+    difference = log_p.masked_fill(~has_mass, 0.0) - log_q.masked_fill(~has_mass, 0.0)
+    return (log_p.exp() * difference).sum(-1)
+
+
+def acceptance(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """alpha = sum_v min(p_v, q_v) over the known tokens: the probability that a draft from q is accepted.
+
+    With a top-k teacher a lower bound, for of what happens inside the rest nothing is counted.
+    Source: Leviathan et al., arXiv 2211.17192.
+    """
+    return torch.minimum(log_p, log_q)[..., :-1].exp().sum(-1)
+
+
+def lk_loss(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """lambda KL(p || q) + (1 - lambda) (1 - alpha), lambda = exp(-3 alpha): KL first, acceptance in the end.
+
+    1 - alpha is the total variation distance. Source: LK losses, arXiv 2602.23881.
+    """
+    alpha = acceptance(log_p, log_q)
+    share = torch.exp(-LK_DECAY * alpha.detach())
+    return share * kl_divergence(log_p, log_q) + (1 - share) * (1 - alpha)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised at a row: alpha * cross-entropy + beta * (KL or LK loss).
+
+    Attributes:
+        alpha, beta: weights of the two.
+        temperature: both distributions are tempered with it before the KL.
+        times_t2: multiply the KL with T^2, which keeps its gradient's size. Source: Hinton et al., 1503.02531
+        is_lk: the LK loss instead of the KL; always at temperature 1, for drafts are accepted at 1.
+    """
+
+    alpha: float
+    beta: float
+    temperature: float = 1.0
+    times_t2: bool = False
+    is_lk: bool = False
+
+    def distance(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """[R] how far the student is from the teacher."""
+        if self.is_lk:
+            return lk_loss(log_p, log_q)
+        scale = self.temperature**2 if self.times_t2 else 1.0
+        return scale * kl_divergence(temper(log_p, self.temperature), temper(log_q, self.temperature))
+
+
+def streak_weights(alpha: Tensor, starts_window: Tensor, carried: float) -> tuple[Tensor, float]:
+    """w_k = prod_{i<k} alpha_i within each window: the probability that position k of a draft matters at all.
+
+    Args:
+        alpha: [R] acceptance of consecutive rows.
+        starts_window: [R] bool, rows that are the first of their window.
+        carried: the product at the end of the rows before these.
+
+    Returns: [R] weights without gradient, and the product to carry on.
+    """
+    weights, product = [], carried
+    for value, first in zip(alpha.detach().tolist(), starts_window.tolist(), strict=True):
+        product = 1.0 if first else product
+        weights.append(product)
+        product *= value
+    return torch.tensor(weights, device=alpha.device), product
+
+
+def accepted_length(alpha: Tensor, starts_window: Tensor) -> Tensor:
+    """tau = 1 + sum_k prod_{i<=k} alpha_i of each window: tokens a step of speculative decoding, predicted.
+
+    The one is the verifier's own token. Args as in `streak_weights`; returns [windows].
+    """
+    if not alpha.numel():
+        return alpha.new_zeros(0)
+    before, _ = streak_weights(alpha, starts_window, 1.0)
+    window = starts_window.long().cumsum(0) - 1
+    return alpha.new_ones(int(window[-1]) + 1).index_add(0, window, before * alpha)
