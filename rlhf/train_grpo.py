@@ -40,9 +40,10 @@ from llada.elbo import adapter_off, disable_dropout
 from llada.grpo import BASELINES, LOSS_TYPES, SCALES, Objective, grpo_loss
 from llada.mask_plan import SIZE_LAWS
 from llada.model import load_tokenizer, resolve_checkpoint, special_ids
+from llada.older_flags import OlderFlags
 from llada.policy_config import PolicyConfig, load_policy
 from llada.policy_terms import ESTIMATORS, TermBuilder
-from llada.prompts import Prompt, read_prompts
+from llada.prompts import Prompt, prompt_file, read_prompts
 from llada.reference import load_frozen
 from llada.reward_flags import RewardFlags
 from llada.rollouts import ReferenceModel, RolloutStream, Sampler
@@ -61,7 +62,7 @@ RESUME_MUST_AGREE = (
 
 
 @dataclass(kw_only=True)
-class Config(RewardFlags, SamplerFlags, PolicyConfig):
+class Config(RewardFlags, SamplerFlags, OlderFlags, PolicyConfig):
     """Flags of GRPO."""
 
     train_data_path: str = flag(
@@ -78,10 +79,19 @@ class Config(RewardFlags, SamplerFlags, PolicyConfig):
     long_prompts: str = flag(
         "error", help="Prompts beyond --max_length less the answer.", choices=["error", "drop"]
     )
+    input_key: str | None = flag(None, help="Field of the prompt, where it is not found by itself.")
+    resume_from_checkpoint: str = flag(
+        "auto",
+        help="auto = continue --output_dir if it holds a state; none; or a folder.",
+        aliases=["load_ckpt"],
+    )
     batch_size: int = flag(
         128,
         help="Completions per optimizer step, over all ranks.",
         aliases=["train_batch_size", "train_batch"],
+    )
+    gradient_accumulation_steps: int | None = flag(
+        None, help="Accepted; it follows from --batch_size, --micro_batch_size and the ranks."
     )
     num_generations: int = flag(
         8, help="Completions per prompt (G).", aliases=["group_size", "num_samples_per_prompt"]
@@ -111,7 +121,9 @@ class Config(RewardFlags, SamplerFlags, PolicyConfig):
     steps: int | None = flag(
         None, help="Denoising steps over the whole answer; default gen_length.", aliases=["gen_steps"]
     )
-    threshold: float = flag(0.9, help="Confidence for --parallel_decoding.", aliases=["remasking_threshold"])
+    remasking_threshold: float | None = flag(
+        None, help="The same as --parallel_decoding threshold --threshold X."
+    )
     beta: float = flag(0.0, help="Weight of the KL to the reference (k2); 0: no reference is loaded.")
     epsilon: float = flag(0.2, help="Ratios count up to 1 + epsilon, and down to 1 - epsilon.")
     epsilon_high: float | None = flag(None, help="The upper limit's own value; default epsilon.")
@@ -137,6 +149,8 @@ class Config(RewardFlags, SamplerFlags, PolicyConfig):
     def settle(self, run: Run) -> None:
         """Checks the numbers of this stage against each other, and turns older spellings into flags."""
         super().settle(run)
+        if self.remasking_threshold is not None:
+            self.parallel_decoding, self.threshold = "threshold", self.remasking_threshold
         self.scale_rewards = {"true": "group", "false": "none"}.get(self.scale_rewards, self.scale_rewards)
         if self.num_generations < 2:
             raise ValueError(f"--num_generations {self.num_generations}: a group needs at least 2")
@@ -242,8 +256,10 @@ def main(argv: list[str] | None = None) -> None:
         chat=config.apply_chat_template,
         room=room,
         long=config.long_prompts,
+        key=config.input_key,
     )
-    prompts, counts = read(config.train_data_path, limit=config.max_samples)
+    path = prompt_file(config.train_data_path, Path(config.output_dir, "data"), run)
+    prompts, counts = read(path, limit=config.max_samples)
     if run.is_main:
         print(f"{len(prompts)} prompts {dict(counts) or ''}", flush=True)
     num_groups = config.batch_size // config.num_generations
