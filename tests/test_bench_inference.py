@@ -201,7 +201,7 @@ def test_a_peer_beside_the_floor(tmp_path):
     bench.main(["--shape", "micro-random", *flags, "--output", str(tmp_path / "report.json")])
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert [row["arm"] for row in rows] == ["exact", "peer-llada"]
-    assert rows[1]["floor tokens/s"] < rows[0]["floor tokens/s"]  # it prunes nothing
+    assert rows[1]["floor tokens/s"] <= rows[0]["floor tokens/s"]  # it prunes nothing
 
 
 def test_the_gpu_lines_are_valid_commands():
