@@ -304,7 +304,7 @@ def time_shape(config: Config) -> list[dict[str, Any]]:
                 model, calls, num_prompt, gen_length, names=config.arms or ["reference", "exact", "dual"],
                 tokens_per_step=config.tokens_per_step, block_length=config.block_length,
                 batch_size=batch_size, repeats=config.repeats, seed=config.seed,
-                gpu=Gpu(config.peak_tflops, config.bandwidth),
+                gpu=Gpu(config.peak_tflops, config.bandwidth), peer_path=config.peer_path,
             )  # fmt: skip
     print_table(rows)
     return rows

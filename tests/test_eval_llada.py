@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -342,6 +343,17 @@ def test_bad_command_lines_are_explained(main, tmp_path, checkpoint):
         }
         (tmp_path / "humaneval/HumanEval.jsonl").write_text(json.dumps(problem) + "\n")
         main(flags(checkpoint, tmp_path, "humaneval_local", data=tmp_path))
+
+
+def test_an_unknown_task_is_answered_with_the_nearest(main, checkpoint, tmp_path, monkeypatch):
+    # lm_eval's own ten thousand files take half a minute to read
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+    with pytest.raises(ValueError, match="--tasks gms8k_local: unknown; did you mean 'gsm8k_local'"):
+        main(flags(checkpoint, tmp_path, "gms8k_local"))
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k/train.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n{"question": \n')
+    with pytest.raises(ValueError, match=r"gsm8k/train.jsonl:2: not a JSON object"):
+        main(flags(checkpoint, tmp_path, "gsm8k_local", data=tmp_path))
 
 
 def test_the_debug_config_and_the_presets_are_valid(main):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llada.bench.reference_sampler import reference_sampler
+from llada.bench.reference_sampler import peer_samplers, reference_sampler
 from llada.bench.sampler_arms import Arm, Prompt, canvas_arm, our_arm, settings_of
 from llada.bench.sampler_floor import Gpu, sampler_floor
 from llada.bench.sampler_timing import Calls, Result, time_arm
@@ -64,8 +64,9 @@ def time_lengths(
     repeats: int,
     gpu: Gpu,
     seed: int,
+    peer_path: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """The rows of the table for one (P, G); the arms take turns.
+    """The rows of the table for one (P, G); the arms take turns. Peers decide one token a step.
 
     Raises:
         ValueError: an unknown arm, or a number of tokens per step that does not divide the blocks evenly.
@@ -73,17 +74,23 @@ def time_lengths(
     source = torch.Generator().manual_seed(seed)
     ids = torch.randint(model.config.eos_token_id, (batch_size, num_prompt), generator=source).tolist()
     prompts = [Prompt(i, prompt, {}) for i, prompt in enumerate(ids)]
+    common = {"gen_length": gen_length, "block_length": min(block_length, gen_length)}
     arms: dict[tuple[str, int], Arm] = {}
     settings: dict[tuple[str, int], LLaDAGenerationConfig] = {}
     for name in names:
         for k in tokens_per_step:
             settings[name, k] = settings_of(
-                "exact" if name == "reference" else name, gen_length=gen_length, early_stop=False,
-                block_length=min(block_length, gen_length), steps=gen_length // k, seed=seed,
+                "exact" if name == "reference" else name, **common, early_stop=False,
+                steps=gen_length // k, seed=seed,
             )  # fmt: skip
             sampler = reference_sampler(model, settings[name, k]) if name == "reference" else None
             arms[name, k] = canvas_arm(model, sampler) if sampler else our_arm(model, settings[name, k])
-            arms[name, k](prompts)  # warms up
+    for path in peer_path:
+        for name, sampler in peer_samplers(path, model, settings_of("exact", **common)).items():
+            arms[name, 1] = canvas_arm(model, sampler)
+            settings[name, 1] = settings_of("dual" if "dual" in name else "exact", **common)
+    for arm in arms.values():
+        arm(prompts)  # warms up
     results = {pair: Result() for pair in arms}
     for _ in range(repeats):
         for pair, arm in arms.items():
@@ -94,13 +101,13 @@ def time_lengths(
         seconds = statistics.median(result.seconds)
         floor = sampler_floor(
             model.config, gpu, settings[name, k], num_prompt, batch_size=batch_size,
-            is_pruned=name != "reference",
+            is_pruned=name in names and name != "reference",
         )  # fmt: skip
         rows.append(
             {
                 "P": num_prompt, "G": gen_length, "batch": batch_size, "arm": name, "tokens/step": k,
                 "tokens/s": num_tokens / seconds, "min": num_tokens / max(result.seconds),
-                "max": num_tokens / min(result.seconds), "ms/forward": 1000 * seconds / result.num_calls,
+                "max": num_tokens / min(result.seconds), "ms/forward": 1000 * seconds / max(1, result.num_calls),
                 "peak MiB": result.memory, "floor tokens/s": num_tokens / floor,
                 "% of floor": 100 * floor / seconds,
             }
