@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 ESTIMATORS = ("stratified", "iid", "complementary", "reference")
+SIZE_LAWS = ("uniform", "inv_sqrt")
 EXACT_TOKENS = 7  # 2^7 - 1 = 127 forwards: no more than the 128 draws of the published evaluations
 
 
@@ -57,7 +58,7 @@ def plan_masks(
             (ESPO); `reference` is LLaDA's published get_log_likelihood, whose sizes are biased.
         exact_tokens: longest answer whose masks are always enumerated; 0 to enumerate only what fits.
         size_law: `uniform`, or `inv_sqrt`: sizes drawn with probability proportional to l^-1/2, which lowers
-            the variance of gradients; for `iid` only.
+            the variance of gradients; for `iid` and `stratified`.
         reference_batch: the published code's batch size, on which its bias depends.
 
     Raises:
@@ -67,12 +68,14 @@ def plan_masks(
         raise ValueError(f"an answer needs at least 1 token and 1 sample, got {num_tokens} and {num_samples}")
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator {estimator!r} is not one of {', '.join(ESTIMATORS)}")
-    if size_law not in ("uniform", "inv_sqrt") or (size_law != "uniform" and estimator != "iid"):
-        raise ValueError(f"size_law {size_law!r}: 'uniform', or 'inv_sqrt' with the iid estimator")
+    if size_law not in SIZE_LAWS or (size_law != "uniform" and estimator not in ("iid", "stratified")):
+        raise ValueError(
+            f"size_law {size_law!r}: 'uniform', or 'inv_sqrt' with the iid or stratified estimator"
+        )
     if estimator == "stratified":
         if num_tokens <= exact_tokens or 2 ** min(num_tokens, 62) - 1 <= num_samples:
             return enumerate_masks(num_tokens)
-        return _stratified(num_tokens, num_samples, random)
+        return _stratified(num_tokens, num_samples, random, size_law)
     if estimator == "iid":
         return _iid(num_tokens, num_samples, random, size_law)
     if estimator == "complementary":
@@ -95,16 +98,28 @@ def _random_masks(sizes: np.ndarray, num_tokens: int, random: np.random.Generato
     return ranks < sizes[:, None]
 
 
-def _stratified(num_tokens: int, num_samples: int, random: np.random.Generator) -> MaskPlan:
-    """One size from each of N equal slices of 1..T, each with weight T / (N l); masks share the tokens
-    evenly.
+def _size_law(num_tokens: int, size_law: str) -> np.ndarray:
+    """[T] the probability of each size 1..T."""
+    law = np.arange(1, num_tokens + 1) ** (-0.5 if size_law == "inv_sqrt" else 0.0)
+    return law / law.sum()
+
+
+def _stratified(
+    num_tokens: int, num_samples: int, random: np.random.Generator, size_law: str = "uniform"
+) -> MaskPlan:
+    """One size from each of N equally likely slices of 1..T, each with weight 1 / (N q(l) l), which is
+    T / (N l) for the uniform law q; masks share the tokens evenly.
 
     The masks, smallest first, are cut from one endless sequence of shuffled tokens, so neighbours in size
     never concentrate on the same tokens. Each mask alone is uniform among those of its size, so the estimate
     is unbiased.
     """
     slices = (np.arange(num_samples) + random.random(num_samples)) / num_samples
-    sizes = np.minimum((slices * num_tokens).astype(np.int64), num_tokens - 1) + 1
+    law = _size_law(num_tokens, size_law)
+    if size_law == "uniform":
+        sizes = np.minimum((slices * num_tokens).astype(np.int64), num_tokens - 1) + 1
+    else:
+        sizes = np.minimum(np.searchsorted(law.cumsum(), slices, side="right"), num_tokens - 1) + 1
     masks = np.zeros((num_samples, num_tokens), dtype=bool)
     deck = random.permutation(num_tokens)
     for mask, size in zip(masks, sizes, strict=True):
@@ -115,12 +130,11 @@ def _stratified(num_tokens: int, num_samples: int, random: np.random.Generator) 
             deck = np.concatenate([deck, fresh[~np.isin(fresh, deck)], deck])
         mask[deck[:size]] = True
         deck = deck[size:]
-    return MaskPlan(masks, num_tokens / (num_samples * sizes), "stratified")
+    return MaskPlan(masks, 1.0 / (num_samples * law[sizes - 1] * sizes), "stratified")
 
 
 def _iid(num_tokens: int, num_samples: int, random: np.random.Generator, size_law: str) -> MaskPlan:
-    law = np.arange(1, num_tokens + 1) ** (-0.5 if size_law == "inv_sqrt" else 0.0)
-    law /= law.sum()
+    law = _size_law(num_tokens, size_law)
     sizes = random.choice(np.arange(1, num_tokens + 1), size=num_samples, p=law)
     return MaskPlan(
         _random_masks(sizes, num_tokens, random), 1.0 / (num_samples * law[sizes - 1] * sizes), "iid"

@@ -8,7 +8,7 @@ Shapes: B sequences of a micro-batch, L positions (the longest of them), M maske
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import pyarrow.compute as pc
@@ -21,6 +21,14 @@ from llada.model import SpecialIds
 from llada.packing import deal, pack
 from llada.runtime import Run
 from llada.train_config import TrainConfig
+
+_order = lru_cache(maxsize=4)(permutation)
+
+
+def records_of(step: int, batch_size: int, *, num_records: int, seed: int) -> list[tuple[int, int]]:
+    """(record id, epoch) of the global batch of one step, in the order in which they are drawn."""
+    places = [divmod(i, num_records) for i in range(step * batch_size, (step + 1) * batch_size)]
+    return [(int(_order(seed, epoch, num_records)[place]), epoch) for epoch, place in places]
 
 
 def row_lengths(rows: Dataset) -> np.ndarray:
@@ -90,22 +98,13 @@ class MaskedStream:
             row_length=config.max_length if config.packing else 0,
         )
 
-    def __post_init__(self) -> None:
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
-
     def epoch(self, step: int) -> float:
         """How often the data has been seen after `step` steps."""
         return step * self.batch_size / len(self.lengths)
 
     def records_of(self, step: int) -> list[tuple[int, int]]:
         """(record id, epoch) of the global batch of one step, in the order in which they are drawn."""
-        records = []
-        for position in range(step * self.batch_size, (step + 1) * self.batch_size):
-            epoch, place = divmod(position, len(self.lengths))
-            if epoch != self._epoch:
-                self._epoch, self._order = epoch, permutation(self.seed, epoch, len(self.lengths))
-            records.append((int(self._order[place]), epoch))
-        return records
+        return records_of(step, self.batch_size, num_records=len(self.lengths), seed=self.seed)
 
     def __call__(self, step: int) -> list[MaskedBatch]:
         """This rank's micro-batches of one step.

@@ -9,8 +9,9 @@ global count -> clip -> check -> AdamW -> log, validate, save.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -44,7 +45,25 @@ class Batch(Protocol):
 Stream = Callable[[int], list[Batch]]
 """step -> this rank's micro-batches."""
 
-Loss = Callable[[torch.nn.Module, Batch, float], torch.Tensor]
+
+@dataclass
+class LossParts:
+    """A micro-batch's share of a loss whose gradient comes in several forward and backward passes.
+
+    Attributes:
+        value: the share of the loss itself, to be logged; without a graph.
+        parts: each is called once, in order, and gives a scalar; the gradients of all together are the
+            gradient of `value`. Every rank must have as many.
+        means: name -> (sum, count), to be logged: all sums of a step, over micro-batches and ranks, divided
+            by all counts. Every micro-batch must name the same ones.
+    """
+
+    value: torch.Tensor
+    parts: Sequence[Callable[[], torch.Tensor]]
+    means: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+Loss = Callable[[torch.nn.Module, Batch, float], torch.Tensor | LossParts]
 """(model, micro-batch, count of the global batch) -> this micro-batch's share of the loss."""
 
 
@@ -97,10 +116,11 @@ def fit(
     *,
     stream: Stream,
     loss: Loss,
-    validate: Callable[[torch.nn.Module], float] | None,
+    validate: Callable[[torch.nn.Module], float | Mapping[str, float]] | None,
     fingerprint: dict[str, object],
     prefetch: bool = True,
     flops_of: Callable[[Batch], float] = lambda _: 0.0,
+    carried: dict[str, float] | None = None,
 ) -> None:
     """Trains until --max_steps, or until a signal asks to stop; saves, resumes and logs on the way.
 
@@ -108,10 +128,12 @@ def fit(
         model: on any device; trained in place.
         stream: this rank's micro-batches of a step.
         loss: a micro-batch's share of the loss.
-        validate: the held-out loss of the model, or None.
+        validate: the held-out loss of the model, or several numbers with `eval_loss` among them; or None.
         fingerprint: what, besides the common flags, a resumed run must share with the first one.
         prefetch: prepare batches in the background; not for streams that need the current weights.
         flops_of: useful FLOPs of a micro-batch, for MFU.
+        carried: numbers that `loss` and `validate` keep from one step to the next, saved and restored in
+            place with the state. `stop`, once it is not 0 after a validation, ends the run there.
 
     Writes `final/` (a plain checkpoint), `results.json` and `DONE` at the end; `PREEMPTED` when stopped.
 
@@ -134,6 +156,8 @@ def fit(
         first_step = checkpoint.load_state(resume_from, model, optimizer)
         saved = checkpoint.read_meta(resume_from)
         results, watched = saved["results"], saved.get("loss_watch", {})
+        if carried is not None:
+            carried.update(saved.get("carried", {}))
     if run.is_main:
         write_yaml(config, output_dir / "config.yaml")
     metrics = Metrics(run, output_dir, report_to=config.report_to, config=dataclasses.asdict(config),
@@ -146,16 +170,18 @@ def fit(
 
     def save(step: int) -> None:
         saver.start(step, model, optimizer, meta | {
-            "results": state.as_results(step), "loss_watch": watch.state(), "world_size": run.world_size,
+            "results": state.as_results(step), "loss_watch": watch.state(), "carried": dict(carried or {}),
+            "world_size": run.world_size,
         })  # fmt: skip
 
     def validate_at(step: int) -> None:
         if validate is None:
             return
-        value = validate(model)
-        state.note_validation(value)
-        metrics.log(step, {"eval_loss": value})
-        if config.save_best and value <= state.results["best_eval_loss"]:
+        found = validate(model)
+        values = found if isinstance(found, Mapping) else {"eval_loss": found}
+        state.note_validation(values)
+        metrics.log(step, values)
+        if config.save_best and values["eval_loss"] <= state.results["best_eval_loss"]:
             export(output_dir / "best")
 
     def export(folder: Path) -> None:
@@ -167,9 +193,8 @@ def fit(
         if first_step == 0:
             validate_at(0)
         state.phases.mark("before")
-        for step, batches in _steps(
-            stream, first_step, config.max_steps, prefetch and config.num_workers > 0
-        ):
+        last_step = first_step if carried and carried.get("stop") else config.max_steps
+        for step, batches in _steps(stream, first_step, last_step, prefetch and config.num_workers > 0):
             state.phases.mark("data")
             count, tokens, flops, stop, written = sum_over_ranks(
                 [
@@ -202,17 +227,21 @@ def fit(
             last = done == config.max_steps
             if config.eval_interval and done % config.eval_interval == 0 and not last:
                 validate_at(done)
+                if carried and carried.get("stop"):
+                    last_step = done
+                    break
             if config.save_interval and done % config.save_interval == 0 and not last:
                 save(done)
             state.phases.mark("between steps")
-        if first_step < config.max_steps:
-            validate_at(config.max_steps)
-            save(config.max_steps)
+        if first_step < last_step:
+            if last_step == config.max_steps:
+                validate_at(last_step)
+            save(last_step)
             saver.finish()
     metrics.close()
     export(output_dir / "final")
     if run.is_main:
-        text = json.dumps(state.as_results(config.max_steps), indent=1)
+        text = json.dumps(state.as_results(last_step), indent=1)
         checkpoint.write_atomically(output_dir / "results.json", text)
         (output_dir / "DONE").touch()
 
@@ -241,17 +270,18 @@ class _Trainer:
         rate = learning_rate(step, self._config)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        losses = []
+        losses: list[torch.Tensor] = []
+        sums: dict[str, tuple[float, float]] = {}
         for i, batch in enumerate(batches):
-            with gradient_sync(self._model, last=self._config.reduce_always or i == len(batches) - 1):
-                with autocast(self._run.device, self._dtype):
-                    loss = self._loss(self._model, batch.to(self._run.device), count)
-                # Gradients are averaged over ranks; the loss is already divided by the global count.
-                (loss * self._run.world_size).backward()
-            losses.append(loss.detach())
+            loss, means = self._forward_backward(batch, count, last=i == len(batches) - 1)
+            losses.append(loss)
+            for name, (total, number) in means.items():
+                before = sums.get(name, (0.0, 0.0))
+                sums[name] = (before[0] + total, before[1] + number)
         max_norm = self._config.max_grad_norm or math.inf
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(self._parameters, max_norm))
-        (loss_value,) = sum_over_ranks([float(sum(losses))])
+        flat = [number for pair in sums.values() for number in pair]
+        loss_value, *flat = sum_over_ranks([float(sum(losses)), *flat])
         self._state.phases.mark("forward_backward")
         if math.isfinite(loss_value) and math.isfinite(grad_norm):
             self._optimizer.step()
@@ -260,7 +290,31 @@ class _Trainer:
             self._skip_or_stop(step, batches, losses, f"loss {loss_value}, gradient norm {grad_norm}")
         self._optimizer.zero_grad(set_to_none=True)
         self._state.phases.mark("optimizer")
-        return {"loss": loss_value, "grad_norm": grad_norm, "learning_rate": rate}
+        means = {
+            name: total / number
+            for name, total, number in zip(sums, flat[::2], flat[1::2], strict=True)
+            if number
+        }
+        return {"loss": loss_value, "grad_norm": grad_norm, "learning_rate": rate} | means
+
+    def _forward_backward(
+        self, batch: Batch, count: float, *, last: bool
+    ) -> tuple[torch.Tensor, Mapping[str, tuple[float, float]]]:
+        """The micro-batch's share of the loss, its gradients added, and its sums to log."""
+        # Gradients are averaged over ranks; the loss is already divided by the global count.
+        always = self._config.reduce_always
+        with gradient_sync(self._model, last=last or always):
+            with autocast(self._run.device, self._dtype):
+                loss = self._loss(self._model, batch.to(self._run.device), count)
+            if isinstance(loss, torch.Tensor):
+                (loss * self._run.world_size).backward()
+                return loss.detach(), {}
+        for k, part in enumerate(loss.parts):
+            with gradient_sync(self._model, last=always or (last and k == len(loss.parts) - 1)):
+                with autocast(self._run.device, self._dtype):
+                    value = part()
+                (value * self._run.world_size).backward()
+        return loss.value, loss.means
 
     def _skip_or_stop(self, step: int, batches: list[Batch], losses: list[torch.Tensor], found: str) -> None:
         """What --on_nonfinite asks for. Loss and norm are those of all ranks, so all of them come here."""

@@ -35,7 +35,7 @@ from .cache_llada import WindowCache
 from .configuration_llada import LLaDAConfig
 from .documents_llada import check_borders, document_positions
 from .generation_llada import LLaDAGenerationMixin
-from .loss_llada import LLaDAHead
+from .loss_llada import LLaDAHead, Score
 
 
 @dataclass
@@ -44,7 +44,7 @@ class LLaDAOutput(ModelOutput):
 
     loss: Tensor | None = None  # sum(weights * nll), or the mean over labels; scalar float32
     logits: Tensor | None = None  # [B, L, E], [B, R, E] with query_positions, [M, E] with rows
-    nll: Tensor | None = None  # [M] float32, detached
+    nll: Tensor | None = None  # [M] float32, detached; with a score, the rows' losses
     past_key_values: WindowCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
@@ -309,6 +309,7 @@ class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
         rows: Tensor | None = None,
         targets: Tensor | None = None,
         weights: Tensor | None = None,
+        score: Score | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         document_borders: Tensor | None = None,
@@ -332,6 +333,7 @@ class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
             weights: [M] float32, with targets; ones by default.
             document_borders: [D + 1], several documents per row that do not see one another: the flat
                 positions b * L + i where they begin, and B * L. Positions count within each by default.
+            score: with rows, instead of targets: any loss of their logits, chunk by chunk; `loss` is its sum.
 
         Raises:
             ValueError: arguments that exclude one another, or a mask the attention kernel cannot honour.
@@ -341,6 +343,8 @@ class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
             raise ValueError("labels, rows, query_positions and logits_to_keep choose rows; give one of them")
         if (targets is not None and rows is None) or (weights is not None and targets is None):
             raise ValueError("targets need rows, and weights need targets")
+        if score is not None and (rows is None or targets is not None):
+            raise ValueError("a score needs rows, and takes the place of targets")
         if replace_position is not None and past_key_values is None:
             raise ValueError("replace_position is a window of a cache; give past_key_values")
         # transformers' capturing falls back to the config only for what is not passed at all
@@ -375,6 +379,8 @@ class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
             if weights is None:
                 weights = torch.ones(rows.shape, device=rows.device)
             loss, nll = self._score(hidden.flatten(0, 1).index_select(0, rows), targets, weights)
+        elif score is not None:
+            loss, nll = self._score(hidden.flatten(0, 1).index_select(0, rows), score=score)
         elif rows is not None:
             logits = self.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, rows))
         else:
@@ -398,11 +404,17 @@ class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
         is_first = document_positions(document_borders, *hidden.shape[:2]) == 0
         return torch.where(is_first[..., None], hidden, shifted)
 
-    def _score(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def _score(
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        weights: Tensor | None = None,
+        score: Score | None = None,
+    ) -> tuple[Tensor, Tensor]:
         head = self.get_output_embeddings()
         if hasattr(head, "base_layer"):  # peft's wrapper: the loss would read the base weight only
             raise ValueError(
                 "the LM head model.transformer.ff_out has an adapter, which the chunked loss cannot apply; "
                 r"keep target_modules to the blocks, for example '.*blocks\.\d+\.(q_proj|ff_out)'"
             )
-        return head(hidden, targets, weights)
+        return head(hidden, targets, weights, score)

@@ -27,6 +27,7 @@ import numpy as np
 from datasets import Dataset
 
 from llada import preflight
+from llada.batches import Example
 from llada.config import flag, parse
 from llada.context import ROPE_SCALING, RopeScaling
 from llada.curriculum import Curriculum
@@ -36,7 +37,7 @@ from llada.losses import masked_diffusion_loss, validation_loss
 from llada.masking import generator
 from llada.model import load_tokenizer, new_model, special_ids
 from llada.runtime import end_run, start_run
-from llada.stream import Example, MaskedStream
+from llada.stream import MaskedStream
 from llada.train_config import TrainConfig
 from llada.training import fit, load_trainable, prepare_trainable
 

@@ -8,7 +8,8 @@ Run:
     python scripts/make_quickstart_data.py --output_dir runs/quickstart/data
 
 Writes pretrain.jsonl and pretrain_validation.jsonl ({"text"}), sft.jsonl and sft_validation.jsonl
-({"messages"}), and heldout.jsonl ({"id", "task", "prompt", "answer", "metadata"}) for generation and lm_eval.
+({"messages"}), and {"id", "task", "prompt", "answer", "metadata"} records: heldout.jsonl for generation and
+lm_eval, prompts.jsonl (sudokus of the training part) for post-training.
 """
 
 import json
@@ -31,9 +32,10 @@ Puzzle = dict[str, Any]
 class Config:
     """Flags of the data maker."""
 
-    output_dir: str = flag(help="Folder for the five files.")
+    output_dir: str = flag(help="Folder for the files.")
     num_train: int = flag(24000, help="Training puzzles of each task (fewer where the task has fewer).")
     num_heldout: int = flag(250, help="Held-out puzzles of each task.")
+    num_prompts: int = flag(4000, help="Training sudokus that are also written as prompts.")
     seed: int = flag(7, help="Key of the puzzles.")
 
 
@@ -107,7 +109,7 @@ def as_conversation(task: Task, puzzle: Puzzle) -> dict[str, list[dict[str, str]
 
 
 def as_prompt(task: Task, puzzle: Puzzle, index: int) -> dict[str, Any]:
-    """A held-out record: the question, and what the verifier needs."""
+    """The question, and what the verifier needs."""
     return {
         "id": f"{task.name}-{index}",
         "task": task.name,
@@ -118,12 +120,13 @@ def as_prompt(task: Task, puzzle: Puzzle, index: int) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Writes the five files."""
+    """Writes the files."""
     config = parse(Config, argv, description=__doc__)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, list[dict[str, Any]]] = {
-        name: [] for name in ("pretrain", "pretrain_validation", "sft", "sft_validation", "heldout")
+        name: []
+        for name in ("pretrain", "pretrain_validation", "sft", "sft_validation", "heldout", "prompts")
     }
     for task in TASKS:
         train = list(puzzles(task, heldout=False, count=config.num_train, seed=config.seed))
@@ -133,6 +136,9 @@ def main(argv: list[str] | None = None) -> None:
         files["sft"] += [as_conversation(task, puzzle) for puzzle in train]
         files["sft_validation"] += [as_conversation(task, puzzle) for puzzle in heldout]
         files["heldout"] += [as_prompt(task, puzzle, i) for i, puzzle in enumerate(heldout)]
+        if task.name == "mini_sudoku":
+            chosen = train[-config.num_prompts :]
+            files["prompts"] = [as_prompt(task, puzzle, i) for i, puzzle in enumerate(chosen)]
         print(f"{task.name}: {len(train)} training and {len(heldout)} held-out puzzles", flush=True)
     for name, records in files.items():
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)

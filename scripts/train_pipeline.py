@@ -1,8 +1,8 @@
 """Runs the stages of a project in order, each on the checkpoint of the one before.
 
 The config file holds one section per stage; a section's keys are the flags of the stage's script. A section
-without `model_name_or_path` gets the checkpoint of the last training stage before it. `{output_dir}` in a
-value stands for the top-level `output_dir`. A finished stage is not run twice (its mark in
+without `model_name_or_path` gets the checkpoint of the last of pretraining and SFT before it. `{output_dir}`
+in a value stands for the top-level `output_dir`. A finished stage is not run twice (its mark in
 `<output_dir>/logs` holds its command); a failed one stops the line and shows the end of its log.
 
 Run:
@@ -26,24 +26,35 @@ from llada.rewards import score
 
 ROOT = Path(__file__).resolve().parent.parent
 TAIL_LINES = 30
+METRICS = {"eval_loss": "validation loss, nats"}  # names in results.json that the table spells out
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A script, and whether its output folder holds a checkpoint or it reads one."""
+    """A script; whether it reads a checkpoint, makes one, and whether later stages start from that one."""
 
     script: str
-    trains: bool = False
     reads_checkpoint: bool = False
+    trains: bool = False
+    is_trunk: bool = False
 
 
 STAGES = {
     "data": Stage("scripts/make_quickstart_data.py"),
     "tokenizer": Stage("scripts/train_tokenizer.py"),
     "prepare_corpus": Stage("pretraining/prepare_corpus.py"),
-    "pretraining": Stage("pretraining/pretrain.py", trains=True),
+    "pretraining": Stage("pretraining/pretrain.py", trains=True, is_trunk=True),
     "prepare_sft": Stage("sft_training/prepare_sft.py"),
-    "sft": Stage("sft_training/train_sft.py", trains=True, reads_checkpoint=True),
+    "sft": Stage("sft_training/train_sft.py", reads_checkpoint=True, trains=True, is_trunk=True),
+    "teacher": Stage("alignment/train_teacher.py", trains=True),
+    "precompute_teacher": Stage("alignment/precompute_teacher.py"),
+    "alignment": Stage("alignment/train_kl.py", reads_checkpoint=True, trains=True),
+    "speculative": Stage("inference/speculative_decode.py"),
+    "preferences": Stage("rlhf/make_preferences.py", reads_checkpoint=True),
+    "dpo": Stage("rlhf/train_dpo.py", reads_checkpoint=True, trains=True),
+    "precompute_bref": Stage("rlhf/precompute_bref.py", reads_checkpoint=True),
+    "kto": Stage("rlhf/train_elbo_kto.py", reads_checkpoint=True, trains=True),
+    "grpo": Stage("rlhf/train_grpo.py", reads_checkpoint=True, trains=True),
     "inference": Stage("inference/generate.py", reads_checkpoint=True),
     "eval": Stage("eval/eval_llada.py", reads_checkpoint=True),
 }
@@ -96,12 +107,13 @@ class Pipeline:
         return [self.arguments.stage]
 
     def checkpoint_before(self, stage: str) -> str | None:
-        """The output folder of the last training stage before `stage`."""
+        """The output folder of the last trunk stage before `stage`."""
         override = {"sft": "sft_model_path", "inference": "inference_model_path"}.get(stage)
         if override and getattr(self.arguments, override):
             return getattr(self.arguments, override)
-        trained = [name for name in self.sections if STAGES[name].trains]
-        earlier = [name for name in trained if list(STAGES).index(name) < list(STAGES).index(stage)]
+        order = list(STAGES)
+        trunk = [name for name in self.sections if STAGES[name].is_trunk]
+        earlier = [name for name in trunk if order.index(name) < order.index(stage)]
         return self.flags(earlier[-1])["output_dir"] if earlier else self.model.get("name_or_path")
 
     def flags(self, stage: str) -> dict[str, Any]:
@@ -234,9 +246,18 @@ def stage_rows(stage: str, folder: Path, seconds: float) -> list[tuple[str, ...]
     seconds_text = f"{seconds:.0f}"
     if (folder / "results.json").is_file():
         values = json.loads((folder / "results.json").read_text())
-        if "eval_loss" in values:
-            before, after = f"{values['eval_loss_before']:.3f}", f"{values['eval_loss']:.3f}"
-            return [(stage, "validation loss, nats", before, after, seconds_text, str(folder))]
+        gained = [name for name in values if f"{name}_before" in values]
+        return [
+            (
+                stage,
+                METRICS.get(name, name),
+                f"{values[f'{name}_before']:.3f}",
+                f"{values[name]:.3f}",
+                seconds_text,
+                str(folder),
+            )
+            for name in gained
+        ] or [(stage, "", "", "", seconds_text, str(folder))]
     if stage == "eval":
         newest = max(folder.rglob("results_*.json"), key=lambda path: path.stat().st_mtime)
         results = json.loads(newest.read_text())["results"]
@@ -261,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     pipeline = Pipeline(arguments)
     rows: list[tuple[str, ...]] = []
-    accuracy: dict[str, float] = {}
+    accuracy: dict[str, dict[str, float]] = {}  # checkpoint -> task -> share solved
     for stage in pipeline.selected():
         command = pipeline.command(stage)
         heldout = pipeline.heldout and stage in pipeline.heldout["after"]
@@ -279,13 +300,14 @@ def main(argv: list[str] | None = None) -> None:
             command, completions = pipeline.heldout_command(stage)
             completions.parent.mkdir(parents=True, exist_ok=True)
             seconds = run_once(f"heldout_{stage}", command, logs)
-            after = accuracy_by_task(completions, Path(pipeline._fill(pipeline.heldout["prompts_file"])))
-            for task, value in after.items():
-                before = f"{accuracy[task]:.1%}" if task in accuracy else ""
+            solved = accuracy_by_task(completions, Path(pipeline._fill(pipeline.heldout["prompts_file"])))
+            before = accuracy.get(flags.get("model_name_or_path"), {})
+            accuracy[flags["output_dir"]] = solved
+            for task, value in solved.items():
+                shown = f"{before[task]:.1%}" if task in before else ""
                 rows.append(
-                    (stage, f"held-out {task}", before, f"{value:.1%}", f"{seconds:.0f}", str(completions))
+                    (stage, f"held-out {task}", shown, f"{value:.1%}", f"{seconds:.0f}", str(completions))
                 )
-            accuracy |= after
     if not arguments.dry_run:
         finish(pipeline, rows)
 

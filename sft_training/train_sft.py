@@ -26,6 +26,7 @@ import numpy as np
 from datasets import Dataset
 
 from llada import preflight
+from llada.batches import Example
 from llada.chat import TURNS
 from llada.config import flag, parse
 from llada.data import LONG, load_conversations
@@ -33,7 +34,7 @@ from llada.footprint import flops_counter
 from llada.losses import masked_diffusion_loss, validation_loss
 from llada.model import load_tokenizer, special_ids
 from llada.runtime import end_run, start_run
-from llada.stream import Example, MaskedStream
+from llada.stream import MaskedStream
 from llada.train_config import TrainConfig
 from llada.training import fit, load_trainable
 

@@ -73,7 +73,7 @@ launch_training() {
     for flag in "${@:2}"; do
         case $flag in
             --output_dir | --output_dir=* | --output-dir | --output-dir=*)
-                die "$flag: the folder comes from PRETRAIN_OUTPUT or SFT_OUTPUT, where SLURM looks for markers" ;;
+                die "$flag: the folder comes from PRETRAIN_OUTPUT, SFT_OUTPUT, ..., where SLURM looks for markers" ;;
         esac
     done
     if [[ -n ${PRINT_OUTPUT_DIR:-} ]]; then

@@ -1,0 +1,229 @@
+"""Makes preference data from a checkpoint's own answers: sample several to each prompt, score, compare.
+
+Prompts are records with a `prompt` (or `messages`, `question`, ...) and the fields that the rewards need; for
+reasoning_gym these are `task`, `answer` and `metadata`. Rewards are verifiers, a judge, or functions of your
+own: see --reward_funcs. A completion without a reward (a judge that failed) is left out.
+
+Writes to --output_dir, in the order of the prompts:
+    paired.jsonl    {"id", "prompt", "chosen", "rejected", "score_chosen", "score_rejected"}, for train_dpo.py
+    unpaired.jsonl  {"id", "prompt", "completion", "label", "score"}, for train_elbo_kto.py
+    results.json    counts, and the mean of every reward
+With --is_instruct prompts and completions are lists of messages, else texts.
+
+Under torchrun the prompts are shared out over the processes. Finished completions are kept in
+<output_dir>/parts: the same command after a kill goes on where it stopped, with another --threshold or
+--pairs_per_prompt it only compares anew. A completion never depends on the batch or the number of processes.
+
+Run:
+    python rlhf/make_preferences.py --model_name_or_path runs/quickstart/sft --is_instruct \\
+        --prompts_file runs/quickstart/data/prompts.jsonl --output_dir runs/quickstart/preferences \\
+        --gen_length 32 --num_generations 8
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from llada.checkpoint import write_atomically
+from llada.config import flag, parse
+from llada.masking import generator
+from llada.model import load_model, load_tokenizer, special_ids
+from llada.prompts import Prompt, checkpoint_files, read_prompts
+from llada.request_log import RequestLog
+from llada.reward_flags import RewardFlags
+from llada.rewards import compute_rewards
+from llada.runtime import barrier, end_run, start_run
+from llada.sampler_flags import SamplerFlags, sampler_settings
+from modelling_final import LLaDAModelLM
+
+
+@dataclass(kw_only=True)
+class Config(SamplerFlags, RewardFlags):
+    """Flags of the preference maker."""
+
+    model_name_or_path: str = flag(help="Checkpoint or run folder, adapter folder, or hub name.")
+    prompts_file: str = flag(help="Records with prompts and what the rewards need.", aliases=["dataset_path"])
+    output_dir: str = flag(help="Folder for the two files.")
+    adapter_path: str | None = flag(None, help="LoRA adapter to put on the model.")
+    is_instruct: bool = flag(False, help="Use the chat template.")
+    max_samples: int | None = flag(None, help="Only the first so many prompts of the file.")
+    long_prompts: str = flag(
+        "error", help="Prompts that leave no room for the answer.", choices=["error", "drop"]
+    )
+    num_generations: int = flag(8, help="Completions per prompt.")
+    temperature: float = flag(1.0, help="Of the sampler; 0 would give the same completion every time.")
+    pairs_per_prompt: int = flag(1, help="Pairs of each prompt at most; no completion is in two of them.")
+    min_margin: float = flag(0.0, help="Scores of a pair differ by more than this.")
+    threshold: float = flag(0.5, help="Unpaired completions are desirable from this score on.")
+    batch_size: int = flag(8, help="Prompts answered together.")
+    dtype: str = flag("auto", help="Of the weights.", choices=["auto", "float32", "bfloat16", "float16"])
+    device: str | None = flag(None, help="cpu, cuda, ...; default the GPU if there is one.")
+
+
+# Flags that change neither a completion nor its score.
+FREE = ("output_dir", "max_samples", "batch_size", "device", "pairs_per_prompt", "min_margin", "threshold")
+
+
+def as_messages(text: str, *, chat: bool) -> str | list[dict[str, str]]:
+    """A completion in the form of the records: a text, or one assistant message."""
+    return [{"role": "assistant", "content": text}] if chat else text
+
+
+def pairs_of(texts: list[str], scores: list[float | None], config: Config, key: int) -> list[tuple[int, int]]:
+    """(chosen, rejected) numbers of completions, each in one pair, best against worst.
+
+    Completions of one score come in random order, keyed by the prompt; equal texts count once.
+    """
+    order = generator(config.seed, "pairs", key).permutation(len(texts))
+    first = {texts[i]: i for i in reversed(order) if scores[i] is not None}
+    ranked = sorted((i for i in order if first.get(texts[i]) == i), key=lambda i: -scores[i])
+    pairs = [(int(a), int(b)) for a, b in zip(ranked, reversed(ranked), strict=True)]
+    pairs = [(a, b) for a, b in pairs if scores[a] - scores[b] > max(0.0, config.min_margin)]
+    return pairs[: config.pairs_per_prompt]
+
+
+def paired_records(prompt: Prompt, result: dict[str, Any], config: Config) -> Iterator[dict[str, Any]]:
+    """The lines of paired.jsonl about one prompt."""
+    texts, scores = result["completions"], result["scores"]
+    for place, (chosen, rejected) in enumerate(pairs_of(texts, scores, config, prompt.index)):
+        yield {
+            "id": f"{prompt.record.get('id', prompt.index)}-{place}",
+            "prompt": prompt.prompt,
+            "chosen": as_messages(texts[chosen], chat=config.is_instruct),
+            "rejected": as_messages(texts[rejected], chat=config.is_instruct),
+            "score_chosen": scores[chosen],
+            "score_rejected": scores[rejected],
+        }
+
+
+def unpaired_records(prompt: Prompt, result: dict[str, Any], config: Config) -> Iterator[dict[str, Any]]:
+    """The lines of unpaired.jsonl about one prompt; equal completions once."""
+    distinct = dict(zip(result["completions"], result["scores"], strict=True))
+    for place, (text, score) in enumerate(distinct.items()):
+        if score is not None:
+            yield {
+                "id": f"{prompt.record.get('id', prompt.index)}-{place}",
+                "prompt": prompt.prompt,
+                "completion": as_messages(text, chat=config.is_instruct),
+                "label": score >= config.threshold,
+                "score": score,
+            }
+
+
+def answer(
+    model: LLaDAModelLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    log: RequestLog,
+    config: Config,
+    *,
+    is_main: bool,
+) -> None:
+    """Samples and scores the completions of each prompt, and notes them in the log."""
+    settings = sampler_settings(config).changed(num_return_sequences=config.num_generations)
+    rewards = config.load_rewards()
+    prompts = sorted(prompts, key=lambda prompt: len(prompt.token_ids))
+    for start in tqdm(range(0, len(prompts), config.batch_size), desc="preferences", disable=not is_main):
+        batch = prompts[start : start + config.batch_size]
+        output = model.generate(
+            [prompt.token_ids for prompt in batch],
+            generation_config=settings,
+            record_ids=[prompt.index for prompt in batch],
+        )
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in output.completions]
+        owners = [prompt for prompt in batch for _ in range(config.num_generations)]
+        totals, table = compute_rewards(
+            rewards,
+            [owner.prompt for owner in owners],
+            [as_messages(text, chat=config.is_instruct) for text in texts],
+            [owner.record for owner in owners],
+            completion_ids=output.completions,
+        )
+        for i, prompt in enumerate(batch):
+            own = slice(i * config.num_generations, (i + 1) * config.num_generations)
+            result = {"completions": texts[own], "scores": _or_none(totals[own])}
+            result["rewards"] = {name: _or_none(values[own]) for name, values in table.items()}
+            log.put(key_of(log, prompt), result)
+
+
+def _or_none(values: np.ndarray) -> list[float | None]:
+    return [None if np.isnan(value) else float(value) for value in values]
+
+
+def key_of(log: RequestLog, prompt: Prompt) -> str:
+    """The name of a prompt's result; the record's fields decide its scores."""
+    return log.key("preferences", [prompt.index, prompt.token_ids, prompt.record])
+
+
+def write(config: Config, prompts: list[Prompt], log: RequestLog) -> dict[str, Any]:
+    """Writes the three files, and gives what results.json holds."""
+    folder = Path(config.output_dir)
+    results = [(prompt, log.get(key_of(log, prompt))) for prompt in prompts]
+    lines = {
+        "paired.jsonl": [line for p, r in results for line in paired_records(p, r, config)],
+        "unpaired.jsonl": [line for p, r in results for line in unpaired_records(p, r, config)],
+    }
+    for name, records in lines.items():
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        write_atomically(folder / name, text)
+    values: dict[str, list[float | None]] = {}
+    for _, result in results:
+        for name, scores in result["rewards"].items():
+            values.setdefault(f"rewards/{name}/mean", []).extend(scores)
+    known = {name: [v for v in scores if v is not None] for name, scores in values.items()}
+    total = [score for _, result in results for score in result["scores"]]
+    summary = {
+        "prompts": len(prompts),
+        "completions": len(total),
+        "completions_without_score": sum(score is None for score in total),
+        "pairs": len(lines["paired.jsonl"]),
+        "desirable": sum(record["label"] for record in lines["unpaired.jsonl"]),
+        "undesirable": sum(not record["label"] for record in lines["unpaired.jsonl"]),
+        **{name: sum(v) / len(v) if v else None for name, v in known.items()},
+    }
+    write_atomically(folder / "results.json", json.dumps(summary, indent=1))
+    return summary
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Makes the preference data."""
+    config = parse(Config, argv, description=__doc__)
+    if config.num_generations < 2:
+        raise ValueError(f"--num_generations {config.num_generations}: a comparison needs at least 2")
+    run = start_run(config.device)
+    tokenizer = load_tokenizer(config.model_name_or_path, chat=config.is_instruct)
+    model = load_model(
+        config.model_name_or_path, dtype=config.dtype, adapter_path=config.adapter_path, device=run.device
+    )
+    model.config.eot_token_id = special_ids(model.config, tokenizer).eot
+    prompts, counts = read_prompts(
+        config.prompts_file,
+        tokenizer,
+        chat=config.is_instruct,
+        room=model.config.max_sequence_length - config.gen_length,
+        long=config.long_prompts,
+        limit=config.max_samples,
+    )
+    settings = {name: value for name, value in asdict(config).items() if name not in FREE}
+    settings["files"] = checkpoint_files(config.model_name_or_path, config.adapter_path)
+    parts = str(Path(config.output_dir, "parts"))
+    log = RequestLog(parts, settings, run.rank)
+    mine = [p for p in prompts[run.rank :: run.world_size] if log.get(key_of(log, p)) is None]
+    barrier()  # nobody starts before all have read what is there
+    answer(model, tokenizer, mine, log, config, is_main=run.is_main)
+    barrier()
+    if run.is_main:
+        summary = write(config, prompts, RequestLog(parts, settings, run.rank))
+        for what, count in {**counts, **summary}.items():
+            print(f"{what}: {count}", flush=True)
+    end_run()
+
+
+if __name__ == "__main__":
+    main()

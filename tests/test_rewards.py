@@ -1,0 +1,190 @@
+"""Right answers give 1.0, wrong ones 0, and no text does harm."""
+
+import json
+import math
+import time
+
+import numpy as np
+import pytest
+
+from llada import rewards
+from llada.rewards import Reward, compute_rewards, load_rewards, score
+from llada.verifiers import cells, countdown_solved, evaluate, final_answer, sudoku_solved
+
+PUZZLE = "1004420020433410"
+SOLVED = "1324423121433412"
+
+ADVERSARIAL = [
+    "",
+    " " * 10_000,
+    "<think>" * 20_000,
+    "<think>" * 50 + "</think>" * 50,
+    "</think>\n<answer></answer><answer>",
+    "9" * 10_000,
+    "9**9**9**9",
+    "((((" * 5_000,
+    "1+" * 5_000 + "1",
+    "\\frac{" * 500,
+    "\\boxed{10^{10^{10}}}",
+    "#### " + "9" * 5_000,
+    "__import__('os').system('touch harm')",
+    "```python\nimport os\nwhile True: os.fork()\n```",
+    "```python\nimport time\ntime.sleep(60)\n```",
+    "\ud800 \x00 \u202e",
+    "<|mdm_mask|>" * 100,
+]
+
+
+def answers(name, completions, **fields):
+    columns = {field: [value] * len(completions) for field, value in fields.items()}
+    return rewards.BUILT_IN[name](prompts=["p"] * len(completions), completions=completions, **columns)
+
+
+def test_the_final_answer_stands_outside_the_thoughts():
+    assert final_answer("<think>a</think>\n4") == "4"
+    assert final_answer("4<think>never ends") == "4"
+    assert final_answer("<think>a</think>x<think>b</think>y") == "xy"
+    assert (
+        final_answer("<think>the <answer>1</answer>?</think><answer>2</answer><answer> 3 </answer>!") == "3"
+    )
+
+
+def test_sudoku():
+    rows = "\n".join(" ".join(SOLVED[i : i + 4]) for i in range(0, 16, 4))
+    grid = [[int(c) for c in PUZZLE[i : i + 4]] for i in range(0, 16, 4)]
+    texts = [rows, SOLVED, f"<think>8 empty</think>\n{rows}", SOLVED[:-1], SOLVED + "1", "4" * 16, PUZZLE]
+    assert answers("sudoku", texts, puzzle=PUZZLE) == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    assert answers("sudoku", texts, metadata={"puzzle": grid}) == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    other = SOLVED.translate(str.maketrans("12", "21"))  # a valid grid of another puzzle
+    assert answers("sudoku", [other], puzzle=PUZZLE) == [0.0]
+    assert answers("sudoku", [SOLVED], puzzle=None, metadata={}) == [None]
+    assert cells("1__4\n42.0") == [1, 0, 0, 4, 4, 2, 0, 0]
+    with pytest.raises(ValueError, match="4 x 4 or 9 x 9"):
+        sudoku_solved("1", [0] * 25)
+    with pytest.raises(ValueError, match="no field 'puzzle'"):
+        rewards.sudoku(prompts=["p"], completions=["1"])
+
+
+def test_countdown():
+    right = [
+        "94*4 - 61 - 6",
+        "94*4-61-6 = 309",
+        "94*4=376,376-61=315,315-6=309",
+        "(94*4)-(61+6)",
+        "-6-61+94*4",
+    ]
+    wrong = ["309", "94*4 - 61", "94*4-61-6=308", "94*4=376,376-61=315", "94*4=377,377-61=316,316-6=310",
+             "94*4-61-6+0", "94*4-61-6; print(1)", "94**4", "94*4=376", "=309"]  # fmt: skip
+    for answer in right:
+        assert countdown_solved(answer, [6, 61, 94, 4], 309), answer
+    for answer in wrong:
+        assert not countdown_solved(answer, [6, 61, 94, 4], 309), answer
+    assert countdown_solved("8/(3-8/3)", [8, 3, 8, 3], 24)  # exact: 23.999999 in floating point
+    assert answers("countdown", ["94*4 - 61 - 6"], numbers=[6, 61, 94, 4], target=309) == [1.0]
+    assert evaluate("1/0") is None and evaluate("f(1)") is None and evaluate("1e9") is None
+
+
+def test_mathematics():
+    gold = "She sells 9 eggs: 9 * 2 = <<9*2=18>>18.\n#### 18"
+    assert (
+        answers("math", ["#### 18", "The answer is 18.", "\\boxed{36/2}", "$18.0"], answer=gold) == [1.0] * 4
+    )
+    assert answers("math", ["#### 19", "no idea", "", "<think>18"], answer=gold) == [0.0] * 4
+    assert answers("math", ["0.5"], answer="\\frac{1}{2}") == [1.0]
+    assert answers("math", ["#### 1200"], answer="#### 1,200") == [1.0]
+    assert answers("math", ["4"], answer="") == [None]
+
+
+def test_format_and_code():
+    texts = [
+        "<think>a</think>b",
+        "b",
+        "<think></think>b",
+        "<think>a</think>",
+        "<think>a</think>b<think>c</think>",
+    ]
+    assert answers("format", texts) == [1.0, 0.0, 0.0, 0.0, 0.0]
+    test = "def check(candidate):\n    assert candidate(2) == 4"
+    good, bad = "def double(x):\n    return 2 * x", "def double(x):\n    return x"
+    texts = [
+        good,
+        f"<think>x</think>Sure:\n```python\n{good}\n```\nor\n```\nprint(1)\n```",
+        bad,
+        "```python\n",
+    ]
+    assert answers("code", texts, test=test, entry_point="double") == [1.0, 1.0, 0.0, 0.0]
+    assert answers("code", [good], test="assert double(1) == 2") == [1.0]
+
+
+def test_reasoning_gym_gives_no_partial_credit():
+    record = {"task": "countdown", "answer": "", "metadata": {"numbers": [6, 61, 94, 4], "target": 309}}
+    assert answers("reasoning_gym", ["94*4 - 61 - 6", "309"], **record) == [1.0, 0.0]
+    assert score("<think>4</think>94*4 - 61 - 6", record) == 1.0
+    with pytest.raises(ValueError, match=r"record 7: no field \['metadata'\]"):
+        score("1", {"id": 7, "task": "countdown", "answer": ""})
+    with pytest.raises(ValueError, match="sudokku"):
+        score("1", {**record, "task": "sudokku"})
+
+
+def test_no_text_does_harm(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rewards, "SECONDS", 0.5)
+    columns = {"puzzle": PUZZLE, "answer": "#### 18", "numbers": [6, 61], "target": 67, "test": "assert 0"}
+    columns |= {"task": "countdown", "metadata": {"numbers": [6, 61], "target": 67}}
+    started = time.monotonic()
+    for name in rewards.BUILT_IN:
+        given = answers(name, ADVERSARIAL, **columns)
+        assert given == [0.0] * len(ADVERSARIAL), name
+    assert time.monotonic() - started < 60
+    assert not list(tmp_path.iterdir())
+
+
+def lengths(prompts, completions, **columns):
+    return [float(len(text)) for text in completions]
+
+
+async def later(prompts, completions, gold, **columns):
+    return [None if text != right else 1.0 for text, right in zip(completions, gold, strict=True)]
+
+
+def test_several_rewards_are_weighted_and_none_counts_for_nothing():
+    records = [{"gold": "a", "prompt": "x"}, {"gold": "b", "prompt": "x"}]
+    both = [Reward("lengths", lengths, 0.5), Reward("later", later, 2.0)]
+    totals, table = compute_rewards(both, ["x", "x"], ["a", "ccc"], records)
+    np.testing.assert_allclose(totals, [2.5, 1.5])
+    assert table["later"][0] == 1.0 and math.isnan(table["later"][1])
+    totals, _ = compute_rewards(both[1:], ["x", "x"], ["c", "b"], records)
+    assert math.isnan(totals[0]) and totals[1] == 2.0
+
+
+def test_rewards_are_loaded_by_name(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def one(prompts, completions, **columns):\n    return [1.0] * len(completions)\n")
+    loaded = load_rewards(["sudoku", f"{file}:one", "json:dumps", "judge"], [1, 2, 3, 4], judge=lengths)
+    assert [(r.name, r.weight) for r in loaded] == [("sudoku", 1), ("one", 2), ("dumps", 3), ("judge", 4)]
+    assert loaded[2].function is json.dumps
+    for name, reason in (
+        ("sudokku", "use reasoning_gym"),
+        ("judge", "--judge_model"),
+        ("no.module:f", "cannot"),
+        (f"{file}:two", "cannot"),
+        (f"{tmp_path}/none.py:f", "cannot"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            load_rewards([name])
+    with pytest.raises(ValueError, match="one for each"):
+        load_rewards(["sudoku"], [1, 2])
+
+
+def test_a_reward_that_misbehaves_is_named():
+    def short(prompts, completions, **columns):
+        return [1.0]
+
+    def endless(prompts, completions, **columns):
+        return [math.inf] * len(completions)
+
+    for function in (short, endless):
+        with pytest.raises(ValueError, match=f"--reward_funcs {function.__name__}"):
+            compute_rewards([Reward(function.__name__, function)], ["p"] * 2, ["a"] * 2, [{}, {}])
+    with pytest.raises(ValueError, match=r"--reward_funcs later.*'gold'.*fields are \['answer'\]"):
+        compute_rewards([Reward("later", later)], ["p"], ["a"], [{"answer": "1"}])
