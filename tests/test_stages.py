@@ -118,7 +118,7 @@ def launch(num_processes, script, flags):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-LORA = ("--use_lora", "--lora_r", "2")
+LORA = ("--use_lora", "--lora_r", "2", "--lora_alpha", "4")
 
 
 @pytest.mark.parametrize("shard", ["none", "full"])
