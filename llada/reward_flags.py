@@ -52,7 +52,9 @@ class RewardFlags:
         )
         client.check_server()
         rubric = self.judge_rubric or RUBRIC
-        if len(rubric) < 4096 and Path(rubric).is_file():
+        if len(rubric.split()) == 1:  # a path
+            if not Path(rubric).is_file():
+                raise ValueError(f"--judge_rubric {rubric}: no such file, and too short for a rubric")
             rubric = Path(rubric).read_text(encoding="utf-8")
         return Judge(
             client=client,
