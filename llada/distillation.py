@@ -9,6 +9,7 @@ R rows (positions), K known tokens a row, E columns of the student's head.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,32 +32,39 @@ class TeacherRows:
     log_rest: Tensor
 
 
+class TeacherSource(Protocol):
+    """The teacher's distributions of a micro-batch, read when they are needed."""
+
+    def take(self, start: int, stop: int, device: torch.device) -> TeacherRows:
+        """Rows start to stop of those that have a distribution."""
+
+
 def categories(logits: Tensor, teacher: TeacherRows) -> tuple[Tensor, Tensor]:
     """(log p, log q), each [R, K + 1]: the known tokens, then the rest; both normalised, in float32.
 
-    A token that the teacher does not know is in the student's rest. Where the student has nothing left for
-    a rest, the teacher's is dropped: it cannot be learned.
+    A token that the teacher does not know is in the student's rest, one that the student cannot say in the
+    teacher's. Where the student has nothing left for a rest, the teacher's is dropped: it cannot be learned.
 
     Args:
         logits: [R, E] of the student, any floating type; -inf rules a token out.
     """
     log_q = logits.float().log_softmax(-1)
     num_columns = log_q.shape[-1]
-    is_known = teacher.log_probs > -torch.inf
     ids = teacher.ids
     if ids is None:
-        ids = torch.arange(teacher.log_probs.shape[-1], device=logits.device).expand_as(is_known)
-    is_known &= ids >= 0
-    ids = ids.where(is_known, num_columns)  # a column of nobody
+        ids = torch.arange(teacher.log_probs.shape[-1], device=logits.device).expand_as(teacher.log_probs)
+    known = log_q.gather(1, ids.clamp(0, num_columns - 1))
+    has_id = (ids >= 0) & (ids < num_columns)
+    is_known = has_id & (teacher.log_probs > -torch.inf) & (known > -torch.inf)
     in_rest = torch.ones(log_q.shape[0], num_columns + 1, dtype=torch.bool, device=logits.device)
-    in_rest = in_rest.scatter_(1, ids, False)[:, :-1]
+    in_rest = in_rest.scatter_(1, ids.where(is_known, num_columns), False)[:, :-1]  # one column of nobody
     rest, has_rest = _log_sum(log_q.masked_fill(~in_rest, -torch.inf))
-    known = log_q.gather(1, ids.clamp_max(num_columns - 1)).masked_fill(~is_known, -torch.inf)
-    log_q = torch.cat([known, rest[:, None]], dim=1)
+    log_q = torch.cat([known.masked_fill(~is_known, -torch.inf), rest[:, None]], dim=1)
 
-    log_p = teacher.log_probs.float().masked_fill(~is_known, -torch.inf)
-    log_rest = teacher.log_rest.float().masked_fill(~has_rest, -torch.inf)
-    log_p = torch.cat([log_p, log_rest[:, None]], dim=1)
+    log_p = teacher.log_probs.float()
+    impossible, _ = _log_sum(log_p.masked_fill(is_known, -torch.inf))
+    log_rest = torch.logaddexp(teacher.log_rest.float(), impossible).masked_fill(~has_rest, -torch.inf)
+    log_p = torch.cat([log_p.masked_fill(~is_known, -torch.inf), log_rest[:, None]], dim=1)
     return log_p - log_p.logsumexp(-1, keepdim=True), log_q
 
 
@@ -154,3 +162,72 @@ def accepted_length(alpha: Tensor, starts_window: Tensor) -> Tensor:
     before, _ = streak_weights(alpha, starts_window, 1.0)
     window = starts_window.long().cumsum(0) - 1
     return alpha.new_ones(int(window[-1]) + 1).index_add(0, window, before * alpha)
+
+
+class RowScore:
+    """The losses of a micro-batch's rows, chunk by chunk: a `score` of `LLaDAModelLM.forward`.
+
+    Attributes:
+        alpha: [M] acceptance of each row, 0 without a teacher; filled as the chunks come.
+        matches: [M] bool, whether both models' most likely token is the same.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        *,
+        targets: Tensor,
+        weights: Tensor,
+        teacher: TeacherSource,
+        has_teacher: Tensor,
+        teacher_weights: Tensor,
+        starts_window: Tensor,
+        forbidden_ids: Tensor,
+        uses_streaks: bool,
+    ) -> None:
+        """Args, for M rows in order:
+        targets: [M] long; weights: [M] float32, of the cross-entropy.
+        teacher: gives the distributions of the rows that have one.
+        has_teacher: [M] bool; teacher_weights: [M] float32, of the KL or LK loss, 0 without a teacher.
+        starts_window: [M] bool, rows that are the first of their window.
+        forbidden_ids: columns that are never an answer: the mask, and those of no token.
+        uses_streaks: also multiply every row's weights with `streak_weights`.
+        """
+        self._objective, self._targets, self._weights = objective, targets, weights
+        self._teacher, self._has_teacher, self._teacher_weights = teacher, has_teacher, teacher_weights
+        self._starts_window, self._forbidden_ids = starts_window, forbidden_ids
+        self._uses_streaks, self._streak = uses_streaks, 1.0
+        self._num_before = torch.nn.functional.pad(has_teacher.long().cumsum(0), (1, 0)).tolist()
+        self.alpha = torch.zeros(targets.shape, device=targets.device)
+        self.matches = torch.zeros(targets.shape, dtype=torch.bool, device=targets.device)
+
+    def __call__(self, logits: Tensor, chunk: slice) -> Tensor:
+        logits = logits.index_fill(-1, self._forbidden_ids, -torch.inf)
+        losses = logits.new_zeros(logits.shape[0])
+        if self._objective.alpha:
+            nll = torch.nn.functional.cross_entropy(logits, self._targets[chunk], reduction="none")
+            losses = losses + self._objective.alpha * self._weights[chunk] * nll
+        first, last = self._num_before[chunk.start], self._num_before[chunk.stop]
+        if last > first:
+            distance = self._distance(logits, chunk, self._teacher.take(first, last, logits.device))
+            losses = losses + self._objective.beta * self._teacher_weights[chunk] * distance
+        if self._uses_streaks:
+            weights, self._streak = streak_weights(
+                self.alpha[chunk], self._starts_window[chunk], self._streak
+            )
+            losses = losses * weights
+        return losses
+
+    def _distance(self, logits: Tensor, chunk: slice, teacher: TeacherRows) -> Tensor:
+        """[rows of the chunk] distance to the teacher, 0 for rows without; notes acceptance and matches."""
+        rows = self._has_teacher[chunk].nonzero()[:, 0]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._objective.beta != 0):
+            log_p, log_q = categories(logits[rows], teacher)
+            distance = log_p.new_zeros(rows.shape)
+            if self._objective.beta:
+                distance = self._objective.distance(log_p, log_q)
+        best = log_p[:, :-1].argmax(-1)
+        best = best if teacher.ids is None else teacher.ids.gather(1, best[:, None])[:, 0]
+        self.alpha[chunk.start + rows] = acceptance(log_p, log_q).detach()
+        self.matches[chunk.start + rows] = logits[rows].argmax(-1) == best
+        return logits.new_zeros(logits.shape[0]).index_add(0, rows, distance)

@@ -3,6 +3,8 @@
 Shapes: B sequences, L positions, M masked tokens of a micro-batch.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from llada.batches import MaskedBatch
@@ -40,7 +42,14 @@ def masked_diffusion_loss(model: torch.nn.Module, batch: MaskedBatch, total_coun
 
 
 @torch.no_grad()
-def validation_loss(model: torch.nn.Module, *, stream: MaskedStream, config: TrainConfig, run: Run) -> float:
+def validation_loss(
+    model: torch.nn.Module,
+    *,
+    stream: MaskedStream,
+    config: TrainConfig,
+    run: Run,
+    loss: Callable[[torch.nn.Module, MaskedBatch, float], torch.Tensor] = masked_diffusion_loss,
+) -> float:
     """The same quantity over a stream's records under masks that never change, in the same unit.
 
     The records are shared out over the ranks; every rank gets the result.
@@ -51,7 +60,7 @@ def validation_loss(model: torch.nn.Module, *, stream: MaskedStream, config: Tra
     count = 0.0
     for batch in stream.validation(config.eval_limit):
         with autocast(run.device, config.dtype):
-            total += masked_diffusion_loss(model, batch.to(run.device), 1.0).double().cpu()
+            total += loss(model, batch.to(run.device), 1.0).double().cpu()
         count += batch.count
     model.train(was_training)
     total_sum, count_sum = sum_over_ranks([float(total), count])

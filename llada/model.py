@@ -223,15 +223,12 @@ def _put_adapter(model: LLaDAModelLM, adapter_path: str, *, merge: bool) -> LLaD
     return adapted.merge_and_unload() if merge else adapted
 
 
-def new_model(
-    config_name: str, tokenizer: PreTrainedTokenizerBase, *, seed: int, max_length: int
-) -> LLaDAModelLM:
-    """A randomly initialised model of a named size, shaped for this tokenizer.
+def new_config(config_name: str, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> LLaDAConfig:
+    """The configuration of a named size, shaped for this tokenizer.
 
     Args:
         config_name: a size in configs/models (for example `1m`), or a YAML/JSON file of LLaDAConfig fields.
         tokenizer: decides the vocabulary and the special ids; must have a mask token.
-        seed: of the initial weights.
         max_length: context in tokens, unless the size names its own `max_sequence_length`.
     """
     sizes = sorted(file.stem for file in (ROOT / "configs/models").glob("*.yaml"))
@@ -243,7 +240,7 @@ def new_model(
     if tokenizer.mask_token_id is None:
         raise ValueError("--tokenizer_name: the tokenizer has no mask token; see scripts/train_tokenizer.py")
     shape = {"max_sequence_length": max_length, **read_yaml(file)}
-    config = LLaDAConfig(
+    return LLaDAConfig(
         **shape,
         vocab_size=len(tokenizer),
         embedding_size=-(-len(tokenizer) // 64) * 64,  # rows in multiples of 64 keep matrix kernels fast
@@ -252,6 +249,13 @@ def new_model(
         pad_token_id=tokenizer.pad_token_id,
         eot_token_id=tokenizer.get_vocab().get(SPECIAL_TOKENS["eot"]),
     )
+
+
+def new_model(
+    config_name: str, tokenizer: PreTrainedTokenizerBase, *, seed: int, max_length: int
+) -> LLaDAModelLM:
+    """A randomly initialised model of a named size; see `new_config`. `seed`: of the initial weights."""
+    config = new_config(config_name, tokenizer, max_length=max_length)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LLaDAModelLM(config)

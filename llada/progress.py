@@ -3,6 +3,7 @@
 import math
 import resource
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -97,11 +98,13 @@ class Progress:
         """One more step that changed nothing, since its loss or gradient was not finite."""
         self.results["num_skipped_steps"] = self.results.get("num_skipped_steps", 0) + 1
 
-    def note_validation(self, value: float) -> None:
-        """A held-out loss."""
-        self.results.setdefault("eval_loss_before", value)
-        self.results["eval_loss"] = value
-        self.results["best_eval_loss"] = min(value, self.results.get("best_eval_loss", math.inf))
+    def note_validation(self, values: Mapping[str, float]) -> None:
+        """Held-out numbers, `eval_loss` among them; the first ones are kept as NAME_before."""
+        for name, value in values.items():
+            self.results.setdefault(f"{name}_before", value)
+            self.results[name] = value
+        loss = values["eval_loss"]
+        self.results["best_eval_loss"] = min(loss, self.results.get("best_eval_loss", math.inf))
 
     def _read_phases(self) -> None:
         seconds = self.phases.read()

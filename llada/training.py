@@ -179,7 +179,7 @@ def fit(
             return
         found = validate(model)
         values = found if isinstance(found, Mapping) else {"eval_loss": found}
-        state.note_validation(values["eval_loss"])
+        state.note_validation(values)
         metrics.log(step, values)
         if config.save_best and values["eval_loss"] <= state.results["best_eval_loss"]:
             export(output_dir / "best")

@@ -103,6 +103,15 @@ class TokenBytes:
         own = {token: i for i, token in enumerate(self.tokens) if token and self.texts[i] is None}
         return ids | own
 
+    def id_of_foreign(self, spelling: str) -> int | None:
+        """The id of a special token as some other tokenizer spells it, None if it is none or has no id here.
+
+        Whatever ends an answer there is what ends one here.
+        """
+        if ROLE_OF_SPELLING.get(spelling) in ("eot", "eos"):
+            return self.closing
+        return self.id_of_special.get(spelling)
+
     def decode(self, ids: Sequence[int]) -> bytes:
         """The bytes of a text's tokens; special tokens write nothing."""
         return b"".join(self.texts[i] or b"" for i in ids)

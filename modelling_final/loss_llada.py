@@ -172,9 +172,9 @@ class _ChunkedScore(torch.autograd.Function):
                 with torch.set_grad_enabled(logits.requires_grad):
                     found = score(logits, chunk)
                 losses[chunk] = found.detach()
-                if not logits.requires_grad:
+                if not found.requires_grad:  # not wanted, or no row of this chunk is scored
                     continue
-                grad_logits = torch.autograd.grad(found.sum(), logits)[0].to(dtype)
+                grad_logits = torch.autograd.grad(found, logits, torch.ones_like(found))[0].to(dtype)
                 if wants_hidden:
                     grad_hidden[chunk] = grad_logits @ matrix
                 if wants_weight:
