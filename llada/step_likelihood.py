@@ -200,7 +200,8 @@ def step_log_probs(
     bound = least[batch.owners[left], None]
     is_behind = (rows[left] > last[batch.owners[left]])[:, None]
     is_less = (confidences[left] < bound) | (is_behind & (confidences[left] == bound))
-    log_f = log_q[left].masked_fill(~is_less | is_mask, -torch.inf).logsumexp(dim=-1)
-    # where nothing is below the bound the graph would give nan: -inf there is a constant
-    log_f = torch.where(log_f < MIN_LOG_F, torch.full_like(log_f, MIN_LOG_F), log_f)
+    is_less &= log_q[left] > -torch.inf  # neither the mask nor what has no probability
+    nothing = ~is_less.any(dim=-1)  # logsumexp of nothing has no gradient but nan
+    log_f = log_q[left].masked_fill(~is_less, -torch.inf).masked_fill(nothing[:, None], 0.0).logsumexp(dim=-1)
+    log_f = log_f.masked_fill(nothing | (log_f < MIN_LOG_F), MIN_LOG_F)
     return total.index_add(0, batch.owners[left], log_f)

@@ -125,7 +125,7 @@ class MaskedStream:
             starts = range(self.run.rank * size, self.batch_size, self.run.world_size * size)
             by_length = [[int(place)] for place in np.argsort(lengths, kind="stable")]
             parts = [by_length[start : start + size] for start in starts]
-        noise = partial(self._noise, longest=longest, step=step)
+        noise = partial(self.noise, longest=longest, step=step)
         return [
             self._collate(
                 [[item for place in row for item in noise(*records[place], place=place)] for row in part]
@@ -141,7 +141,7 @@ class MaskedStream:
             packed=self.row_length > 0 or any(len(row) > 1 for row in rows),
         )
 
-    def _noise(self, record_id: int, epoch: int, *, longest: int, step: int, place: int) -> list[Noised]:
+    def noise(self, record_id: int, epoch: int, *, longest: int, step: int, place: int) -> list[Noised]:
         """The noised record, or its pieces where the curriculum cuts it."""
         example = self.example_of(record_id, epoch, longest)
         length = self.curriculum.length(step) or len(example.input_ids)

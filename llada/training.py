@@ -132,8 +132,8 @@ def fit(
         fingerprint: what, besides the common flags, a resumed run must share with the first one.
         prefetch: prepare batches in the background; not for streams that need the current weights.
         flops_of: useful FLOPs of a micro-batch, for MFU.
-        carried: numbers that `loss` keeps from one step to the next, saved and restored in place with the
-            state.
+        carried: numbers that `loss` and `validate` keep from one step to the next, saved and restored in
+            place with the state. `stop`, once it is not 0 after a validation, ends the run there.
 
     Writes `final/` (a plain checkpoint), `results.json` and `DONE` at the end; `PREEMPTED` when stopped.
 
@@ -155,9 +155,9 @@ def fit(
         checkpoint.check_meta(resume_from, meta)
         first_step = checkpoint.load_state(resume_from, model, optimizer)
         saved = checkpoint.read_meta(resume_from)
-        results, watched = saved["results"], saved["loss_watch"]
+        results, watched = saved["results"], saved.get("loss_watch", {})
         if carried is not None:
-            carried.update(saved["carried"])
+            carried.update(saved.get("carried", {}))
     if run.is_main:
         write_yaml(config, output_dir / "config.yaml")
     metrics = Metrics(run, output_dir, report_to=config.report_to, config=dataclasses.asdict(config),
@@ -193,9 +193,8 @@ def fit(
         if first_step == 0:
             validate_at(0)
         state.phases.mark("before")
-        for step, batches in _steps(
-            stream, first_step, config.max_steps, prefetch and config.num_workers > 0
-        ):
+        last_step = first_step if carried and carried.get("stop") else config.max_steps
+        for step, batches in _steps(stream, first_step, last_step, prefetch and config.num_workers > 0):
             state.phases.mark("data")
             count, tokens, flops, stop, written = sum_over_ranks(
                 [
@@ -228,17 +227,21 @@ def fit(
             last = done == config.max_steps
             if config.eval_interval and done % config.eval_interval == 0 and not last:
                 validate_at(done)
+                if carried and carried.get("stop"):
+                    last_step = done
+                    break
             if config.save_interval and done % config.save_interval == 0 and not last:
                 save(done)
             state.phases.mark("between steps")
-        if first_step < config.max_steps:
-            validate_at(config.max_steps)
-            save(config.max_steps)
+        if first_step < last_step:
+            if last_step == config.max_steps:
+                validate_at(last_step)
+            save(last_step)
             saver.finish()
     metrics.close()
     export(output_dir / "final")
     if run.is_main:
-        text = json.dumps(state.as_results(config.max_steps), indent=1)
+        text = json.dumps(state.as_results(last_step), indent=1)
         checkpoint.write_atomically(output_dir / "results.json", text)
         (output_dir / "DONE").touch()
 
