@@ -107,7 +107,8 @@ def time_lengths(
             {
                 "P": num_prompt, "G": gen_length, "batch": batch_size, "arm": name, "tokens/step": k,
                 "tokens/s": num_tokens / seconds, "min": num_tokens / max(result.seconds),
-                "max": num_tokens / min(result.seconds), "ms/forward": 1000 * seconds / max(1, result.num_calls),
+                "max": num_tokens / min(result.seconds),
+                "ms/forward": 1000 * seconds / max(1, result.num_calls),
                 "peak MiB": result.memory, "floor tokens/s": num_tokens / floor,
                 "% of floor": 100 * floor / seconds,
             }
