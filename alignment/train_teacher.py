@@ -5,8 +5,9 @@ is the cross-entropy of the answers' tokens, each from those before it, averaged
 trials and for the quickstart; a real teacher is a checkpoint that you have already.
 
 Run:
-    python alignment/train_teacher.py --config_name 1m --tokenizer_name runs/sft --max_length 128 \\
-        --train_data_path sft.jsonl --eval_data_path sft_validation.jsonl --output_dir runs/teacher
+    python alignment/train_teacher.py --config_name 1m --tokenizer_name runs/sft \\
+        --train_data_path sft.jsonl --eval_data_path sft_validation.jsonl --output_dir runs/teacher \\
+        --max_length 128 --max_steps 1000
 
 The same command continues an interrupted run.
 """
@@ -19,12 +20,13 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from llada.batches import Example, MaskedBatch, Noised
 from llada.config import flag, parse
 from llada.data import load_conversations
 from llada.losses import validation_loss
 from llada.model import SpecialIds, load_tokenizer, new_config, resolve_checkpoint
 from llada.runtime import end_run, start_run
-from llada.stream import Example, MaskedBatch, MaskedStream, Noised
+from llada.stream import MaskedStream
 from llada.train_config import TrainConfig
 from llada.training import fit
 
@@ -43,8 +45,8 @@ class Config(TrainConfig):
 class AnswerStream(MaskedStream):
     """Every answer token is asked for, once and always: there is no noise in causal training."""
 
-    def _noise(self, record_id: int, epoch: int, longest: int, step: int, place: int) -> Noised:
-        return self._asked(record_id, epoch)
+    def _noise(self, record_id: int, epoch: int, **_: int) -> list[Noised]:
+        return [self._asked(record_id, epoch)]
 
     def _fixed_noise(self, record_id: int, stratum: int, num_records: int) -> Noised:
         return self._asked(record_id, 0)

@@ -61,11 +61,15 @@ class KeyedDraws:
         return torch.minimum(chosen, last)[:, 0].tolist()
 
     def choose_at(self, positions: Sequence[int], weights: Tensor) -> list[int]:
+        return self.noisy(positions, weights).argmax(dim=-1).tolist()
+
+    def noisy(self, positions: Sequence[int], weights: Tensor) -> Tensor:
+        """w_v / E_v [R, V] float64, the largest of which is chosen."""
         rows = torch.tensor(positions, dtype=torch.long, device=weights.device)
         columns = torch.arange(weights.shape[-1], device=weights.device)
         bits = _mix(_mix(self._key + rows * _STEP)[:, None] + columns * _STEP)
         uniforms = ((bits >> 11) & (2**53 - 1)).double() * 2.0**-53 + 2.0**-54  # in (0, 1)
-        return (weights.double() / -uniforms.log()).argmax(dim=-1).tolist()
+        return weights.double() / -uniforms.log()
 
 
 class GreedyDraws:

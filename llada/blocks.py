@@ -1,4 +1,4 @@
-"""How the blocks of a model run in training: what their backward recomputes, and whether they are compiled.
+"""How blocks are run in training: what their backward recomputes, and whether they are compiled.
 
 Both wrap each block by itself, never the whole model: a block is compiled once and its code serves all of
 them, and the units are those that sharded training gathers and frees.

@@ -102,7 +102,7 @@ class Bridge:
         target, source, pieces, ids = self.vocabulary.target, self.vocabulary.source, [], []
         role_of = {i: role for role, i in target.ids_of_role.items()}
         for i in prompt:
-            if target.texts[i] is not None:
+            if i < len(target.texts) and target.texts[i] is not None:
                 pieces.append(i)
                 continue
             ids += self._encoded(pieces)
@@ -114,7 +114,7 @@ class Bridge:
         """The verifier's answer so far in the drafter's tokens; bytes of half a character at its end wait."""
         if self.kind == "none":
             return [i for i in answer if i in self._carried and i != self.mask_id]
-        return self._canvas_text.encode(self.vocabulary.target.decode(answer))
+        return self._canvas_text.encode(self._written(answer))
 
     def weights(self, probabilities: Tensor) -> Tensor:
         """q [..., D] from probabilities [..., S] of the allowed tokens."""
@@ -133,16 +133,19 @@ class Bridge:
         text = _whole_characters(source.decode(drawn))
         return self._continuation(text, answer) + closing
 
+    def _written(self, ids: Sequence[int]) -> bytes:
+        """The bytes of the verifier's tokens; spare columns of its head write nothing."""
+        target = self.vocabulary.target
+        return target.decode([i for i in ids if i < len(target.texts)])
+
     def _encoded(self, ids: Sequence[int]) -> list[int]:
-        return encode_texts([_whole_characters(self.vocabulary.target.decode(ids))], self._drafter_tokenizer)[
-            0
-        ]
+        return encode_texts([_whole_characters(self._written(ids))], self._drafter_tokenizer)[0]
 
     def _continuation(self, text: str, answer: Sequence[int]) -> list[int]:
         """Tokens of `text` behind an answer whose own tokens stay as they are."""
         target, tokenizer = self.vocabulary.target, self._verifier_tokenizer
         if target.drops_first_space and answer:  # it would put a space in front of text that stands alone
-            before = _whole_characters(target.decode(answer[-4:]))
+            before = _whole_characters(self._written(answer[-4:]))
             known, whole = encode_texts([before, before + text], tokenizer)
             if whole[: len(known)] == known:
                 return whole[len(known) :]

@@ -18,7 +18,7 @@ from transformers import LogitsProcessorList
 from llada.acceptance import Draws
 from llada.bridge import Bridge
 from llada.speculative_settings import SpeculativeSettings
-from llada.verifier import shared_length
+from llada.verifying import shared_length
 from modelling_final import WindowCache
 from modelling_final.remasking_llada import pick_top, transfer_schedule
 

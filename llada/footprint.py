@@ -26,10 +26,12 @@ Source: arXiv 2204.02311 appendix B (6 per weight); for LLaDA-8B at 4,096 positi
 51.4 GFLOP a token, LoRA 36.4, LoRA recomputed 52.5.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 
+from llada.batches import MaskedBatch
 from llada.model import LINEAR_LAYERS
 from llada.train_config import TrainConfig
 from modelling_final import LLaDAConfig
@@ -196,6 +198,23 @@ def useful_flops(
     head = shape.embedding_size * shape.d_model * num_scored
     attention = 12 * shape.n_layers * shape.d_model * num_pairs
     return per_weight * (_matrices(shape) * num_tokens + head) + attention
+
+
+def flops_counter(model: nn.Module) -> Callable[[MaskedBatch], float]:
+    """`useful_flops` of a micro-batch, for this model."""
+    shape = (model.get_base_model() if hasattr(model, "peft_config") else model).config
+    parameters = count_parameters(model)
+
+    def flops_of(batch: MaskedBatch) -> float:
+        return useful_flops(
+            shape,
+            parameters,
+            num_tokens=batch.num_tokens,
+            num_scored=batch.rows.numel(),
+            num_pairs=batch.num_pairs,
+        )
+
+    return flops_of
 
 
 def _matrices(shape: LLaDAConfig) -> int:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import torch
 
+from llada.batches import MaskedBatch
 from llada.runtime import Run, autocast, sum_over_ranks
-from llada.stream import MaskedBatch, MaskedStream
+from llada.stream import MaskedStream
 from llada.train_config import TrainConfig
 
 
@@ -36,6 +37,7 @@ def masked_diffusion_loss(model: torch.nn.Module, batch: MaskedBatch, total_coun
         rows=batch.rows,
         targets=batch.targets,
         weights=batch.weights / total_count,
+        document_borders=batch.document_borders,
     ).loss
 
 

@@ -1,8 +1,30 @@
-"""Record formats of conversations: a record -> [{"role", "content"}], or an error that names file:line."""
+"""Record formats of conversations and preferences: a record -> messages, or an error that names file:line."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 Message = dict[str, str]
+Text = str | list[Message]
+"""A plain text, or messages for the chat template."""
+
+
+class Pair(NamedTuple):
+    """Two answers to one prompt, the first preferred. All three are texts, or all three are messages."""
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+
+
+class Labelled(NamedTuple):
+    """One answer to a prompt and whether it is desirable."""
+
+    prompt: Text
+    completion: Text
+    label: bool
+
+
+PAIR_KEYS: Mapping[str, str] = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 MESSAGE_FIELDS = ("conversations", "messages")
@@ -46,6 +68,101 @@ def to_prompt(record: dict[str, Any], where: str) -> list[Message]:
     if not messages:
         raise ValueError(f"{where}: the conversation has no user turn")
     return messages
+
+
+def to_pair(record: dict[str, Any], where: str, keys: Mapping[str, str] = PAIR_KEYS) -> Pair:
+    """The two answers of a record `prompt`, `chosen`, `rejected` (TRL's preference format).
+
+    Texts, or lists of messages. Without a prompt it is what chosen and rejected begin with: equal messages,
+    or equal text up to the last space. Lists that repeat the prompt's turns are taken the same way.
+
+    Args:
+        keys: the fields' names in this data, by ours.
+
+    Raises:
+        ValueError: `where` and what is wrong.
+    """
+    prompt, chosen, rejected = (record.get(keys[name]) for name in PAIR_KEYS)
+    if chosen is None or rejected is None:
+        raise ValueError(
+            f"{where}: a preference needs {keys['chosen']!r} and {keys['rejected']!r}; fields are "
+            f"{sorted(record)}"
+        )
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if prompt is None:
+            start = _common_text(chosen, rejected)
+            return Pair(chosen[:start], chosen[start:], rejected[start:])
+        if isinstance(prompt, str):
+            return Pair(prompt, chosen, rejected)
+        turns = _turns(prompt, where, keys["prompt"])
+        return Pair(turns, _answer_turn(chosen), _answer_turn(rejected))
+    sides = [_turns(value, where, keys[name]) for name, value in (("chosen", chosen), ("rejected", rejected))]
+    if sides[0][0]["role"] != "assistant":  # whole conversations
+        shared = 0
+        while shared < min(map(len, sides)) and sides[0][shared] == sides[1][shared]:
+            shared += 1
+        # equal answers share their last turn too, and it still is an answer
+        shared = min(shared, len(sides[0]) - 1, len(sides[1]) - 1)
+        turns, sides = sides[0][:shared], [side[shared:] for side in sides]
+    elif prompt is None:
+        raise ValueError(f"{where}: no {keys['prompt']!r}, and the answers begin with an assistant turn")
+    else:
+        turns = (
+            [{"role": "user", "content": prompt}]
+            if isinstance(prompt, str)
+            else _turns(prompt, where, keys["prompt"])
+        )
+    for name, side in zip(("chosen", "rejected"), sides, strict=True):
+        _single_answer(side, where, keys[name])
+    return Pair(_ordered(turns, where), *sides)
+
+
+def to_labelled(record: dict[str, Any], where: str) -> list[Labelled]:
+    """The answers of a record `prompt`, `completion`, `label` (TRL's unpaired format); a pair gives two.
+
+    Raises:
+        ValueError: `where` and what is wrong.
+    """
+    if record.get("completion") is None and record.get("chosen") is not None:
+        pair = to_pair(record, where)
+        return [Labelled(pair.prompt, pair.chosen, True), Labelled(pair.prompt, pair.rejected, False)]
+    missing = [name for name in ("prompt", "completion", "label") if record.get(name) is None]
+    if missing:
+        raise ValueError(f"{where}: no {missing[0]!r} (or 'chosen' and 'rejected') in {sorted(record)}")
+    prompt, completion, label = record["prompt"], record["completion"], record["label"]
+    if label not in (True, False):  # also 1 and 0
+        raise ValueError(f"{where}: 'label' must be true (desirable) or false, got {label!r:.60}")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return [Labelled(prompt, completion, bool(label))]
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    answer = _answer_turn(completion) if isinstance(completion, str) else completion
+    answer = _single_answer(_turns(answer, where, "completion"), where, "completion")
+    return [Labelled(_ordered(_turns(turns, where, "prompt"), where), answer, bool(label))]
+
+
+def _answer_turn(text: str) -> list[Message]:
+    return [{"role": "assistant", "content": text}]
+
+
+def _turns(value: Any, where: str, field: str) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{where}: {field!r} must be a string or a list of messages, got {value!r:.60}")
+    return [_message(item, where, field) for item in value]
+
+
+def _single_answer(turns: list[Message], where: str, field: str) -> list[Message]:
+    if [turn["role"] for turn in turns] != ["assistant"]:
+        roles = [turn["role"] for turn in turns]
+        raise ValueError(f"{where}: {field!r} must be one assistant turn after the prompt, has roles {roles}")
+    return turns
+
+
+def _common_text(one: str, other: str) -> int:
+    """Length of the prefix that two texts share, without the space that ends it."""
+    length = 0
+    while length < min(len(one), len(other)) and one[length] == other[length]:
+        length += 1
+    return length - 1 if length and one[length - 1] == " " else length
 
 
 def _messages_of(record: dict[str, Any], where: str, *, needs_answer: bool) -> list[Message]:

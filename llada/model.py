@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from llada.config import read_yaml
+from llada.context import NO_SCALING, RopeScaling
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -172,6 +173,7 @@ def load_model(
     attn_implementation: str | None = None,
     device: torch.device | str | None = None,
     merge_adapter: bool = True,
+    rope: RopeScaling = NO_SCALING,
 ) -> LLaDAModelLM | PeftModel:
     """The model of a checkpoint, with every weight accounted for.
 
@@ -182,6 +184,7 @@ def load_model(
         attn_implementation: transformers' name of an attention kernel; default sdpa.
         device: where to put it; default CPU.
         merge_adapter: fold the adapter into the weights (for inference); else return a trainable PeftModel.
+        rope: how to stretch the positions.
 
     Raises:
         ValueError: no such checkpoint, or one with missing or unexpected weights.
@@ -190,9 +193,12 @@ def load_model(
     if adapter_path is None and Path(path, "adapter_config.json").is_file():
         adapter_path = path
         path = resolve_checkpoint(LoraConfig.from_pretrained(adapter_path).base_model_name_or_path)
-    load_config(path)
+    # An adapter trained on stretched positions carries the config that says so.
+    has_config = adapter_path is not None and Path(resolve_checkpoint(adapter_path), "config.json").is_file()
+    config = rope.apply(load_config(adapter_path if has_config else path))
     model, report = LLaDAModelLM.from_pretrained(
         path,
+        config=config,
         dtype=DTYPES.get(dtype, dtype),
         attn_implementation=attn_implementation,
         output_loading_info=True,
@@ -306,6 +312,8 @@ def save_model(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     model.save_pretrained(partial, state_dict=state_dict)
+    if hasattr(model, "peft_config"):
+        model.get_base_model().config.save_pretrained(partial)  # see load_model
     tokenizer.save_pretrained(partial)
     for file in partial.iterdir():
         file.chmod(0o644)  # safetensors writes 0600, which colleagues on a cluster cannot read

@@ -22,7 +22,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most tensors took on a GPU since the last call; the most a process on a CPU ever took."""
+    """Bytes: the most that tensors took on a GPU since the last call; on a CPU, the process ever."""
     if device.type != "cuda":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     most = torch.cuda.max_memory_allocated(device)

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 from transformers import PreTrainedTokenizerBase
 
 from llada.chat import render_prompt
 from llada.messages import to_prompt
 from llada.model import resolve_checkpoint
 from llada.records import read_records
+from llada.runtime import Run, first_rank_first
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def read_prompts(
     room: int,
     long: str = "error",
     limit: int | None = None,
+    key: str | None = None,
 ) -> tuple[list[Prompt], Counter]:
     """The prompts of a file, and how many were dropped.
 
@@ -64,6 +67,7 @@ def read_prompts(
         room: tokens that a prompt may have: the context, less the answer.
         long: what to do with longer ones: `error`, or `drop`.
         limit: only the first so many records.
+        key: field of the prompt; default those of data/README.md.
 
     Raises:
         ValueError: `file:line` and what is wrong with a record.
@@ -74,6 +78,10 @@ def read_prompts(
     for index, (where, record) in enumerate(read_records(path, text_documents="line")):
         if limit is not None and index >= limit:
             break
+        if key is not None:
+            if key not in record:
+                raise ValueError(f"{where}: no field {key!r}; fields are {sorted(record)}")
+            record = {**record, "prompt": record[key]}
         prompt, token_ids = prompt_of(record, where, tokenizer, chat=chat)
         if len(token_ids) > room:
             if long == "error":
@@ -87,6 +95,29 @@ def read_prompts(
     if not prompts:
         raise ValueError(f"{path}: no prompt fits in {room} tokens")
     return prompts, counts
+
+
+def prompt_file(path: str, folder: Path, run: Run) -> str:
+    """`path` itself, or where the hub data set that it names, `owner/name` or `owner/name@config`, is kept.
+
+    Raises:
+        ValueError: neither a file nor a data set that the hub gives.
+    """
+    if Path(path).exists():
+        return path
+    name, _, config = path.partition("@")
+    if name.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise ValueError(f"{path}: no such file or folder")
+    file = folder / f"{name.replace('/', '--')}.jsonl"
+    with first_rank_first(run):
+        if run.is_main and not file.exists():
+            try:
+                rows = datasets.load_dataset(name, config or None, split="train")
+            except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+                raise ValueError(f"{path}: no such file, and the hub did not give it: {error}") from error
+            folder.mkdir(parents=True, exist_ok=True)
+            rows.to_json(str(file))
+    return str(file)
 
 
 def checkpoint_files(*paths: str | None) -> list[list[Any]]:

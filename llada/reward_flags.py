@@ -1,8 +1,11 @@
 """Which rewards a script pays, and the judge behind `--reward_funcs judge`, as flags."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from llada.chat_client import ChatClient
 from llada.config import flag
+from llada.judge import MODES, RUBRIC, Judge
 from llada.rewards import Reward, load_rewards
 
 
@@ -11,12 +14,57 @@ class RewardFlags:
     """Flags of every script that scores completions; its Config inherits them."""
 
     reward_funcs: list[str] = flag(
-        ["reasoning_gym"],
-        help="What a completion is scored by: reasoning_gym, math, sudoku, countdown, code, format, judge, "
-        "package.module:function or file.py:function (TRL's signature).",
+        ["judge"],
+        help="What a completion is scored by: reasoning_gym, reasoning_gym_partial, math, sudoku, countdown, "
+        "code, format, judge, package.module:function or file.py:function (TRL's signature).",
     )
     reward_weights: list[float] | None = flag(None, help="Weight of each; default 1.")
+    judge_base_url: str = flag(
+        "http://127.0.0.1:11435/v1", help="OpenAI-compatible server: Ollama, vLLM, llama.cpp, ..."
+    )
+    judge_model: str = flag("qwen3:30b-a3b-fp16", help="The judge, by the server's name.")
+    judge_mode: str = flag(
+        "listwise", help="Ask about a whole group, each completion, or every pair.", choices=MODES
+    )
+    judge_rubric: str | None = flag(None, help="What is judged: a text, or a file that holds one.")
+    judge_orders: int = flag(1, help="listwise: 2 asks again in reverse order and averages.")
+    judge_api_key_env: str = flag("OPENAI_API_KEY", help="Environment variable that holds the server's key.")
+    judge_max_tokens: int = flag(1024, help="Longest reply.")
+    judge_timeout: float = flag(120.0, help="Seconds for a reply.")
+    judge_retries: int = flag(3, help="Further tries of a question.")
+    judge_concurrency: int = flag(4, help="Questions at a time.")
+    judge_structured: bool = flag(True, help="Let the server force replies into the schema (json_schema).")
+    judge_cache: str | None = flag(None, help="SQLite file of judgements, so that none is paid for twice.")
+
+    def make_judge(self) -> Judge | None:
+        """The judge, if a reward needs one; ValueError if its server does not answer."""
+        if "judge" not in self.reward_funcs:
+            return None
+        client = ChatClient(
+            base_url=self.judge_base_url,
+            model=self.judge_model,
+            api_key_env=self.judge_api_key_env,
+            max_tokens=self.judge_max_tokens,
+            structured=self.judge_structured,
+            timeout=self.judge_timeout,
+            max_retries=self.judge_retries,
+            cache_path=self.judge_cache,
+        )
+        client.check_server()
+        rubric = self.judge_rubric or RUBRIC
+        if len(rubric.split()) == 1:  # a path
+            if not Path(rubric).is_file():
+                raise ValueError(f"--judge_rubric {rubric}: no such file, and too short for a rubric")
+            rubric = Path(rubric).read_text(encoding="utf-8")
+        return Judge(
+            client=client,
+            mode=self.judge_mode,
+            rubric=rubric,
+            num_orders=self.judge_orders,
+            max_concurrency=self.judge_concurrency,
+        )
 
     def load_rewards(self) -> list[Reward]:
         """The reward functions that these flags name."""
-        return load_rewards(self.reward_funcs, self.reward_weights)
+        judge = self.make_judge()
+        return load_rewards(self.reward_funcs, self.reward_weights, judge=judge and judge.reward)

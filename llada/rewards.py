@@ -57,10 +57,14 @@ def score(completion: str, record: Mapping[str, Any]) -> float:
     missing = [name for name in ("task", "answer", "metadata") if name not in record]
     if missing:
         raise ValueError(f"record {record.get('id')!r}: no field {missing} to check the answer with")
-    entry = {"answer": record["answer"], "metadata": record["metadata"]}
-    answer = final_answer(completion)
-    value = _worker.call("reasoning_gym", record["task"], answer, entry, seconds=SECONDS, failed=0.0)
-    return float(value >= 1.0)
+    return float(library_score(completion, record["task"], record["answer"], record["metadata"]) >= 1.0)
+
+
+def library_score(completion: str, task: str, answer: str, metadata: Any) -> float:
+    """What reasoning-gym's verifier of `task` gives for the final answer, from 0 to 1."""
+    entry = {"answer": answer, "metadata": metadata}
+    given = final_answer(completion)
+    return float(_worker.call("reasoning_gym", task, given, entry, seconds=SECONDS, failed=0.0))
 
 
 def text_of(completion: str | Sequence[Mapping[str, str]]) -> str:
@@ -81,6 +85,23 @@ def reasoning_gym(
     records = zip(task, answer, metadata, strict=True)
     return [
         score(text_of(text), {"task": name, "answer": gold, "metadata": data})
+        for text, (name, gold, data) in zip(completions, records, strict=True)
+    ]
+
+
+def reasoning_gym_partial(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    *,
+    task: Sequence[str],
+    answer: Sequence[str],
+    metadata: Sequence[Any],
+    **columns: Any,
+) -> Values:
+    """reasoning-gym's own score, from 0 to 1: most tasks give some credit for a nearly right answer."""
+    records = zip(task, answer, metadata, strict=True)
+    return [
+        library_score(text_of(text), name, gold, data)
         for text, (name, gold, data) in zip(completions, records, strict=True)
     ]
 
@@ -182,6 +203,7 @@ def _column(reward: str, name: str, column: Sequence[Any] | None, metadata: Sequ
 
 BUILT_IN: dict[str, RewardFunction] = {
     "reasoning_gym": reasoning_gym,
+    "reasoning_gym_partial": reasoning_gym_partial,
     "format": format,
     "math": math_answer,
     "sudoku": sudoku,

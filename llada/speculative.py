@@ -1,9 +1,10 @@
 """Speculative decoding: a LLaDA model drafts, an autoregressive model verifies and decides every token.
 
     draft:   masks behind [prompt, answer so far] become tokens                        llada/drafting.py
-    verify:  one forward of the verifier over the drafted tokens                       llada/verifier.py
+    verify:  one forward of the verifier over the drafted tokens                       llada/verifying.py
     accept:  the first n of them stay, one more token comes from the verifier          llada/acceptance.py
     bridge:  between two tokenizers                                                    llada/bridge.py
+    generate(custom_generate=...) of transformers                              llada/speculative_generate.py
 
 The output has exactly the verifier's distribution; at temperature 0 it is its greedy output (up to rounding:
 a forward over several tokens rounds otherwise than one over a single token, and equal logits can change
@@ -14,18 +15,18 @@ K chains, G tokens of a draft, V outputs of the verifier.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers import LogitsProcessorList, PreTrainedModel
 
 from llada.acceptance import Accepted, Draws, GreedyDraws, KeyedDraws, by_block, by_match, by_token
 from llada.bridge import Bridge
 from llada.drafting import Draft, Drafter
 from llada.speculative_settings import SpeculativeSettings, warpers
-from llada.verifier import Verifier
+from llada.verifying import Verifier, shared_length
 from modelling_final import LLaDAModelLM
 
 IsDone = Callable[[list[int]], bool]
@@ -53,8 +54,11 @@ class SpeculativeStats:
 
     @property
     def acceptance_by_position(self) -> list[float]:
-        """alpha_k: of the drafts whose tokens before k were accepted, the share whose k-th was too."""
-        return [a / r for a, r in zip(self.accepted, self.reached, strict=True)]
+        """alpha_k: of the drafts whose tokens before k were accepted, the share whose k-th was too.
+
+        0 where no draft came so far.
+        """
+        return [a / max(1, r) for a, r in zip(self.accepted, self.reached, strict=True)]
 
     @property
     def seconds(self) -> float:
@@ -160,6 +164,30 @@ class SpeculativeDecoder:
         self.check_lengths(len(prompt), 1, limit)
         return self._decode(list(prompt), limit, record_id, is_done, drafts=False)
 
+    def explain_difference(
+        self, prompt: Sequence[int], answer: Sequence[int], plain: Sequence[int], *, record_id: int
+    ) -> dict[str, Any]:
+        """Where two answers that should be equal part, and whether rounding explains it.
+
+        `gap`: by how much the scores of the two tokens differ there (with their noise, when sampling).
+        `rounding`: by how much any score differs between a forward over all of the text and one over its last
+        token with the others' keys kept. `is_rounding`: the gap is at most four times that.
+        """
+        place = shared_length(answer, plain)
+        text, both = [*prompt, *plain[:place]], [plain[place], answer[place]]
+        self.verifier.start()
+        whole = self.verifier.scores(text, [[]])[0]
+        self.verifier.start()
+        self.verifier.scores(text[:-1], [[]])
+        last = self.verifier.scores(text, [[]])[0]
+        rounding = float((whole - last).masked_fill(whole == -torch.inf, 0).abs().max())
+        draws = self._draws(record_id)[0]
+        noisy = (
+            whole[0] if isinstance(draws, GreedyDraws) else draws.noisy([place], whole.softmax(-1)).log()[0]
+        )
+        gap = abs(float(noisy[both[0]] - noisy[both[1]]))
+        return {"place": place, "gap": gap, "rounding": rounding, "is_rounding": gap <= 4 * rounding}
+
     def check_lengths(self, num_prompt: int, num_drafter_prompt: int, max_new_tokens: int) -> None:
         """ValueError unless both models have room. A canvas may fill up before the end: drafts then stop."""
         if not num_prompt or not num_drafter_prompt:
@@ -242,66 +270,3 @@ def ends_with(end_ids: Sequence[int]) -> IsDone:
     """Whether an answer's last token is one of these."""
     ends = frozenset(end_ids)
     return lambda answer: answer[-1] in ends
-
-
-def speculative_generate(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    generation_config: GenerationConfig,
-    drafter: LLaDAModelLM,
-    bridge: Bridge,
-    speculation: SpeculativeSettings,
-    drafter_prompts: Sequence[Sequence[int]] | None = None,
-    statistics: SpeculativeStats | None = None,
-    **model_inputs: object,
-) -> GenerateDecoderOnlyOutput | Tensor:
-    """Speculative decoding as `generate`'s way of decoding, with all of its logits processors and criteria.
-
-        verifier.generate(**inputs, max_new_tokens=200, custom_generate=speculative_generate,
-                          drafter=llada, bridge=bridge, speculation=SpeculativeSettings(draft_length=8))
-
-    Args:
-        speculation: how to draft and accept; do_sample, temperature, top-k, top-p and lengths are those of
-            `generate`. Row i of the batch has the random draws of record i.
-        drafter_prompts: each prompt in the drafter's tokens; default: the verifier's text, tokenised again.
-        statistics: adds up what it took.
-        model_inputs: what `generate` has prepared; of these the attention mask is read.
-
-    Returns: [B, P + G] long, or an output object with return_dict_in_generate.
-
-    Raises:
-        ValueError: beams, a cache handed in, or what `SpeculativeDecoder` refuses.
-    """
-    if (generation_config.num_beams or 1) > 1:
-        raise ValueError(f"num_beams {generation_config.num_beams}: drafts are verified for one beam only")
-    cache = model_inputs.get("past_key_values")
-    if cache is not None and cache.get_seq_length():
-        raise ValueError("past_key_values: speculative decoding keeps its own cache; give the whole text")
-    temperature = 1.0 if generation_config.temperature is None else generation_config.temperature
-    settings = replace(speculation, temperature=float(temperature) if generation_config.do_sample else 0.0)
-    decoder = SpeculativeDecoder(drafter, model, bridge, settings, processors=logits_processor)
-    mask = model_inputs.get("attention_mask")
-    answers, limit = [], generation_config.max_length - input_ids.shape[1]
-    for row, tokens in enumerate(input_ids):
-        prompt = (tokens if mask is None else tokens[mask[row].bool()]).tolist()
-        drafter_prompt = bridge.canvas_prompt(prompt) if drafter_prompts is None else drafter_prompts[row]
-
-        def is_done(answer: list[int], prompt: list[int] = prompt) -> bool:
-            text = torch.tensor([prompt + answer], device=input_ids.device)
-            return bool(stopping_criteria(text, None).all())
-
-        answer, stats = decoder.decode(
-            prompt, drafter_prompt, record_id=row, max_new_tokens=limit, is_done=is_done
-        )
-        answers.append(answer)
-        if statistics is not None:
-            statistics += stats
-    width = max(map(len, answers))
-    pad = generation_config._pad_token_tensor  # EOS where the model names no padding, as for all of generate
-    padded = [answer + [int(pad or 0)] * (width - len(answer)) for answer in answers]
-    sequences = torch.cat([input_ids, torch.tensor(padded, device=input_ids.device)], dim=1)
-    if generation_config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=sequences)
-    return sequences

@@ -35,8 +35,8 @@ class SpeculativeSettings:
     acceptance: str = flag(
         "auto",
         help="block, token: by the ratio of probabilities, a draft at once or token by token. match: as far "
-        "as the verifier draws the same. auto: match at temperature 0, for confidence drafts and for --bridge "
-        "text; else block, or token with several chains.",
+        "as the verifier draws the same. auto: match at temperature 0, for confidence drafts and for "
+        "--bridge text; else block, or token with several chains.",
         choices=RULES,
     )
     num_chains: int = flag(1, help="Drafts side by side for the same place.")

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from llada.batches import Example, MaskedBatch, Noised
 from llada.masking import generator
 from llada.model import SpecialIds
 from llada.runtime import Run
-from llada.stream import Example, MaskedBatch, MaskedStream, Noised, row_lengths
+from llada.stream import MaskedStream, row_lengths
 from llada.teacher_rows import TeacherChunks, TeacherTable
 from llada.train_config import TrainConfig
 
@@ -89,9 +90,9 @@ class _WindowStream(MaskedStream):
 
     window_length: int = 0
 
-    def _noise(self, record_id: int, epoch: int, longest: int, step: int, place: int) -> Noised:
+    def _noise(self, record_id: int, epoch: int, **_: int) -> list[Noised]:
         share = generator(self.seed, "window", record_id, epoch).random()
-        return self._window(record_id, epoch, share)
+        return [self._window(record_id, epoch, share)]
 
     def _fixed_noise(self, record_id: int, stratum: int, num_records: int) -> Noised:
         offset = generator(self.seed, "validation", record_id).random()
@@ -157,7 +158,7 @@ class AlignmentStream:
         for b, record_id in enumerate(batch.record_ids):
             inside = (batch.rows >= b * width) & (batch.rows < (b + 1) * width)
             masked = (batch.rows[inside] - b * width).numpy()
-            rows, index = self._scored(record_id, masked, batch.weights[inside].numpy())
+            rows, index = self._scored(max(record_id, 0), masked, batch.weights[inside].numpy())
             if not batch.count:  # a rank that has run out of records
                 rows, index = {name: values[:0] for name, values in rows.items()}, index[:0]
             scored.append({**rows, "rows": rows["rows"] + b * width})

@@ -19,6 +19,8 @@ RESUME_MUST_AGREE = (
 class TrainConfig:
     """Flags that every training stage has."""
 
+    packing = False  # a flag of the stages that can; see MaskedStream.row_length
+
     output_dir: str = flag(
         help="Folder of the run: step-N states, final/, best/, metrics.jsonl, results.json."
     )
@@ -65,8 +67,8 @@ class TrainConfig:
     )
     activation_checkpointing: str = flag(
         "none",
-        help="Recompute in the backward: nothing; of each block every second matrix product and the cheap "
-        "operations (selective); or whole blocks (full). Less memory, more time.",
+        help="Recompute in the backward: nothing; every second matrix product and the cheap operations of "
+        "each block (selective); or whole blocks (full). Less memory, more time.",
         choices=["none", "selective", "full"],
     )
     gradient_checkpointing: bool = flag(False, help="The same as --activation_checkpointing full.")
@@ -152,7 +154,7 @@ class TrainConfig:
         if self.micro_batch_size is None:
             self.micro_batch_size = max(1, self.batch_size // run.world_size)
         unit = self.micro_batch_size * run.world_size
-        if self.batch_size <= 0 or self.batch_size % unit:
+        if self.batch_size <= 0 or (self.batch_size % unit and not self.packing):
             raise ValueError(
                 f"--batch_size {self.batch_size} must be a multiple of --micro_batch_size "
                 f"{self.micro_batch_size} "

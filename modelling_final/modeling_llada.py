@@ -33,6 +33,7 @@ from .attention_llada import (
 )
 from .cache_llada import WindowCache
 from .configuration_llada import LLaDAConfig
+from .documents_llada import check_borders, document_positions
 from .generation_llada import LLaDAGenerationMixin
 from .loss_llada import LLaDAHead, Score
 
@@ -195,6 +196,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
         query_positions: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        document_borders: Tensor | None = None,
     ) -> BaseModelOutputWithPast:
         """Final hidden states after ln_f: [B, L, D], or [B, R, D]. Arguments as in `LLaDAModelLM.forward`."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -208,6 +210,10 @@ class LLaDAModel(LLaDAPreTrainedModel):
 
         hidden_states = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds
         batch, num_rows = hidden_states.shape[:2]
+        if document_borders is not None:
+            check_borders(document_borders, batch, num_rows)
+            if position_ids is None:
+                position_ids = document_positions(document_borders, batch, num_rows)
         if position_ids is None:  # columns, under padding too, as published
             start, end = past_key_values.span(num_rows) if past_key_values is not None else (0, num_rows)
             position_ids = torch.arange(start, end, device=hidden_states.device)[None]
@@ -225,6 +231,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
             attention_bias=attention_bias,
             key_positions=key_positions,
             cache=past_key_values,
+            document_borders=document_borders,
         )
         # Kernels with a mask format of their own (flash: 2-D, flex: blocks) compute all rows; we pick later.
         has_rows = mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)
@@ -305,6 +312,7 @@ class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
         score: Score | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        document_borders: Tensor | None = None,
     ) -> LLaDAOutput:
         """Logits, or the loss of chosen rows without ever forming all logits.
 
@@ -323,6 +331,8 @@ class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
             targets: [M] long, with rows: no logits; `nll`, and `loss` = sum(weights * nll) with its
                 gradients formed chunk by chunk.
             weights: [M] float32, with targets; ones by default.
+            document_borders: [D + 1], several documents per row that do not see one another: the flat
+                positions b * L + i where they begin, and B * L. Positions count within each by default.
             score: with rows, instead of targets: any loss of their logits, chunk by chunk; `loss` is its sum.
 
         Raises:
@@ -352,11 +362,12 @@ class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
                 use_cache=use_cache,
                 # a shifted model needs the rows' left neighbours too, so it computes all
                 query_positions=None if self.config.logit_shift else query_positions,
+                document_borders=document_borders,
                 **captured,
             )
             hidden = outputs.last_hidden_state
             if self.config.logit_shift:
-                hidden = self._shift(hidden, outputs.past_key_values)
+                hidden = self._shift(hidden, outputs.past_key_values, document_borders)
                 hidden = hidden if query_positions is None else take_rows(hidden, query_positions)
 
         loss = logits = nll = None
@@ -383,11 +394,15 @@ class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def _shift(self, hidden: Tensor, cache: WindowCache | None) -> Tensor:
+    def _shift(self, hidden: Tensor, cache: WindowCache | None, document_borders: Tensor | None) -> Tensor:
         """Hidden states one row later: what predicts token i is found at row i - 1 of such a model."""
         if cache is not None:
             return cache.put_hidden(hidden)
-        return torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
+        shifted = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
+        if document_borders is None:
+            return shifted
+        is_first = document_positions(document_borders, *hidden.shape[:2]) == 0
+        return torch.where(is_first[..., None], hidden, shifted)
 
     def _score(
         self,

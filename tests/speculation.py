@@ -30,7 +30,7 @@ def make_verifier(num_tokens, *, eos_id=None, dtype=FLOAT64, seed=0, **changes):
 
 
 def make_drafter(verifier, tokenizer, *, noise=0.0, causal=True, seed=1):
-    """The verifier as a LLaDA model. Causal and without noise it drafts, left to right, what the verifier says.
+    """The verifier as a LLaDA model: causal and without noise it drafts what the verifier says.
 
     The tokenizer gets a mask token behind the verifier's ids.
     """

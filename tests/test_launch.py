@@ -66,11 +66,33 @@ def config_of(script: str, flags: list[str]):
     return parse(load_script(Path(script).relative_to(ROOT).as_posix()).Config, flags)
 
 
+def test_post_training_launchers(tools):
+    _, script, flags = dry_run(tools, "grpo.sh", GRPO_REWARDS="math format", GRPO_ADAPTER="an adapter")
+    config = config_of(script, flags)
+    assert config.reward_funcs == ["math", "format"] and config.sft_adapter_path == "an adapter"
+    assert (config.num_generations, config.batch_size, config.gen_length) == (4, 32, 256)
+    assert config.use_lora and config.lora_target_modules == ["q_proj", "v_proj", "k_proj", "attn_out"]
+    _, script, flags = dry_run(tools, "dpo.sh", "--beta", "0.5", DPO_LORA_TARGETS="", DPO_DATA="a file.jsonl")
+    config = config_of(script, flags)
+    assert config.train_data_path == ["a file.jsonl"] and config.beta == 0.5 and not config.use_lora
+
+
+def test_the_judge_is_where_grpo_looks_for_it(tools):
+    server = start(tools, "server_ollama.sh", DRY_RUN="1").stdout
+    assert "OLLAMA_HOST=127.0.0.1:11435" in server and server.endswith("ollama serve\n")
+    model = start(tools, "judge_ollama.sh", DRY_RUN="1", JUDGE_MODEL="tiny model").stdout
+    assert model == "[DRY_RUN] OLLAMA_HOST=127.0.0.1:11435 ollama run tiny\\ model\n"
+    default = config_of(str(ROOT / "rlhf/train_grpo.py"), ["--model_name_or_path", "m", "--output_dir", "o"])
+    assert default.judge_base_url == "http://127.0.0.1:11435/v1" and default.reward_funcs == ["judge"]
+    add_tool(tools, "ollama", 'echo "$OLLAMA_CONTEXT_LENGTH $*"')
+    assert start(tools, "server_ollama.sh").stdout == "40960 serve\n"
+
+
 def test_pretraining_defaults_and_variables(tools):
     torchrun, script, flags = dry_run(tools, "pretrain.sh")
     assert torchrun == [
-        "--standalone", "--nproc-per-node=1", "--signals-to-handle=SIGTERM,SIGUSR1", "--shutdown-timeout=300",
-        "--max-restarts=3",
+        "--standalone", "--nproc-per-node=1", "--signals-to-handle=SIGTERM,SIGUSR1,SIGHUP",
+        "--shutdown-timeout=300", "--max-restarts=3",
     ]  # fmt: skip
     config = config_of(script, flags)
     assert config.output_dir == "checkpoints/pretrain_run"

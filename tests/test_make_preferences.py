@@ -4,6 +4,7 @@ import json
 
 import pytest
 from conftest import load_script
+from fake_judge import FakeServer, shown
 
 from llada.records import read_records
 
@@ -87,6 +88,30 @@ def test_a_killed_run_goes_on_and_batches_do_not_matter(arguments, tmp_path, mon
     script.main([*arguments, "--output_dir", str(cut), "--threshold", "0.9"])
     assert len(asked) == 3  # only compared anew
     assert all(record["label"] == (record["score"] >= 0.9) for record in read(cut, "unpaired.jsonl"))
+
+
+def test_a_judge_labels_and_what_it_failed_at_is_left_out(arguments, tmp_path):
+    def behave(body, number):
+        question = body["messages"][1]["content"]
+        if "Say iron." in question:
+            return "I cannot say."
+        return json.dumps({"scores": [{"id": i, "score": (len(text) % 10) / 10} for i, text in shown(body)]})
+
+    server = FakeServer(behave)
+    judge = ["--reward_funcs", "judge", "--judge_base_url", server.url, "--judge_model", "judge"]
+    judge += ["--judge_retries", "0", "--judge_cache", str(tmp_path / "judge.sqlite")]
+    main = load_script("rlhf/make_preferences.py").main
+    main([*arguments, *judge, "--output_dir", str(tmp_path / "out")])
+    unpaired = read(tmp_path / "out", "unpaired.jsonl")
+    assert {record["id"].split("-")[0] for record in unpaired} == {"p1", "p2", "p3", "p4"}
+    summary = json.loads((tmp_path / "out/results.json").read_text())
+    assert summary["completions_without_score"] == 6
+    asked = len(server.bodies)
+    main([*arguments, *judge, "--output_dir", str(tmp_path / "again")])
+    assert len(server.bodies) == asked + 1  # the one that failed
+    with pytest.raises(ValueError, match=r"--judge_rubric rubric\.txt"):
+        main([*arguments, *judge, "--output_dir", str(tmp_path / "out"), "--judge_rubric", "rubric.txt"])
+    server.shutdown()
 
 
 def test_best_goes_with_worst_and_equal_texts_count_once():

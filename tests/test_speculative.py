@@ -12,7 +12,7 @@ from torch import nn
 
 from llada.speculative import SpeculativeDecoder
 from llada.speculative_settings import SpeculativeSettings
-from llada.verifier import Verifier
+from llada.verifying import Verifier
 
 
 class TableModel(nn.Module):
@@ -97,8 +97,9 @@ def loop_error(num_tokens, num_answer, monkeypatch, **settings):
     ids=str,
 )  # fmt: skip
 def test_whole_answers_have_the_verifiers_distribution(settings, monkeypatch):
-    assert loop_error(3, 3, monkeypatch, **settings) < 1e-12
-    assert loop_error(2, 4, monkeypatch, **settings) < 1e-12
+    is_matched = settings.get("acceptance") == "match" or settings["draft"] == "confidence"  # many outcomes
+    for num_tokens, num_answer in [(2, 3)] if is_matched else [(3, 3), (2, 4)]:
+        assert loop_error(num_tokens, num_answer, monkeypatch, **settings) < 1e-12
 
 
 def test_ratios_on_drafts_by_confidence_would_be_wrong(monkeypatch):

@@ -165,7 +165,8 @@ BAD = {
         {"logits": [[1.0, 2.0]], "token": [["ok"]]}, r"logits\[0\] has 2 numbers, token\[0\] is \['ok'\]"
     ),
     "ids alone": (
-        {"logits": [[1.0]], "tokenID": [[5]]}, r"tokenID\[0\]: ids without 'token' texts need --teacher_tokenizer"
+        {"logits": [[1.0]], "tokenID": [[5]]},
+        r"tokenID\[0\]: ids without 'token' texts need --teacher_tokenizer",
     ),
     "narrow": ({"logits": [[1.0, 2.0]]}, "has 2 numbers, the student's tokenizer 32. tokens: name the token"),
     "no top_5": (

@@ -73,13 +73,13 @@ launch_training() {
     for flag in "${@:2}"; do
         case $flag in
             --output_dir | --output_dir=* | --output-dir | --output-dir=*)
-                die "$flag: the folder comes from PRETRAIN_OUTPUT or SFT_OUTPUT, where SLURM looks for markers" ;;
+                die "$flag: the folder comes from PRETRAIN_OUTPUT, SFT_OUTPUT, ..., where SLURM looks for markers" ;;
         esac
     done
     if [[ -n ${PRINT_OUTPUT_DIR:-} ]]; then
         printf '%s\n' "$output_dir"
         exit 0
     fi
-    launch --signals-to-handle=SIGTERM,SIGUSR1 --shutdown-timeout="${SHUTDOWN_TIMEOUT:-300}" \
+    launch --signals-to-handle=SIGTERM,SIGUSR1,SIGHUP --shutdown-timeout="${SHUTDOWN_TIMEOUT:-300}" \
         --max-restarts="${MAX_RESTARTS:-3}" "$1" --output_dir "$output_dir" "${@:2}"
 }

@@ -1,0 +1,140 @@
+"""Streams of answers to score: which records a step sees, under which masks. For DPO and KTO.
+
+A step is one batch, however many forwards it takes: losses here are not linear in the log-likelihoods, and
+some need a mean over the whole batch before there is any gradient. So the micro-batches are inside the batch.
+
+Everything is a function of (seed, step), as in llada/stream.py.
+
+Shapes: N answers of this rank's share of a batch, K draws.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llada.elbo import Draws, make_draws
+from llada.likelihood import Request
+from llada.mask_plan import MaskPlan
+from llada.runtime import Run
+from llada.stream import records_of
+
+
+@dataclass
+class Answers:
+    """The answers of one record (two of a pair), their masks, and numbers that go with each of them."""
+
+    requests: list[Request]
+    plans: list[MaskPlan]
+    numbers: dict[str, list[float]] = field(default_factory=dict)
+    others: list[tuple[Request, MaskPlan]] = field(default_factory=list)
+
+
+@dataclass
+class AnswerBatch:
+    """This rank's share of a step.
+
+    Attributes:
+        chunks: the answers, a micro-batch of records at a time.
+        others: answers that are scored but not learned from (mismatched ones), in the same way.
+        lengths: [N] tokens of each answer.
+        numbers: name -> [N] float64.
+        count: records.
+    """
+
+    chunks: list[Draws]
+    others: list[Draws]
+    lengths: Tensor
+    numbers: dict[str, Tensor]
+    count: float
+    record_ids: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all masked copies of the answers and their prompts, read once."""
+        return sum(draws.num_tokens for draws in self.chunks)
+
+    def to(self, device: torch.device) -> "AnswerBatch":
+        """The same batch with the inputs on `device`; what is one number a record stays on the CPU."""
+        return replace(
+            self,
+            chunks=[draws.to(device) for draws in self.chunks],
+            others=[draws.to(device) for draws in self.others],
+        )
+
+
+AnswersOf = Callable[[int, int, int], Answers]
+"""(record id, epoch, id of the next record of the global batch) -> its Answers."""
+
+
+@dataclass
+class AnswerStream:
+    """Global batches of records, and this rank's share of them.
+
+    Attributes:
+        answers_of: builds one record.
+        lengths: [num_records] tokens of each record, by which a batch is sorted.
+        num_draws: K.
+        fill: as in `make_draws`.
+    """
+
+    answers_of: AnswersOf
+    lengths: np.ndarray
+    batch_size: int
+    micro_batch_size: int
+    num_draws: int
+    seed: int
+    run: Run
+    mask_id: int
+    pad_id: int
+    fill: tuple[int, int] | None = None
+
+    def __call__(self, step: int) -> list[AnswerBatch]:
+        """This rank's share of the global batch, sorted by length and dealt to the ranks in turn."""
+        records = records_of(step, self.batch_size, num_records=len(self.lengths), seed=self.seed)
+        by_length = np.argsort(self.lengths[[record_id for record_id, _ in records]], kind="stable")
+        micro_batches = []
+        for start in range(0, self.batch_size, self.run.world_size * self.micro_batch_size):
+            start += self.run.rank * self.micro_batch_size
+            places = by_length[start : start + self.micro_batch_size]
+            micro_batches.append(
+                [(*records[place], records[(place + 1) % self.batch_size][0]) for place in places]
+            )
+        return [self._batch(micro_batches, float(sum(map(len, micro_batches))))]
+
+    def all_records(self, limit: int | None = None) -> Iterator[tuple[AnswerBatch, list[int]]]:
+        """This rank's share of the data in order, one micro-batch at a time, always as in epoch 0.
+
+        Every rank gets as many batches. Yields (batch, ids of its records that count): a rank that has run
+        out of records gets its last ones again, so that sharded models forward in step.
+        """
+        num_records = min(limit or len(self.lengths), len(self.lengths))
+        stride = self.run.world_size * self.micro_batch_size
+        for start in range(0, num_records, stride):
+            first = start + self.run.rank * self.micro_batch_size
+            ids = list(range(first, min(first + self.micro_batch_size, num_records)))
+            used = ids or [num_records - 1]
+            yield self._batch([[(i, 0, (i + 1) % num_records) for i in used]], float(len(ids))), ids
+
+    def _batch(self, micro_batches: list[list[tuple[int, int, int]]], count: float) -> AnswerBatch:
+        built = [[self.answers_of(*record) for record in records] for records in micro_batches]
+        flat = [answers for micro in built for answers in micro]
+        scored = [[pair for a in micro for pair in zip(a.requests, a.plans, strict=True)] for micro in built]
+        others = [[pair for a in micro for pair in a.others] for micro in built]
+        numbers = {name: [value for a in flat for value in a.numbers[name]] for name in flat[0].numbers}
+        return AnswerBatch(
+            chunks=[self._draws(pairs) for pairs in scored],
+            others=[self._draws(pairs) for pairs in others if pairs],
+            lengths=torch.tensor([len(request.answer) for a in flat for request in a.requests]),
+            numbers={name: torch.tensor(values, dtype=torch.float64) for name, values in numbers.items()},
+            count=count,
+            record_ids=[record_id for records in micro_batches for record_id, _, _ in records],
+        )
+
+    def _draws(self, scored: list[tuple[Request, MaskPlan]]) -> Draws:
+        requests, plans = zip(*scored, strict=True)
+        return make_draws(
+            requests, plans, self.num_draws, mask_id=self.mask_id, pad_id=self.pad_id, fill=self.fill
+        )

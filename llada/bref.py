@@ -1,0 +1,186 @@
+"""ELBO-KTO's reference values B_ref: which masks each record gets, how they are checked, what they belong to.
+
+A record's draws depend on its index alone, so that training finds the masks that B_ref was made with:
+
+    base = mix64(GLOBAL_SEED ^ index)
+    l_k  = 1 + mix64(derive(base, k, 0)) mod T
+    mask_k = the first l_k of argsort(rand(T)), the generator seeded with derive(base, k, 1)
+    b_k  = (T / l_k) sum over mask_k of log p,   B^(K) = mean of b_1 .. b_K
+
+Masks come from the CPU's generator whatever the model runs on. Records of the published program have the same
+seeds and sizes; their masks came from the generator of the device that made them.
+
+Shapes: T answer tokens, K draws.
+
+Source: vaibhavjindal/elbo-kto precompute_bref.py (file format and seeds); arXiv 2510.23658.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from llada.elbo import mask_hash
+from llada.mask_plan import MaskPlan
+from llada.shards import describe_tokenizer
+
+GLOBAL_SEED = 0x1A2B3C4D5E6F7788
+_BITS = 2**64 - 1
+ESTIMATOR = "elbo-kto 1"  # changes when the same flags would give other numbers
+PUBLISHED = {"eos": "padded", "max_length": 4096}  # how the published program encodes
+_SAMPLES, _SAMPLE_BYTES = 256, 1 << 16  # of a weight file: 16 MiB, so that every matrix is met
+
+
+def mix64(x: int) -> int:
+    """One step of SplitMix64, modulo 2^64."""
+    x = (x + 0x9E3779B97F4A7C15) & _BITS
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _BITS
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _BITS
+    return x ^ (x >> 31)
+
+
+def base_seed(index: int) -> int:
+    """The seed of the record at position `index` of its split."""
+    return mix64(GLOBAL_SEED ^ index)
+
+
+def derive_seed(base: int, draw: int, tag: int) -> int:
+    """The seed of draw 1, 2, ... for its size (tag 0) or its mask (tag 1)."""
+    return mix64((base ^ (draw * 0x9E3779B97F4A7C15) ^ (tag * 0xD1342543DE82EF95)) & _BITS)
+
+
+def mask_sizes(base: int, num_tokens: int, num_draws: int) -> list[int]:
+    """l_1 .. l_K, uniform on 1..T; 0 for an answer without tokens."""
+    if num_tokens <= 0:
+        return [0] * num_draws
+    return [1 + mix64(derive_seed(base, k, 0)) % num_tokens for k in range(1, num_draws + 1)]
+
+
+def draw_masks(base: int, num_tokens: int, num_draws: int, *, device: str = "cpu") -> np.ndarray:
+    """[K, T] bool. Another `device` than the CPU only to rebuild masks that were drawn there."""
+    masks = np.zeros((num_draws, num_tokens), dtype=bool)
+    for k, size in enumerate(mask_sizes(base, num_tokens, num_draws)):
+        random = torch.Generator(device).manual_seed(derive_seed(base, k + 1, 1))
+        order = torch.rand(num_tokens, generator=random, device=device).argsort(stable=True)
+        masks[k, order[:size].cpu().numpy()] = True
+    return masks
+
+
+def plan_of(masks: np.ndarray) -> MaskPlan:
+    """The plan of a record's masks. Weights are T / l, so B is the mean over draws and not the sum: prefixes
+    of the draws then give B for fewer draws."""
+    return MaskPlan(masks, masks.shape[1] / np.maximum(1, masks.sum(axis=1)), "iid")
+
+
+def prefix_means(values: np.ndarray) -> np.ndarray:
+    """[K, N] B^(1) .. B^(K) from b_1 .. b_K [K, N], added in that order, so equal draws give equal bits."""
+    return np.cumsum(values, axis=0) / np.arange(1, len(values) + 1)[:, None]
+
+
+def mask_checks(masks: np.ndarray, prompt_length: int) -> dict[str, list[Any]]:
+    """What a record keeps to recognise its masks by: position sums as published, and 64-bit hashes."""
+    positions = np.arange(masks.shape[1]) + prompt_length
+    return {
+        "masked_idx_sums": [int(positions[mask].sum()) for mask in masks],
+        "mask_hashes": [str(mask_hash(mask)) for mask in masks],
+    }
+
+
+def find_masks(
+    record: dict[str, Any], num_tokens: int, num_draws: int, where: str, *, verify: bool
+) -> np.ndarray:
+    """[K, T] the masks that the record's B_ref was made with.
+
+    Raises:
+        ValueError: `where`, and how the record differs from what its seed gives here.
+    """
+    base = int(record["seed"])
+    sizes = mask_sizes(base, num_tokens, num_draws)
+    if record["l_values"][:num_draws] != sizes:
+        raise ValueError(
+            f"{where}: l_values {record['l_values'][:num_draws]} do not belong to seed {base} and an answer "
+            f"of {num_tokens} tokens, which gives {sizes}: another tokenizer, --max_length or --eos?"
+        )
+    masks = draw_masks(base, num_tokens, num_draws)
+    if not verify or _matches(record, masks, num_draws):
+        return masks
+    if torch.cuda.is_available() and "mask_hashes" not in record:
+        masks = draw_masks(base, num_tokens, num_draws, device="cuda")
+        if _matches(record, masks, num_draws):
+            return masks
+    raise ValueError(
+        f"{where}: masked_idx_sums or mask_hashes differ from the masks of seed {base}, so B_ref belongs to "
+        "other masks. Records of the published program made on a GPU need a GPU here too; or make them again "
+        "with rlhf/precompute_bref.py. --disable_mask_verification goes on all the same, with noisy ratios"
+    )
+
+
+def _matches(record: dict[str, Any], masks: np.ndarray, num_draws: int) -> bool:
+    found = mask_checks(masks, record["prompt_length"])
+    return all(name not in record or record[name][:num_draws] == values for name, values in found.items())
+
+
+def describe_checkpoint(paths: Sequence[str | Path]) -> str:
+    """A hash of the weights in some checkpoint folders: of pieces spread over each file, so always cheap."""
+    digest = hashlib.sha256()
+    for path in paths:
+        folder = Path(path) if Path(path).is_dir() else Path(cached_file(str(path), "config.json")).parent
+        files = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".bin")]
+        if not files:
+            raise ValueError(f"--model_path {path}: no weight files there to recognise the checkpoint by")
+        for file in files:
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size};".encode())
+            with file.open("rb") as stream:
+                if size <= _SAMPLES * _SAMPLE_BYTES:
+                    digest.update(stream.read())
+                    continue
+                for place in np.linspace(0, size - _SAMPLE_BYTES, _SAMPLES).astype(np.int64):
+                    stream.seek(int(place))
+                    digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def fingerprint(
+    checkpoint: Sequence[str | Path],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    mask_id: int,
+    eos: str,
+    chat: bool,
+    dtype: str,
+    weights_dtype: str,
+) -> dict[str, Any]:
+    """Everything that B_ref depends on besides the record."""
+    return {
+        "estimator": ESTIMATOR,
+        "model": describe_checkpoint(checkpoint),
+        "tokenizer": describe_tokenizer(tokenizer, with_template=True),
+        "max_length": max_length,
+        "mask_id": mask_id,
+        "eos": eos,
+        "chat": chat,
+        "dtype": dtype,
+        "weights_dtype": weights_dtype,
+    }
+
+
+def check_fingerprint(found: dict[str, Any], expected: dict[str, Any], where: str) -> None:
+    """ValueError naming what B_ref was made with and training would not use."""
+    changed = [
+        f"{name} was {found.get(name)!r}, is {value!r}"
+        for name, value in expected.items()
+        if found.get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{where}: B_ref was made differently: {'; '.join(changed)}. Make it again with "
+            "rlhf/precompute_bref.py, or give the flags it was made with (--ref_model_name_or_path names the "
+            "reference where training starts from another checkpoint)"
+        )

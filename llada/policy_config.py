@@ -1,0 +1,126 @@
+"""Flags that DPO, KTO and GRPO share: the policy, its reference, the estimator, and older spellings."""
+
+from dataclasses import dataclass
+
+import torch
+
+from llada.config import flag
+from llada.model import load_model
+from llada.preference_data import EOS, LONG
+from llada.runtime import Run
+from llada.train_config import TrainConfig
+from llada.training import load_trainable, prepare_trainable
+
+DEFAULT_LORA_RANK = 128
+
+
+@dataclass(kw_only=True)
+class PolicyConfig(TrainConfig):
+    """Flags of every stage that trains a policy against a reference."""
+
+    output_dir: str = flag(
+        help="Folder of the run: step-N states, final/, best/, metrics.jsonl, results.json.",
+        aliases=["save_path"],
+    )
+    model_name_or_path: str = flag(help="Checkpoint that the policy starts from.", aliases=["pretrain"])
+    sft_adapter_path: str | None = flag(
+        None, help="LoRA adapter on it; training continues this adapter.", aliases=["sft_adapter"]
+    )
+    ref_model_name_or_path: str | None = flag(
+        None,
+        help="Checkpoint of the reference; default the policy as it starts (with fresh LoRA adapters these "
+        "are switched off, otherwise a second copy is loaded).",
+        aliases=["ref_pretrain", "ref_model"],
+    )
+    n_mc_samples: int = flag(8, help="Masks per answer and step (K).", aliases=["n_mc", "num_mc"])
+    learning_rate: float = flag(1e-6, help="Peak learning rate.", aliases=["lr"])
+    dtype: str = flag(
+        "auto",
+        help="Precision of the matrix products; parameters and sums stay float32. auto: bfloat16 on a GPU.",
+        choices=["auto", "float32", "bfloat16"],
+        aliases=["torch_dtype"],
+    )
+    eos: str = flag(
+        "one",
+        help="What ends an answer: its end-of-turn token and one EOS, nothing, or ELBO-KTO's attended EOS "
+        "padding up to --max_length.",
+        choices=EOS,
+    )
+    long: str = flag(
+        "error",
+        help="Answers beyond --max_length: stop, drop and count, or cut and count.",
+        choices=LONG,
+    )
+    apply_chat_template: bool = flag(
+        False, help="Prompts and answers that are plain texts become turns; messages always use the template."
+    )
+    max_samples: int | None = flag(None, help="Only the first so many training records.")
+    batch_size: int = flag(
+        8,
+        help="Records per optimizer step, over all ranks and micro-batches.",
+        aliases=["train_batch_size", "train_batch"],
+    )
+    micro_batch_size: int | None = flag(
+        None,
+        help="Records per forward on a device, rest accumulated; default --batch_size / ranks.",
+        aliases=["local_batch", "per_device_train_batch_size", "micro_train_batch_size", "micro_batch"],
+    )
+    warmup_ratio: float = flag(
+        0.0, help="Warm-up as a share of all steps, when --warmup_steps is 0.", aliases=["lr_warmup_ratio"]
+    )
+    lr_scheduler_type: str = flag(
+        "cosine",
+        help="Shape after the warm-up; cosine_with_min_lr ends at a tenth of the peak.",
+        choices=["constant", "linear", "cosine", "wsd", "cosine_with_min_lr"],
+        aliases=["lr_scheduler"],
+    )
+    lora_r: int = flag(
+        0, help="LoRA rank; 0 trains all weights, or is 128 with --use_lora.", aliases=["lora_rank"]
+    )
+    adam_betas: list[float] | None = flag(None, help="Both AdamW betas at once.")
+    bf16: bool = flag(False, help="The same as --dtype bfloat16.")
+    flash_attn: bool = flag(False, help="Accepted; PyTorch's own attention uses flash kernels by itself.")
+    zero_stage: int = flag(0, help="2 or 3, under torchrun: the same as --shard full.")
+    use_wandb: str | None = flag(
+        None,
+        help="Anything but false: the same as --report_to wandb. A key given here is not used; log in with "
+        "`wandb login` or WANDB_API_KEY, where no script shows it.",
+    )
+
+    def settle(self, run: Run) -> None:
+        """Turns the older spellings into the flags that the loop reads."""
+        if self.adam_betas is not None:
+            if len(self.adam_betas) != 2:
+                raise ValueError(f"--adam_betas {self.adam_betas}: give two numbers")
+            self.adam_beta1, self.adam_beta2 = self.adam_betas
+        if self.bf16:
+            self.dtype = "bfloat16"
+        elif self.dtype == "auto":
+            self.dtype = "bfloat16" if run.device.type == "cuda" else "float32"
+        if self.zero_stage >= 2 and run.world_size > 1 and self.shard == "none":
+            self.shard = "full"
+        if self.lr_scheduler_type == "cosine_with_min_lr":
+            self.lr_scheduler_type = "cosine"
+            self.min_learning_rate = self.min_learning_rate or 0.1 * self.learning_rate
+        if self.use_wandb is not None and self.use_wandb.lower() != "false":
+            self.report_to = "wandb"
+        self.use_wandb = None  # it may be a key, and the flags are written to config.yaml
+        # -1 meant never
+        self.save_interval, self.eval_interval = max(0, self.save_interval), max(0, self.eval_interval)
+        self.use_lora = self.use_lora or self.lora_r > 0 or self.sft_adapter_path is not None
+        if self.use_lora and self.lora_r == 0:
+            self.lora_r = DEFAULT_LORA_RANK
+
+
+def load_policy(config: PolicyConfig) -> torch.nn.Module:
+    """The model to train; with --sft_adapter_path that adapter on it, trainable."""
+    if config.sft_adapter_path is None:
+        return load_trainable(config.model_name_or_path, config)
+    model = load_model(
+        config.model_name_or_path,
+        dtype=config.dtype,
+        adapter_path=config.sft_adapter_path,
+        attn_implementation=config.attn_implementation,
+        merge_adapter=False,
+    )
+    return prepare_trainable(model, config)

@@ -1,0 +1,354 @@
+"""Completions of the current policy, scored: what GRPO learns from.
+
+A rollout is the completions of one global batch of prompts. Its prompts and random draws are keyed by (seed,
+number of the rollout, prompt, candidate), so it is the same on any number of ranks and after a resume.
+
+Shapes: N completions of this rank, G of a group, T terms.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from llada.checkpoint import write_atomically
+from llada.grpo import GroupBatch, Objective, group_advantages
+from llada.masking import generator
+from llada.policy_terms import Answer, TermBuilder, Terms
+from llada.prompts import Prompt
+from llada.rewards import Reward, compute_rewards
+from llada.runtime import Run, autocast, sum_over_ranks
+from llada.stream import records_of
+from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
+
+ReferenceModel = Callable[[torch.nn.Module], AbstractContextManager[torch.nn.Module]]
+"""policy -> a context in which the reference is there."""
+
+
+@dataclass
+class Completion:
+    """An answer, what it earned, and what is remembered of the policy that gave it."""
+
+    place: int  # of its group in the global batch
+    prompt: int  # index of the prompt in its file
+    candidate: int
+    answer: list[int]  # token ids, the closing EOS or EoT included
+    text: str
+    has_ended: bool
+    steps: int  # forwards
+    trace: list[dict[str, Any]] | None
+    reward: float | None = None
+    rewards: dict[str, float | None] = field(default_factory=dict)
+    advantage: float = 0.0
+    old: list[float] | None = None  # log-likelihood of each of its terms under the policy that gave it
+    ref: list[float] | None = None
+
+
+@dataclass
+class Sampler:
+    """Samples and scores completions.
+
+    Attributes:
+        batch_size: sequences generated together.
+        chat: rewards see messages, not texts.
+        keep_trace: for the trajectory estimator.
+    """
+
+    model: LLaDAModelLM
+    tokenizer: PreTrainedTokenizerBase
+    rewards: list[Reward]
+    settings: LLaDAGenerationConfig
+    batch_size: int
+    chat: bool
+    keep_trace: bool = False
+
+    def answer(
+        self, prompts: Sequence[Prompt], places: Sequence[int], *, seed: int, num_generations: int
+    ) -> list[Completion]:
+        """`num_generations` completions of each prompt, scored; a prompt's are after one another."""
+        completions: list[Completion] = []
+        stride = max(1, self.batch_size // num_generations)
+        for start in range(0, len(prompts), stride):
+            batch = prompts[start : start + stride]
+            output = self.model.generate(
+                [prompt.token_ids for prompt in batch],
+                generation_config=self.settings,
+                record_ids=[prompt.index for prompt in batch],
+                return_trace=self.keep_trace,
+                num_return_sequences=num_generations,
+                seed=seed,
+            )
+            length = self.settings.gen_length
+            rows = output.sequences[:, -length:].tolist()
+            traces: list[list[dict[str, Any]] | None] = [None] * len(rows)
+            if output.trace is not None:
+                traces = [[] for _ in rows]
+                for entry in output.trace:
+                    kept = ("block", "positions", "token_ids")
+                    traces[entry["row"]].append({name: entry[name] for name in kept})
+            for i, row in enumerate(rows):
+                size = int(output.lengths[i])
+                completions.append(
+                    Completion(
+                        place=places[start + i // num_generations],
+                        prompt=batch[i // num_generations].index,
+                        candidate=i % num_generations,
+                        answer=row[: min(size + 1, length)],
+                        text=self.tokenizer.decode(row[:size], skip_special_tokens=True),
+                        has_ended=size < length,
+                        steps=int(output.steps[i]),
+                        trace=traces[i],
+                    )
+                )
+        self._score(completions, {prompt.index: prompt for prompt in prompts})
+        return completions
+
+    def _score(self, completions: list[Completion], prompts: dict[int, Prompt]) -> None:
+        owners = [prompts[completion.prompt] for completion in completions]
+        texts = [completion.text for completion in completions]
+        totals, table = compute_rewards(
+            self.rewards,
+            [owner.prompt for owner in owners],
+            [[{"role": "assistant", "content": text}] for text in texts] if self.chat else texts,
+            [owner.record for owner in owners],
+            completion_ids=[completion.answer for completion in completions],
+        )
+        for i, completion in enumerate(completions):
+            completion.reward = _or_none(totals[i])
+            completion.rewards = {name: _or_none(values[i]) for name, values in table.items()}
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+@dataclass
+class RolloutStream:
+    """The stream of GRPO: step -> this rank's completions, sampled from the policy as it is at that step.
+
+    Attributes:
+        num_groups: prompts of a global batch, a multiple of the number of ranks.
+        num_iterations: steps that learn from a rollout before the next one is made.
+        reference: None without a KL term.
+        dtype: precision of matrix products, as in training.
+        log_completions: write completions.jsonl.
+    """
+
+    sampler: Sampler
+    prompts: list[Prompt]
+    terms_of: TermBuilder
+    objective: Objective
+    num_groups: int
+    num_generations: int
+    num_iterations: int
+    baseline: str
+    scale_rewards: str
+    seed: int
+    run: Run
+    output_dir: Path
+    dtype: str
+    reference: ReferenceModel | None = None
+    log_completions: bool = True
+
+    def __post_init__(self) -> None:
+        self._rollout = -1
+        self._completions: list[Completion] = []
+        self._metrics: dict[str, float] = {}
+        self._log_is_cut = False
+        self._by_index = {prompt.index: prompt for prompt in self.prompts}
+
+    def __call__(self, step: int) -> list[GroupBatch]:
+        """This rank's share of a step, as one batch."""
+        rollout, iteration = divmod(step, self.num_iterations)
+        if rollout != self._rollout:
+            self._completions = self._make(rollout) if iteration == 0 else self._load(rollout)
+            self._rollout = rollout
+            self._metrics = self._measure()
+        return [self._batch(rollout)]
+
+    def _prompts_of(self, rollout: int) -> tuple[list[Prompt], list[int]]:
+        """This rank's prompts, and their places in the global batch."""
+        ids = records_of(rollout, self.num_groups, num_records=len(self.prompts), seed=self.seed)
+        places = list(range(self.run.rank, self.num_groups, self.run.world_size))
+        return [self.prompts[ids[place][0]] for place in places], places
+
+    def _make(self, rollout: int) -> list[Completion]:
+        prompts, places = self._prompts_of(rollout)
+        seed = int(generator(self.seed, "rollout", rollout).integers(2**62))
+        with autocast(self.run.device, self.dtype):
+            completions = self.sampler.answer(
+                prompts, places, seed=seed, num_generations=self.num_generations
+            )
+        rewards = np.array([math.nan if c.reward is None else c.reward for c in completions])
+        advantages = group_advantages(
+            rewards,
+            self.num_generations,
+            baseline=self.baseline,
+            scale=self.scale_rewards,
+            batch_std=_global_std(rewards),
+        )
+        for completion, advantage in zip(completions, advantages.tolist(), strict=True):
+            completion.advantage = advantage
+        if self.num_iterations > 1 or self.reference is not None:
+            self._remember(completions, rollout)
+        if self.num_iterations > 1:
+            self._save(completions, rollout)
+        if self.log_completions:
+            self._log(completions, rollout * self.num_iterations)
+        return completions
+
+    def _remember(self, completions: list[Completion], rollout: int) -> None:
+        """Log-likelihoods under the policy and the reference, before the policy changes."""
+        terms = self._terms(completions, rollout).to(self.run.device)
+        model = self.sampler.model
+        with autocast(self.run.device, self.dtype):
+            if self.num_iterations > 1:
+                for completion, values in zip(
+                    completions, _per_owner(terms, terms.values(model)), strict=True
+                ):
+                    completion.old = values
+            if self.reference is not None:
+                with self.reference(model) as reference:
+                    found = terms.values(reference)
+                for completion, values in zip(completions, _per_owner(terms, found), strict=True):
+                    completion.ref = values
+
+    def _terms(self, completions: Sequence[Completion], rollout: int) -> Terms:
+        return self.terms_of(
+            [
+                # A group shares its masks: what its completions have in common then cancels.
+                Answer(self._by_index[c.prompt].token_ids, c.answer, f"{rollout}/{c.prompt}", c.trace)
+                for c in completions
+            ]
+        )
+
+    def _batch(self, rollout: int) -> GroupBatch:
+        completions = self._completions
+        terms = self._terms(completions, rollout)
+        lengths = torch.zeros(len(completions), dtype=torch.float64).index_add_(0, terms.owners, terms.shares)
+        weights, count = self.objective.weights(lengths, longest=self.sampler.settings.gen_length)
+        return GroupBatch(
+            terms=terms,
+            advantages=torch.tensor([c.advantage for c in completions], dtype=torch.float64),
+            weights=weights,
+            old=_flat([c.old for c in completions]),
+            ref=_flat([c.ref for c in completions]),
+            count=count,
+            record_ids=[c.prompt for c in completions],
+            means={name: (value, 1.0) for name, value in self._metrics.items()},
+        )
+
+    def _measure(self) -> dict[str, float]:
+        """What is logged of a rollout, the same on every rank; names as in TRL."""
+        completions = self._completions
+        rewards = np.array([math.nan if c.reward is None else c.reward for c in completions])
+        groups = rewards.reshape(-1, self.num_generations)
+        is_flat = [len(set(group[~np.isnan(group)])) < 2 for group in groups]
+        lengths = np.array([len(c.answer) for c in completions], dtype=float)
+        columns: dict[str, np.ndarray] = {
+            "reward": rewards,
+            "frac_reward_zero_std": np.array(is_flat, dtype=float),
+            "completions/mean_length": lengths,
+            "completions/clipped_ratio": np.array([not c.has_ended for c in completions], dtype=float),
+            "nfe/mean": np.array([c.steps for c in completions], dtype=float),
+        }
+        for name in completions[0].rewards:
+            values = [c.rewards[name] for c in completions]
+            columns[f"rewards/{name}/mean"] = np.array([math.nan if v is None else v for v in values])
+        sums = [np.nansum(column) for column in columns.values()]
+        counts = [float((~np.isnan(column)).sum()) for column in columns.values()]
+        totals = sum_over_ranks([*sums, *counts])
+        means = {
+            name: total / max(count, 1.0)
+            for name, total, count in zip(
+                columns, totals[: len(columns)], totals[len(columns) :], strict=True
+            )
+        }
+        return means | {"reward_std": _global_std(rewards)}
+
+    def _log(self, completions: list[Completion], step: int) -> None:
+        """Appends to completions.jsonl (a file for each further rank); a resumed run repeats no line."""
+        name = "completions.jsonl" if self.run.is_main else f"completions.rank{self.run.rank}.jsonl"
+        path = self.output_dir / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not self._log_is_cut:
+            self._log_is_cut = True
+            if path.exists():
+                kept = [
+                    line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) < step
+                ]
+                write_atomically(path, "".join(line + "\n" for line in kept))
+        with open(path, "a", encoding="utf-8") as file:
+            for c in completions:
+                line = {
+                    "step": step,
+                    "id": self._by_index[c.prompt].record.get("id", c.prompt),
+                    "candidate": c.candidate,
+                    "completion": c.text,
+                    "rewards": c.rewards,
+                    "reward": c.reward,
+                    "advantage": c.advantage,
+                }
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def _save(self, completions: list[Completion], rollout: int) -> None:
+        """Keeps a rollout that several steps learn from: a run may be stopped between them."""
+        folder = self.output_dir / "rollouts"
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps([asdict(completion) for completion in completions])
+        write_atomically(folder / f"{rollout}-rank{self.run.rank}.json", text)
+        states = [int(path.name.removeprefix("step-")) for path in self.output_dir.glob("step-*[0-9]")]
+        oldest = min(states, default=rollout * self.num_iterations) // self.num_iterations
+        for path in folder.glob(f"*-rank{self.run.rank}.json"):
+            if int(path.name.partition("-")[0]) < min(oldest, rollout):
+                path.unlink()
+
+    def _load(self, rollout: int) -> list[Completion]:
+        """This rank's completions of a rollout that an interrupted run made, on any number of ranks."""
+        files = sorted((self.output_dir / "rollouts").glob(f"{rollout}-rank*.json"))
+        found = [Completion(**values) for file in files for values in json.loads(file.read_text())]
+        unique = {(c.place, c.candidate): c for c in found}
+        _, places = self._prompts_of(rollout)
+        wanted = [(place, candidate) for place in places for candidate in range(self.num_generations)]
+        missing = [key for key in wanted if key not in unique]
+        if missing:
+            raise ValueError(
+                f"{self.output_dir}/rollouts: {len(missing)} completions of rollout {rollout} are not there, "
+                "which the saved state is in the midst of; resume from a state at the end of one, or anew"
+            )
+        return [unique[key] for key in wanted]
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf  # the half-written last line of a killed run
+
+
+def _global_std(rewards: np.ndarray) -> float:
+    """Standard deviation (ddof 1) over all ranks; nan values do not count."""
+    known = rewards[~np.isnan(rewards)]
+    count, total = sum_over_ranks([float(len(known)), float(known.sum())])
+    (squares,) = sum_over_ranks([float(((known - total / max(count, 1.0)) ** 2).sum())])
+    return math.sqrt(squares / max(count - 1.0, 1.0))
+
+
+def _per_owner(terms: Terms, values: Tensor) -> list[list[float]]:
+    """The values of each completion's terms."""
+    counts = torch.bincount(terms.owners).tolist()
+    return [part.tolist() for part in values.split(counts)]
+
+
+def _flat(values: list[list[float] | None]) -> Tensor | None:
+    if values[0] is None:
+        return None
+    return torch.tensor([number for part in values for number in part], dtype=torch.float64)

@@ -1,0 +1,258 @@
+"""Reference values for ELBO-KTO: the any-order bound of every answer under the reference model, for K masks.
+
+Masks follow from each record's position alone, so training finds the same ones. Every K of --k_vals comes
+from one pass, as prefixes of the same draws.
+
+Run:
+    python rlhf/precompute_bref.py --model_path GSAI-ML/LLaDA-8B-Instruct --dataset data/kto-mix-14k \\
+        --k_vals 1,2,4,8 --output_file data/kto-mix-14k-processed/train.jsonl --num_gpus 8 --batch_size 8
+
+    torchrun --nproc_per_node 8 rlhf/precompute_bref.py ...    # the same
+
+Records: prompt, completion, label (or pairs), as texts or messages (data/README.md). Writes them to
+--output_file in their order with index, seed, l_values, B_ref, masked_idx_sums, mask_hashes, lengths, labels
+and a fingerprint of all that the values depend on. Finished batches are kept in <output_file>.parts until
+then: the same command after a kill goes on where it stopped.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import load_dataset
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from llada.bref import base_seed, draw_masks, fingerprint, mask_checks, mask_sizes, plan_of, prefix_means
+from llada.checkpoint import write_atomically
+from llada.config import flag, parse
+from llada.elbo import draw_values, make_draws
+from llada.likelihood import Request
+from llada.messages import Labelled
+from llada.model import load_model, load_tokenizer, resolve_checkpoint
+from llada.preference_data import EOS, LONG, Encoded, Encoding, Tokens, encode_answers, read_labelled
+from llada.records import input_files
+from llada.request_log import RequestLog
+from llada.runtime import Run, autocast, barrier, end_run, start_run
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Flags of the reference values."""
+
+    model_path: str = flag(
+        help="Checkpoint of the reference: folder, run, adapter, or hub name.", aliases=["model_name_or_path"]
+    )
+    dataset: str = flag(help="JSONL, JSON or Parquet file, folder of files or of a data set, or hub name.")
+    k_vals: str = flag(help="Numbers of masks to give B_ref for, for example 1,2,4,8.")
+    output_file: str = flag(help="JSONL file to write.")
+    batch_size: int = flag(1, help="Answers per forward.")
+    num_gpus: int | None = flag(
+        None, help="Processes to start, at most one a GPU (without GPUs, a CPU core); default all GPUs."
+    )
+    max_samples: int | None = flag(None, help="Only the first so many answers.")
+    split: str = flag("train", help="Split of a data set that has several.")
+    mask_id: int | None = flag(None, help="Mask token id; must be the model's.")
+    mask_token: str | None = flag(None, help="Mask token; must be the model's.")
+    tokenizer_name: str | None = flag(None, help="Tokenizer folder; default that of the model.")
+    max_length: int = flag(4096, help="Longest prompt and answer in tokens.", aliases=["max_len"])
+    eos: str = flag("one", help="What ends an answer: see docs/preference_optimization.md.", choices=EOS)
+    long: str = flag("truncate", help="Answers beyond --max_length: stop, leave empty, or cut.", choices=LONG)
+    apply_chat_template: bool = flag(
+        False, help="Prompts and answers that are plain texts become turns; messages always use the template."
+    )
+    dtype: str = flag(
+        "auto",
+        help="Precision of the matrix products, as in training. auto: bfloat16 on a GPU.",
+        choices=["auto", "float32", "bfloat16"],
+    )
+    weights_dtype: str = flag(
+        "float32",
+        help="Precision that the weights are loaded in: as training does it, float32, or with LoRA --dtype.",
+        choices=["float32", "bfloat16"],
+    )
+    device: str | None = flag(None, help="cpu, cuda, ...; default the GPU if there is one.")
+
+    def num_draws(self) -> list[int]:
+        """The values of --k_vals, ascending."""
+        try:
+            values = sorted({int(part) for part in self.k_vals.split(",")})
+        except ValueError:
+            values = []
+        if not values or values[0] < 1:
+            raise ValueError(f"--k_vals {self.k_vals!r}: give positive numbers, for example 1,2,4,8")
+        return values
+
+
+def start_processes(config: Config, argv: list[str] | None) -> bool:
+    """Runs this command as several processes if --num_gpus asks for that; False if this one is to work."""
+    if "WORLD_SIZE" in os.environ:
+        return False
+    available = torch.cuda.device_count() if config.device in (None, "cuda") else 0
+    wanted = config.num_gpus if config.num_gpus is not None else max(1, available)
+    number = min(wanted, available or os.cpu_count() or 1)
+    if number < wanted:
+        print(f"--num_gpus {wanted}: {available} GPUs here, so {number} processes", flush=True)
+    if number <= 1:
+        return False
+    flags = sys.argv[1:] if argv is None else argv
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
+    subprocess.run([sys.executable, *launcher, str(Path(__file__).resolve()), *flags], check=True)
+    return True
+
+
+def read_split(config: Config) -> list[tuple[str, Labelled]]:
+    """The answers of --split in order."""
+    path = Path(config.dataset)
+    if not path.exists():
+        try:
+            rows = load_dataset(config.dataset, split=config.split)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"--dataset {config.dataset}: neither a file here nor given by the hub ({reason})"
+            ) from error
+        folder = Path(f"{config.output_file}.parts", "dataset")
+        rows.save_to_disk(str(folder))
+        return read_labelled(str(folder), max_samples=config.max_samples)
+    if (path / "dataset_dict.json").is_file():
+        return read_labelled(str(path / config.split), max_samples=config.max_samples)
+    if path.is_dir() and not (path / "state.json").is_file():
+        # a folder as the hub lays it out: data/train-00000-of-00001.parquet, train/..., train.jsonl
+        files = [
+            file
+            for file in input_files(path)
+            if file.stem.split("-")[0] == config.split or file.parent.name == config.split
+        ]
+        if files:
+            found = [item for file in files for item in read_labelled(str(file))]
+            return found[: config.max_samples]
+    return read_labelled(str(path), max_samples=config.max_samples)
+
+
+def describe(index: int, item: Labelled, found: Encoded, num_draws: int) -> dict[str, Any]:
+    """A record's fields besides B_ref."""
+    length = 0 if found.tokens is None else len(found.tokens.answer)
+    base = base_seed(index)
+    masks = draw_masks(base, length, num_draws)
+    return {
+        "index": index,
+        "seed": str(base),
+        "l_values": mask_sizes(base, length, num_draws),
+        **mask_checks(masks, found.prompt_length),
+        "prompt": item.prompt,
+        "completion": item.completion,
+        "label": item.label,
+        "prompt_length": found.prompt_length,
+        "completion_length": length,
+        "text_length": found.text_length,
+        "labels": int(item.label),
+    }
+
+
+def batches_of(tokens: list[Tokens | None], batch_size: int) -> list[list[int]]:
+    """Indices of the records with an answer, those of similar length together, longest first."""
+    usable = [index for index, found in enumerate(tokens) if found is not None]
+    usable.sort(key=lambda index: (-len(tokens[index]), index))
+    return [usable[start : start + batch_size] for start in range(0, len(usable), batch_size)]
+
+
+def score(
+    model: torch.nn.Module, batch: list[tuple[int, Tokens]], config: Config, run: Run, eos_id: int
+) -> np.ndarray:
+    """[len(batch), K] B^(1) .. B^(K) of each (seed, answer), in nats."""
+    num_draws = config.num_draws()[-1]
+    draws = make_draws(
+        [Request(found.context, found.answer, "") for _, found in batch],
+        [plan_of(draw_masks(seed, len(found.answer), num_draws)) for seed, found in batch],
+        num_draws,
+        mask_id=model.config.mask_token_id,
+        pad_id=model.config.pad_token_id,
+        fill=(eos_id, config.max_length) if config.eos == "padded" else None,
+    )
+    with autocast(run.device, config.dtype):
+        return prefix_means(draw_values(model, [draws.to(run.device)]).numpy()).T
+
+
+def check_mask_token(config: Config, mask_id: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """ValueError if --mask_id or --mask_token is not the token that the model was trained with."""
+    named = config.mask_id
+    if config.mask_token is not None:
+        named = tokenizer.convert_tokens_to_ids(config.mask_token)
+    if named not in (None, mask_id):
+        raise ValueError(
+            f"--mask_id {config.mask_id} --mask_token {config.mask_token}: the model's mask token has id "
+            f"{mask_id}"
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Writes the records with their reference values."""
+    config = parse(Config, argv, description=__doc__)
+    k_vals = config.num_draws()
+    if start_processes(config, argv):
+        return
+    run = start_run(config.device)
+    if config.dtype == "auto":
+        config.dtype = "bfloat16" if run.device.type == "cuda" else "float32"
+    tokenizer = load_tokenizer(config.tokenizer_name or config.model_path, chat=True)
+    model = load_model(config.model_path, dtype=config.weights_dtype, device=run.device).eval()
+    check_mask_token(config, model.config.mask_token_id, tokenizer)
+    items = read_split(config)
+    encoding = Encoding(tokenizer, config.eos, config.apply_chat_template, config.max_length, config.long)
+    encoded = encode_answers([(where, item.prompt, item.completion) for where, item in items], encoding)
+    tokens = [found.tokens for found in encoded]
+    settings = fingerprint(
+        [resolve_checkpoint(config.model_path)],
+        tokenizer,
+        max_length=config.max_length,
+        mask_id=model.config.mask_token_id,
+        eos=config.eos,
+        chat=config.apply_chat_template,
+        dtype=config.dtype,
+        weights_dtype=config.weights_dtype,
+    )
+    parts = f"{config.output_file}.parts"
+    wanted = {**settings, "draws": k_vals[-1]}
+    log = RequestLog(parts, wanted, run.rank)
+    batches = batches_of(tokens, config.batch_size)
+    keys = [
+        log.key("b_ref", [[i, tokens[i].context.tolist(), tokens[i].answer.tolist()] for i in batch])
+        for batch in batches
+    ]
+    mine = [n for n in range(run.rank, len(batches), run.world_size) if log.get(keys[n]) is None]
+    for n in tqdm(mine, desc="B_ref", unit="batch", disable=not run.is_main, mininterval=2):
+        batch = [(base_seed(index), tokens[index]) for index in batches[n]]
+        log.put(keys[n], score(model, batch, config, run, tokenizer.eos_token_id).tolist())
+    barrier()
+    if run.is_main:
+        log = RequestLog(parts, wanted, run.rank)
+        means = {
+            index: row
+            for batch, key in zip(batches, keys, strict=True)
+            for index, row in zip(batch, log.get(key), strict=True)
+        }
+        lines = []
+        for index, ((_, item), found) in enumerate(zip(items, encoded, strict=True)):
+            record = describe(index, item, found, k_vals[-1])
+            values = means.get(index, [0.0] * k_vals[-1])
+            record["B_ref"] = {str(k): values[k - 1] for k in k_vals}
+            lines.append(json.dumps({**record, "fingerprint": settings}, ensure_ascii=False) + "\n")
+        Path(config.output_file).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(config.output_file), "".join(lines))
+        shutil.rmtree(parts)
+        counts = Counter(found.outcome for found in encoded)
+        print(f"{len(lines)} records -> {config.output_file}, answers {dict(counts)}", flush=True)
+    end_run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,354 @@
+"""ELBO-KTO: learning from single answers that are labelled desirable or not (unpaired preferences).
+
+The log-likelihood of an answer is the any-order bound, estimated from the same masks as the reference's,
+which precompute_bref.py has written. r = B - B_ref, s = beta (r - z0), and the loss is
+lambda_D (1 - sigma(s)) for a desirable answer, lambda_U (1 - sigma(-s)) for another. z0, the point that r is
+compared with, is a mean over the whole batch (all ranks and micro-batches) without a gradient.
+
+Run:
+    python rlhf/precompute_bref.py --model_path runs/sft --dataset kto.jsonl --k_vals 8 \\
+        --output_file bref.jsonl
+    python rlhf/train_elbo_kto.py --model_name_or_path runs/sft --train_dataset_path bref.jsonl \\
+        --output_dir runs/kto --batch_size 32 --kto_beta 0.1 --learning_rate 1e-6
+
+    torchrun --nproc_per_node=8 rlhf/train_elbo_kto.py --model_name_or_path GSAI-ML/LLaDA-8B-Instruct \\
+        --train_dataset_path data/kto-mix-14k-processed/train.jsonl --n_mc_samples 8 --z0_mode global_mean \\
+        --kto_beta 0.1 --learning_rate 1e-6 --warmup_ratio 0.03 --output_dir models/elbo-kto-finetuned
+
+The same command continues an interrupted run. More: docs/preference_optimization.md.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from llada import preflight
+from llada.answer_stream import AnswerBatch, Answers, AnswerStream
+from llada.bref import check_fingerprint, fingerprint, plan_of, prefix_means
+from llada.bref_records import BrefFile, BrefRecord, read_bref, subsample
+from llada.config import flag, parse
+from llada.elbo import Draws, differentiate, disable_dropout, draw_values, gradient_parts, plan_draws
+from llada.likelihood import Request
+from llada.model import load_tokenizer, resolve_checkpoint, special_ids
+from llada.policy_config import PolicyConfig, load_policy
+from llada.preference_data import EOS
+from llada.preference_losses import Z0_MODES, kto_baseline, kto_losses
+from llada.reference import Reference, make_reference
+from llada.runtime import Run, autocast, end_run, start_run, sum_over_ranks
+from llada.training import Loss, LossParts, fit
+
+# Beside the flags of every stage.
+RESUME_MUST_AGREE = (
+    "kto_beta", "kto_lambda_D", "kto_lambda_U", "z0_mode", "n_mc_samples", "n_D", "n_U", "sample_seed",
+)  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Config(PolicyConfig):
+    """Flags of ELBO-KTO."""
+
+    output_dir: str = flag("kto-train", help="Folder of the run.", aliases=["save_path"])
+    train_dataset_path: str = flag(
+        help="Records written by precompute_bref.py, ours or the published program's.",
+        aliases=["train_data_path"],
+    )
+    eval_dataset_path: str | None = flag(
+        None, help="Such records for validation.", aliases=["eval_data_path"]
+    )
+    kto_beta: float = flag(0.2, help="Strength of the tie to the reference.", aliases=["beta"])
+    kto_lambda_D: float = flag(1.0, help="Weight of desirable answers.", aliases=["desirable_weight"])
+    kto_lambda_U: float = flag(1.0, help="Weight of undesirable answers.", aliases=["undesirable_weight"])
+    z0_mode: str = flag(
+        "global_mean",
+        help="z0: nothing, the mean of r over the batch, that mean without the record itself, a moving "
+        "average of it, or max(0, mean r of answers to other prompts), KTO's own, which needs the reference.",
+        choices=Z0_MODES,
+    )
+    disable_mask_verification: bool = flag(
+        False, help="Do not compare masks with the records' sums and hashes."
+    )
+    verify_masks: bool = flag(True, help="The opposite of --disable_mask_verification.")
+    n_D: float = flag(1.0, help="Share of the desirable records to use, 0 to 1.")
+    n_U: float = flag(1.0, help="Share of the undesirable records to use, 0 to 1.")
+    sample_seed: int = flag(42, help="Seed of that choice.")
+    eos: str | None = flag(None, help="As in precompute_bref.py; default what the records say.", choices=EOS)
+    max_length: int | None = flag(None, help="As in precompute_bref.py; default what the records say.")
+    long: str = flag("truncate", help="As in precompute_bref.py.", choices=["error", "drop", "truncate"])
+    batch_size: int = flag(
+        0,
+        help="Records per optimizer step, over all ranks and micro-batches; 0 = --micro_batch_size (1) x "
+        "--gradient_accumulation_steps x ranks.",
+        aliases=["train_batch_size", "train_batch"],
+    )
+    gradient_accumulation_steps: int = flag(
+        1, help="Micro-batches per step and rank, where --batch_size is 0."
+    )
+    learning_rate: float = flag(5e-6, help="Peak learning rate.", aliases=["lr"])
+    warmup_ratio: float = flag(0.03, help="Warm-up as a share of all steps, when --warmup_steps is 0.")
+    save_interval: int = flag(
+        3000,
+        help="Save the training state every N steps; 0 = only when stopped.",
+        aliases=["save_steps", "checkpoint_interval"],
+    )
+    save_strategy: str = flag(
+        "steps",
+        help="steps: every --save_steps; no, epoch: at the end only.",
+        choices=["no", "steps", "epoch"],
+    )
+    fsdp: str = flag(
+        "full_shard auto_wrap",
+        help="Under torchrun 'full_shard' is the same as --shard full; '' replicates the model.",
+    )
+
+    def settle(self, run: Run) -> None:
+        super().settle(run)
+        if self.batch_size == 0:
+            self.micro_batch_size = self.micro_batch_size or 1
+            self.batch_size = self.micro_batch_size * self.gradient_accumulation_steps * run.world_size
+        if "full_shard" in self.fsdp and run.world_size > 1 and self.shard == "none":
+            self.shard = "full"
+        if self.save_strategy != "steps":
+            self.save_interval = 0
+        alone = {
+            "global_mean": "z0 would be the record's own r, so s = 0 and the loss a constant",
+            "loo_mean": "there is no other record to take z0 from",
+            "kl_mismatched": "there is no other record to take an answer from",
+        }
+        if self.batch_size == 1 and self.z0_mode in alone:
+            raise ValueError(
+                f"--z0_mode {self.z0_mode} with a batch of one record: {alone[self.z0_mode]}. Use "
+                "--batch_size 2 or more (--gradient_accumulation_steps counts), or --z0_mode ema or zero"
+            )
+        if not (0.0 <= self.n_D <= 1.0 and 0.0 <= self.n_U <= 1.0 and self.n_D + self.n_U > 0.0):
+            raise ValueError(f"--n_D {self.n_D} --n_U {self.n_U}: shares between 0 and 1, not both 0")
+
+
+def read(path: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> BrefFile:
+    """A file's records; fills in --eos and --max_length from the first one read."""
+    file = read_bref(
+        path,
+        tokenizer,
+        num_draws=config.n_mc_samples,
+        eos=config.eos,
+        max_length=config.max_length,
+        long=config.long,
+        verify=config.verify_masks and not config.disable_mask_verification,
+    )
+    config.eos, config.max_length = file.eos, file.max_length
+    return file
+
+
+def check_made_with(file: BrefFile, config: Config, tokenizer: PreTrainedTokenizerBase, mask_id: int) -> None:
+    """ValueError if B_ref is not that of the reference as training would compute it.
+
+    The published program's records do not say what they were made with; only their masks are checked.
+    """
+    if file.fingerprint is None:
+        return
+    reference = config.ref_model_name_or_path or config.sft_adapter_path or config.model_name_or_path
+    expected = fingerprint(
+        [resolve_checkpoint(reference)],
+        tokenizer,
+        max_length=config.max_length,
+        mask_id=mask_id,
+        eos=config.eos,
+        chat=file.fingerprint["chat"],
+        dtype=config.dtype,
+        weights_dtype=config.dtype if config.use_lora else "float32",
+    )
+    check_fingerprint(file.fingerprint, expected, file.records[0].where)
+
+
+def answers_of(
+    records: list[BrefRecord], config: Config, record_id: int, epoch: int, neighbour: int
+) -> Answers:
+    """An answer under the masks of its B_ref; for `kl_mismatched` also the neighbour's answer to it."""
+    record = records[record_id]
+    tokens, others = record.tokens, []
+    if config.z0_mode == "kl_mismatched":
+        answer = records[neighbour].tokens.answer[: config.max_length - len(tokens.context)]
+        other = Request(tokens.context, answer, f"{record_id} {neighbour}")
+        others = [(other, plan_draws([other], config.n_mc_samples, config.seed, "kl", epoch)[0])]
+    request = Request(tokens.context, tokens.answer, str(record_id))
+    numbers = {"reference": [record.reference], "is_desirable": [float(record.is_desirable)]}
+    return Answers([request], [plan_of(record.masks)], numbers, others)
+
+
+def log_likelihoods(model: torch.nn.Module, chunks: list[Draws]) -> torch.Tensor:
+    """[N] B of answers whose plans leave the mean over draws to be taken here."""
+    return torch.from_numpy(prefix_means(draw_values(model, chunks).numpy())[-1])
+
+
+def mismatch(model: torch.nn.Module, batch: AnswerBatch, reference: Reference) -> torch.Tensor:
+    """[N] r of answers to other prompts."""
+    policy = draw_values(model, batch.others).sum(0)
+    return policy - reference(model, batch.others).sum(0)
+
+
+def step_means(
+    ratios: torch.Tensor, z0: torch.Tensor, policy: torch.Tensor, batch: AnswerBatch, beta: float
+) -> dict[str, tuple[float, float]]:
+    """Sums and counts to log: the published program's names, then TRL's."""
+    desirable = batch.numbers["is_desirable"].bool()
+    s = (beta * (ratios - z0)).abs()
+    means = {
+        "abs_beta_r/mean": (beta * ratios).abs(),
+        "abs_beta_s/mean": s,
+        "abs_r_hat_z0/mean": (ratios - z0).abs(),
+        "abs_beta_s/frac>6": (s > 6).double(),
+        "abs_beta_s/frac>8": (s > 8).double(),
+        "resp_len/mean": batch.lengths.double(),
+        "kl": z0,
+        "rewards/chosen": beta * ratios[desirable],
+        "rewards/rejected": beta * ratios[~desirable],
+        "logps/chosen": policy[desirable],
+        "logps/rejected": policy[~desirable],
+    }
+    return {name: (float(values.sum()), len(values)) for name, values in means.items()}
+
+
+def make_loss(config: Config, reference: Reference | None, carried: dict[str, float]) -> Loss:
+    """The loss of a step. `carried` keeps the moving average of --z0_mode ema."""
+
+    def loss(model: torch.nn.Module, batch: AnswerBatch, total_count: float) -> LossParts:
+        leaf = log_likelihoods(model, batch.chunks).requires_grad_()
+        ratios = leaf - batch.numbers["reference"]
+        compared = ratios.detach() if reference is None else mismatch(model, batch, reference)
+        total, count = sum_over_ranks([float(compared.sum()), len(compared)])
+        z0 = kto_baseline(ratios, mode=config.z0_mode, total=total, count=count, previous=carried.get("z0"))
+        if config.z0_mode == "ema":
+            carried["z0"] = float(z0[0])
+        losses = kto_losses(
+            ratios,
+            batch.numbers["is_desirable"].bool(),
+            z0,
+            beta=config.kto_beta,
+            lambda_d=config.kto_lambda_D,
+            lambda_u=config.kto_lambda_U,
+        )
+        value = losses.sum() / total_count
+        coefficients = differentiate(value, leaf) / config.n_mc_samples
+        means = step_means(ratios.detach(), z0, leaf.detach(), batch, config.kto_beta)
+        return LossParts(value.detach(), gradient_parts(model, batch.chunks, coefficients), means)
+
+    return loss
+
+
+@torch.no_grad()
+def validate(
+    config: Config, reference: Reference | None, stream: AnswerStream, run: Run, model: torch.nn.Module
+) -> dict[str, float]:
+    """Loss, rewards and the rate at which desirable answers lie above z0 and others below, held out.
+
+    z0 is a mean over all held-out records here (0 for --z0_mode zero), the same for every record.
+    """
+    ratios, compared, labels = [], [], []
+    for batch, ids in stream.all_records(config.eval_limit):
+        batch = batch.to(run.device)
+        with autocast(run.device, config.dtype):
+            found = log_likelihoods(model, batch.chunks) - batch.numbers["reference"]
+            others = found if reference is None else mismatch(model, batch, reference)
+        ratios.append(found[: len(ids)])
+        compared.append(others[: len(ids)])
+        labels.append(batch.numbers["is_desirable"][: len(ids)])
+    r, others, is_desirable = torch.cat(ratios), torch.cat(compared), torch.cat(labels).bool()
+    total, count = sum_over_ranks([float(others.sum()), len(others)])
+    mode = config.z0_mode if config.z0_mode in ("zero", "kl_mismatched") else "global_mean"
+    z0 = kto_baseline(r, mode=mode, total=total, count=count, previous=None)
+    losses = kto_losses(
+        r, is_desirable, z0, beta=config.kto_beta, lambda_d=config.kto_lambda_D, lambda_u=config.kto_lambda_U
+    )
+    rewards = config.kto_beta * r
+    parts = {
+        "loss": losses,
+        "accuracies": ((r > z0) == is_desirable).double(),
+        "rewards/chosen": rewards[is_desirable],
+        "rewards/rejected": rewards[~is_desirable],
+    }
+    flat = sum_over_ranks([n for values in parts.values() for n in (float(values.sum()), len(values))])
+    means = {f"eval_{name}": flat[2 * i] / max(1.0, flat[2 * i + 1]) for i, name in enumerate(parts)}
+    return means | {"eval_rewards/margins": means["eval_rewards/chosen"] - means["eval_rewards/rejected"]}
+
+
+def usable(file: BrefFile, config: Config) -> list[BrefRecord]:
+    """The records that the flags choose."""
+    return subsample(file.records, config.n_D, config.n_U, config.sample_seed)[: config.max_samples]
+
+
+def record_rows(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> preflight.Rows:
+    """What the preflight needs to know of a file."""
+    tokens = [record.tokens for record in usable(read(path, config, tokenizer), config)]
+    answers = sum(len(found.answer) for found in tokens)
+    return preflight.Rows(len(tokens), sum(map(len, tokens)), answers, is_exact=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs ELBO-KTO with the given flags."""
+    config = parse(Config, argv, description=__doc__)
+    run = start_run(config.device)
+    config.settle(run)
+    if config.dry_run:
+        preflight.report(
+            config, partial(record_rows, config), train=[config.train_dataset_path],
+            checkpoint=config.model_name_or_path, chat=True,
+        )  # fmt: skip
+        return
+    tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, chat=True)
+    paths = [path for path in (config.train_dataset_path, config.eval_dataset_path) if path is not None]
+    files = [read(path, config, tokenizer) for path in paths]
+    records = usable(files[0], config)
+    config.resolve(run, len(records))
+    model = load_policy(config)
+    disable_dropout(model)
+    ids = special_ids(model.config, tokenizer)
+    for file in files:
+        check_made_with(file, config, tokenizer, ids.mask)
+    if run.is_main:
+        desirable = sum(record.is_desirable for record in records)
+        print(
+            f"{len(files[0].records)} records, used: {desirable} desirable, {len(records) - desirable} "
+            "undesirable", flush=True,
+        )  # fmt: skip
+
+    def stream_over(part: list[BrefRecord]) -> AnswerStream:
+        return AnswerStream(
+            partial(answers_of, part, config),
+            np.array([len(record.tokens) for record in part]),
+            batch_size=config.batch_size,
+            micro_batch_size=config.micro_batch_size,
+            num_draws=config.n_mc_samples,
+            seed=config.seed,
+            run=run,
+            mask_id=ids.mask,
+            pad_id=ids.pad,
+            fill=(ids.eos, config.max_length) if config.eos == "padded" else None,
+        )
+
+    reference = make_reference(config, run) if config.z0_mode == "kl_mismatched" else None
+    check = None
+    if len(files) > 1:
+        check = partial(validate, config, reference, stream_over(files[1].records), run)
+    carried: dict[str, float] = {}
+    fit(
+        model,
+        tokenizer,
+        config,
+        run,
+        stream=stream_over(records),
+        loss=make_loss(config, reference, carried),
+        validate=check,
+        fingerprint={
+            "train_dataset_path": f"{len(records)} records, {sum(len(record.tokens) for record in records)} "
+            "tokens",
+            **{name: getattr(config, name) for name in RESUME_MUST_AGREE},
+        },
+        carried=carried,
+    )
+    end_run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""The stage: every estimator learns, rollouts are reused and resumed exactly, ranks add up."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, load_script
+from safetensors.torch import load_file
+
+from llada.runtime import read_metrics
+
+REWARD = (
+    "def even(prompts, completions, completion_ids, **columns):\n"
+    "    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]\n"
+)
+WORDS = ["iron", "rust", "river", "seven", "water", "salt", "cold", "tree"]
+
+
+@pytest.fixture
+def flags(model_dir, tmp_path):
+    (tmp_path / "even.py").write_text(REWARD)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"id": word, "prompt": f"Say {word}."}) + "\n" for word in WORDS))
+    return [
+        "--model_name_or_path", str(model_dir), "--train_data_path", str(prompts), "--max_length", "64",
+        "--reward_funcs", f"{tmp_path}/even.py:even", "--gen_length", "4", "--early_stop", "false",
+        "--batch_size", "16", "--num_generations", "4", "--learning_rate", "3e-3", "--log_interval", "1",
+        "--lr_scheduler_type", "constant", "--rollout_batch_size", "8",
+    ]  # fmt: skip
+
+
+def main(*arguments):
+    load_script("rlhf/train_grpo.py").main(list(map(str, arguments)))
+
+
+def logged(folder, *names):
+    return [
+        [entry[name] for name in ("step", *names)]
+        for entry in read_metrics(folder / "metrics.jsonl")
+        if "loss" in entry
+    ]
+
+
+def weights_of(folder):
+    return load_file(folder / "final/model.safetensors")
+
+
+ESTIMATORS = {
+    "elbo": ["--estimator", "elbo"],
+    "trajectory": ["--estimator", "trajectory", "--steps", "2"],
+    "trajectory, some steps": ["--estimator", "trajectory", "--trajectory_steps", "2"],
+    "diffu": ["--estimator", "diffu"],
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_every_estimator_raises_the_reward(flags, tmp_path, name):
+    out = tmp_path / "out"
+    evaluation = [
+        "--eval_data_path",
+        tmp_path / "prompts.jsonl",
+        "--batch_size",
+        "32",
+        "--eval_interval",
+        "8",
+    ]
+    main(*flags, *ESTIMATORS[name], *evaluation, "--output_dir", out, "--max_steps", "16")
+    rewards = [reward for _, reward in logged(out, "reward")]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15
+    assert all(ratio == 1.0 for _, ratio in logged(out, "ratio/mean"))
+    results = json.loads((out / "results.json").read_text())
+    assert results["eval_loss"] < results["eval_loss_before"]
+    assert (out / "best/model.safetensors").is_file()
+    lines = [json.loads(line) for line in (out / "completions.jsonl").read_text().splitlines()]
+    assert len(lines) == 16 * 32
+    assert {line["id"] for line in lines} == set(WORDS)
+    group = [line for line in lines if line["step"] == 3 and line["id"] == lines[3 * 32]["id"]][:4]
+    assert sum(line["advantage"] for line in group) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_rollouts_are_reused_and_their_first_ratio_is_one(flags, tmp_path):
+    out = tmp_path / "out"
+    more = ["--num_iterations", "3", "--beta", "0.1", "--estimator", "elbo", "--learning_rate", "1e-2"]
+    main(*flags, *more, "--output_dir", out, "--max_steps", "6")
+    rows = logged(out, "ratio/mean", "kl", "reward")
+    assert [ratio == 1.0 for _, ratio, _, _ in rows] == [True, False, False, True, False, False]
+    assert rows[0][2] == 0.0  # the policy is the reference before its first step
+    assert all(kl > 0 for _, _, kl, _ in rows[1:])
+    assert rows[0][3] == rows[1][3] == rows[2][3]
+    steps = {json.loads(line)["step"] for line in (out / "completions.jsonl").read_text().splitlines()}
+    assert steps == {0, 3}
+
+
+@pytest.mark.parametrize("estimator", ["elbo", "trajectory", "diffu"])
+def test_a_run_stopped_within_a_rollout_goes_on_exactly(flags, tmp_path, monkeypatch, estimator):
+    more = ["--num_iterations", "3", "--estimator", estimator, "--max_steps", "6", "--seed", "3"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    main(*flags, *more, "--output_dir", whole)
+
+    script = load_script("rlhf/train_grpo.py")
+    make = script.RolloutStream.__call__
+
+    def stop_at_four(stream, step):
+        if step == 4:
+            os.kill(os.getpid(), 15)  # as SLURM does; noticed before step 4 is made
+        return make(stream, step)
+
+    monkeypatch.setattr(script.RolloutStream, "__call__", stop_at_four)
+    main(*flags, *more, "--output_dir", cut)
+    assert (cut / "PREEMPTED").exists() and not (cut / "DONE").exists()
+    monkeypatch.undo()
+    shutil.copytree(cut, tmp_path / "lost")
+    main(*flags, *more, "--output_dir", cut)
+    names = ("loss", "grad_norm", "ratio/mean", "reward")
+    assert logged(cut, *names) == logged(whole, *names)
+    a, b = weights_of(whole), weights_of(cut)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert (cut / "completions.jsonl").read_text() == (whole / "completions.jsonl").read_text()
+
+    shutil.rmtree(tmp_path / "lost/rollouts")
+    with pytest.raises(ValueError, match="16 completions of rollout 1 are not there"):
+        main(*flags, *more, "--output_dir", tmp_path / "lost")
+
+
+def test_killed_and_resumed_equals_uninterrupted(flags, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    more = ["--max_steps", "30", "--save_interval", "4", "--estimator", "elbo"]
+    main(*flags, *more, "--output_dir", whole)
+    command = [sys.executable, str(ROOT / "rlhf/train_grpo.py"), *flags, *more, "--output_dir", str(killed)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    deadline = time.monotonic() + 120
+    log = killed / "metrics.jsonl"
+    while time.monotonic() < deadline and process.poll() is None:
+        if log.exists() and log.read_bytes().count(b"\n") >= 11:
+            break
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not (killed / "DONE").exists(), "the run ended before it could be killed"
+    main(*flags, *more, "--output_dir", killed)
+    assert logged(killed, "loss", "reward") == logged(whole, "loss", "reward")
+    a, b = weights_of(whole), weights_of(killed)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert (killed / "completions.jsonl").read_text() == (whole / "completions.jsonl").read_text()
+
+
+@pytest.mark.parametrize("estimator", ["elbo", "trajectory"])
+def test_two_ranks_do_what_one_does(flags, tmp_path, estimator):
+    more = ["--estimator", estimator, "--max_steps", "3", "--loss_type", "dapo", "--scale_rewards", "batch"]
+    main(*flags, *more, "--output_dir", tmp_path / "one")
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        str(ROOT / "rlhf/train_grpo.py"), *flags, *more, "--output_dir", str(tmp_path / "two"),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (
+        logged(tmp_path / name, "loss", "grad_norm", "reward", "reward_std") for name in ("one", "two")
+    )
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    a, b = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5)
+
+
+def test_it_stops_at_an_accuracy_and_when_nothing_gets_better(flags, tmp_path):
+    evaluation = ["--eval_data_path", tmp_path / "prompts.jsonl", "--eval_interval", "2", "--max_steps", "20"]
+    out = tmp_path / "reached"
+    main(*flags, *evaluation, "--output_dir", out, "--stop_accuracy", "0")  # as it is before any step
+    assert json.loads((out / "results.json").read_text())["steps"] == 0
+    out = tmp_path / "patience"
+    for _ in range(2):  # the second time it does nothing more
+        main(*flags, *evaluation, "--output_dir", out, "--patience", "2", "--learning_rate", "0")
+        assert json.loads((out / "results.json").read_text())["steps"] == 4
+
+
+DOCUMENTED = """rlhf/train_grpo.py --pretrain ./llada_local_1.5 --sft_adapter ./checkpoints/sft_adapter
+    --output_dir ./grpo_checkpoints_lora --train_batch 32 --micro_batch 1 --zero_stage 2 --max_len 4096
+    --epochs 1 --lr 3e-5 --group_size 4 --lora_rank 128 --lora_alpha 256
+    --target_modules q_proj v_proj k_proj attn_out"""
+SCRIPTED = """rlhf/train_grpo.py --save_path ./grpo_2 --ckpt_path ./grpo_2/ckpt --save_steps 20
+    --logging_steps 1 --eval_steps -1 --train_batch_size 8 --micro_train_batch_size 1
+    --gradient_accumulation_steps 8 --pretrain ./llada_local_1.5
+    --sft_adapter_path ./checkpoints/sft_adapter --bf16 --max_epochs 1
+    --max_len 4096 --zero_stage 0 --learning_rate 1e-6 --beta 0.04 --dataset ./prompts.jsonl
+    --input_key question
+    --num_samples_per_prompt 4 --gen_steps 4 --gen_length 4 --temperature 0.7 --remasking_threshold 0.9
+    --repetition_penalty 1.2 --lora_rank 128 --lora_alpha 256 --lora_dropout 0.1 --l2 0.01
+    --target_modules q_proj v_proj k_proj attn_out --adam_betas 0.9 0.95 --lr_warmup_ratio 0.003
+    --gradient_checkpointing --flash_attn --use_ms --max_samples 100 --disable_ds_ckpt --max_ckpt_num 2"""
+
+
+@pytest.fixture
+def predecessor(model_dir, tmp_path, monkeypatch, flags):
+    """Its folders, with a small model and adapter in them."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model_dir, "llada_local_1.5")
+    load_script("sft_training/train_sft.py").main(
+        ["--model_name_or_path", "llada_local_1.5", "--train_data_path", str(ROOT / "data/samples/sft.jsonl"),
+         "--output_dir", "sft", "--max_steps", "1", "--max_length", "256", "--use_lora", "--lora_r", "2"]
+    )  # fmt: skip
+    shutil.copytree("sft/final", "checkpoints/sft_adapter")
+    questions = [{"question": f"Say {word}.", "answer": word} for word in WORDS]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in questions))
+    return ["--reward_funcs", f"{tmp_path}/even.py:even", "--max_steps", "1", "--gen_length", "4"]
+
+
+def test_documented_commands(predecessor, tmp_path):
+    script, *arguments = shlex.split(DOCUMENTED)
+    load_script(script).main([*arguments, "--dataset", "prompts.jsonl", *predecessor])
+    assert (tmp_path / "grpo_checkpoints_lora/final/adapter_model.safetensors").is_file()
+    script, *arguments = shlex.split(SCRIPTED)
+    load_script(script).main([*arguments, *predecessor, "--dtype", "float32"])
+    rows = logged(tmp_path / "grpo_2", "kl")
+    assert rows == [[1, 0.0]]
+
+
+def test_mistakes_are_named(flags, tmp_path):
+    out = ["--output_dir", tmp_path / "out", "--max_steps", "1"]
+    for more, message in (
+        (["--num_generations", "1"], "--num_generations 1"),
+        (["--num_generations", "5"], "--batch_size 16 must be a multiple of --num_generations 5"),
+        (["--estimator", "trajectory", "--cache", "dual"], "--estimator trajectory: cache 'dual'"),
+        (["--estimator", "trajectory", "--temperature", "0"], "--temperature 0"),
+        (["--patience", "2"], "--patience needs --eval_data_path"),
+        (["--num_iterations", "0"], "--num_iterations 0"),
+        (["--temperature", "0"], "temperature above 0"),
+        (["--max_length", "8"], "where 4 fit beside --gen_length"),
+        (["--input_key", "question"], "no field 'question'"),
+        (["--train_data_path", "no/such/file.jsonl"], "no/such/file.jsonl: no such file"),
+        (["--reward_funcs", "judge", "--judge_base_url", "http://127.0.0.1:9/v1"], "no server answers there"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(*flags, *out, *more)
