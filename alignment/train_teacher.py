@@ -45,7 +45,7 @@ class Config(TrainConfig):
 class AnswerStream(MaskedStream):
     """Every answer token is asked for, once and always: there is no noise in causal training."""
 
-    def _noise(self, record_id: int, epoch: int, **_: int) -> list[Noised]:
+    def noise(self, record_id: int, epoch: int, *, longest: int, step: int, place: int) -> list[Noised]:
         return [self._asked(record_id, epoch)]
 
     def _fixed_noise(self, record_id: int, stratum: int, num_records: int) -> Noised:
@@ -115,9 +115,17 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(Config, argv, description=__doc__)
     if (config.model_name_or_path is None) == (config.config_name is None):
         raise ValueError("give either --config_name (from scratch) or --model_name_or_path (continue)")
-    if config.use_lora or config.shard != "none" or config.recompute != "none" or config.compile:
+    wanted = (
+        config.use_lora,
+        config.shard != "none",
+        config.recompute != "none",
+        config.compile,
+        config.packing,
+    )
+    if any(wanted):
         raise ValueError(
-            "a small teacher is trained whole: --use_lora, --shard, --compile and recomputing are for LLaDA"
+            "a small teacher is trained whole: --use_lora, --shard, --compile, --packing and recomputing are "
+            "for LLaDA"
         )
     run = start_run(config.device)
     tokenizer = load_tokenizer(config.tokenizer_name, chat=True)
