@@ -115,17 +115,9 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(Config, argv, description=__doc__)
     if (config.model_name_or_path is None) == (config.config_name is None):
         raise ValueError("give either --config_name (from scratch) or --model_name_or_path (continue)")
-    wanted = (
-        config.use_lora,
-        config.shard != "none",
-        config.recompute != "none",
-        config.compile,
-        config.packing,
-    )
-    if any(wanted):
+    if config.use_lora or config.shard != "none" or config.recompute != "none" or config.compile:
         raise ValueError(
-            "a small teacher is trained whole: --use_lora, --shard, --compile, --packing and recomputing are "
-            "for LLaDA"
+            "a small teacher is trained whole: --use_lora, --shard, --compile and recomputing are for LLaDA"
         )
     run = start_run(config.device)
     tokenizer = load_tokenizer(config.tokenizer_name, chat=True)
