@@ -281,7 +281,7 @@ def test_two_ranks_equal_one_process(extra, model_dir, rows_dir, tmp_path):
     one, two = (list(read_metrics(tmp_path / run / "metrics.jsonl")) for run in ("one", "two"))
     for name in ("loss", "tau", "acceptance/2", "eval_loss", "eval_tau"):
         expected = [entry[name] for entry in one if name in entry]
-        assert [entry[name] for entry in two if name in entry] == pytest.approx(expected, rel=1e-5)
+        assert [entry[name] for entry in two if name in entry] == pytest.approx(expected, rel=1e-4)
     name = "adapter_model.safetensors" if extra else "model.safetensors"
     one, two = (final_weights(tmp_path / run, name) for run in ("one", "two"))
     for key in one:
