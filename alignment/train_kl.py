@@ -28,6 +28,7 @@ The same command continues an interrupted run.
 """
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from llada import preflight
 from llada.config import flag, parse
 from llada.data import load_conversations
 from llada.distillation import Objective, RowScore, accepted_length
@@ -118,12 +120,25 @@ class Config(TrainConfig):
         return Windows(self.window_length)
 
 
-def load_aligned(
-    path: str, tokenizer: PreTrainedTokenizerBase, config: Config, run: Run, *, prepared: Path
-) -> Dataset:
-    """Rows with a teacher, or conversations without; ValueError if another tokenizer made them."""
-    if not is_prepared(path) or read_manifest(path)["fingerprint"]["kind"] != KIND:
-        return load_conversations([path], tokenizer, prepared=prepared, max_length=config.max_length, run=run)
+def planned_rows(path: str, tokenizer: PreTrainedTokenizerBase, *, config: Config) -> preflight.Rows:
+    """How much data `path` holds, for --dry_run."""
+    if not has_teacher(path):
+        options = {"max_length": config.max_length, "turns": "all", "long": "error"}
+        return preflight.conversation_rows(path, tokenizer, **options)
+    check_rows(path, tokenizer, config)
+    counts = read_manifest(path)["statistics"]
+    return preflight.Rows(counts["rows"], counts["tokens"], counts["answer_tokens"], is_exact=True)
+
+
+def has_teacher(path: str) -> bool:
+    """Whether precompute_teacher.py made this folder; ValueError for one with its two splits inside."""
+    if not is_prepared(path) and is_prepared(Path(path, "train")):
+        raise ValueError(f"{path} holds prepared splits; name one, for example {Path(path, 'train')}")
+    return is_prepared(path) and read_manifest(path)["fingerprint"]["kind"] == KIND
+
+
+def check_rows(path: str, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
+    """ValueError for teacher rows of another tokenizer, or longer than --max_length."""
     found, own = read_manifest(path)["fingerprint"], describe_tokenizer(tokenizer, with_template=False)
     if found["tokenizer"] != own:
         raise ValueError(
@@ -134,6 +149,15 @@ def load_aligned(
         raise ValueError(
             f"{path} has rows of up to {found['max_length']} tokens, --max_length is {config.max_length}"
         )
+
+
+def load_aligned(
+    path: str, tokenizer: PreTrainedTokenizerBase, config: Config, run: Run, *, prepared: Path
+) -> Dataset:
+    """Rows with a teacher, or conversations without; ValueError if they do not fit this model."""
+    if not has_teacher(path):
+        return load_conversations([path], tokenizer, prepared=prepared, max_length=config.max_length, run=run)
+    check_rows(path, tokenizer, config)
     return load_rows(path)
 
 
@@ -222,12 +246,18 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(Config, argv, description=__doc__)
     config.check()
     logging.getLogger().setLevel(config.log_level)
-    run = start_run(config.device)
     if config.gradient_accumulation_steps > 1:
         if config.micro_batch_size is None:
-            config.micro_batch_size = max(1, config.batch_size // run.world_size)
+            config.micro_batch_size = max(1, config.batch_size // int(os.environ.get("WORLD_SIZE", "1")))
         config.batch_size *= config.gradient_accumulation_steps
         config.gradient_accumulation_steps = 1  # so that the written config.yaml says the same
+    if config.dry_run:
+        preflight.report(
+            config, partial(planned_rows, config=config), train=[config.train_data_path],
+            held_out=config.eval_data_path, checkpoint=config.model_name_or_path, chat=True,
+        )  # fmt: skip
+        return
+    run = start_run(config.device)
     tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, chat=True)
     model = load_trainable(config.model_name_or_path, config)
     ids = special_ids(model.config, tokenizer)

@@ -119,6 +119,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(
             "a small teacher is trained whole: --use_lora, --shard, --compile and recomputing are for LLaDA"
         )
+    if config.dry_run:
+        raise ValueError("--dry_run looks at LLaDA checkpoints; a teacher of this size is tried out directly")
     run = start_run(config.device)
     tokenizer = load_tokenizer(config.tokenizer_name, chat=True)
     model = load_causal(config, tokenizer).train()

@@ -302,3 +302,63 @@ def test_sigterm_saves_and_the_same_command_continues(model_dir, tmp_path):
     assert not (output / "PREEMPTED").exists()
     steps = [entry["step"] for entry in read_metrics(metrics) if "loss" in entry]
     assert steps == list(range(1, 51))
+
+
+def commands_of(tools: Path, launcher: str, *flags: str, **variables: str) -> list[tuple[str, list[str]]]:
+    """[(script, its flags)] of a launcher that runs several commands."""
+    done = start(tools, launcher, *flags, DRY_RUN="1", **variables)
+    assert done.returncode == 0, done.stderr
+    found = []
+    for line in done.stdout.splitlines():
+        _, *words = shlex.split(line.removeprefix("[DRY_RUN] "))
+        at = next(i for i, word in enumerate(words) if not word.startswith("--"))
+        found.append((words[at], words[at + 1 :]))
+    return found
+
+
+def test_alignment_defaults_and_variables(tools):
+    prepare, train, answer = commands_of(tools, "run_alignment_fine_tuning.sh")
+    config = config_of(*prepare)
+    assert (config.input, config.output_dir) == (
+        ["sft_data/llama_logits.json"],
+        "sft_data/processed_alignment.pt",
+    )
+    assert (config.tokenizer, config.max_length) == ("GSAI-ML/LLaDA-8B-Instruct", 256)
+    config = config_of(*train)
+    assert (config.positions, config.loss_type, config.output_dir) == ("answer", "kl", "alignment_output")
+    assert (config.batch_size, config.learning_rate, config.num_train_epochs) == (2, 2.5e-5, 3)
+    assert (config.weight_decay, config.warmup_steps, config.log_interval) == (0.1, 50, 100)
+    assert config_of(*answer).model_name_or_path == "alignment_output/final"
+
+    variables = {"MODEL_NAME": "a model", "INPUT_FILE": "some logits.json", "PROCESSED_FILE": "rows",
+                 "OUTPUT_DIR": "out", "TEMPERATURE": "2.0", "PREPROCESS_ARGS": "--top_k 5"}  # fmt: skip
+    prepare, train, answer = commands_of(tools, "run_alignment_fine_tuning.sh", "--use_lora", **variables)
+    config = config_of(*prepare)
+    assert (config.input, config.output_dir, config.top_k) == (["some logits.json"], "rows", 5)
+    config = config_of(*train)
+    assert (config.model_name_or_path, config.temperature, config.use_lora) == ("a model", 2.0, True)
+    assert config_of(*answer).model_name_or_path == "out/final"
+
+
+def test_fine_tuning_with_and_without_logits(tools):
+    prepare, train, _ = commands_of(
+        tools, "run_fine_tuning.sh", LOSS_TYPE="hybrid", ALPHA="0.2", BETA="0.8", LOGITS_FILE="l.json"
+    )
+    assert config_of(*prepare).input == ["l.json"] and config_of(*prepare).max_length == 4096
+    config = config_of(*train)
+    assert (config.loss_type, config.alpha, config.beta, config.positions) == ("hybrid", 0.2, 0.8, "masked")
+    assert (config.train_data_path, config.output_dir) == ("sft_data/processed_logits.pt", "sft_output")
+    prepare, train, _ = commands_of(tools, "run_fine_tuning.sh", USE_LOGITS="false", INPUT_FILE="c.json")
+    assert prepare[0].endswith("prepare_sft.py") and config_of(*prepare).input == ["c.json"]
+    assert config_of(*train).train_data_path == "sft_data/processed_conversations.pt/train"
+
+
+def test_several_steps_stop_at_the_first_failure(tools):
+    add_tool(tools, "torchrun", 'echo "$@" >> calls; [[ $* != *train_kl.py* ]]')
+    done = start(tools, "run_alignment_fine_tuning.sh")
+    assert done.returncode == 1
+    calls = (tools / "calls").read_text().splitlines()
+    assert [call.split("alignment/")[1].split()[0] for call in calls] == [
+        "precompute_teacher.py",
+        "train_kl.py",
+    ]
