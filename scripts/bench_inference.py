@@ -8,7 +8,8 @@ Arms:
                 up to the first EOS, the program ends with status 1; so it does for exact's variant nostop.
     A+B+...     ours with other settings: nostop (no early stop), factor, threshold, entropy, klass (parallel
                 decoding), dual, prefix (cache), refreshN (cache refreshed every N steps), origin (growing
-                canvas), random, sampled, guided (CFG), penalised, remdm. For example dual+factor.
+                canvas), random, sampled, guided (CFG), penalised, remdm, graphs (recorded forwards, on a
+                GPU). Some take a number: factor0.5, threshold0.95. For example dual+factor.
     peer-X      with --peer_path CHECKOUT ...: the samplers of LLaDA itself, Fast-dLLM or dllm, on our model.
 
 Columns: tokens/s counts tokens before EOS (decided/s counts all); forwards per such token; ms per call of the
