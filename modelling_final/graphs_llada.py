@@ -1,7 +1,7 @@
 """Forwards recorded as CUDA graphs, and replayed.
 
 On a short sequence the host takes longer to launch a forward's kernels than the GPU to run them; a recording
-is launched as one. A recording holds for inputs of the shapes it was made with, and for the cache it was made with.
+is launched as one. It holds for inputs of the shapes it was made with, and for the cache it was made with.
 """
 
 from collections.abc import Callable
