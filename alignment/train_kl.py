@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(Config, argv, description=__doc__)
     config.check()
     logging.getLogger().setLevel(config.log_level)
-    run = start_run(config.device)
+    run = start_run(config.device, output_dir=config.output_dir)
     if config.gradient_accumulation_steps > 1:
         if config.micro_batch_size is None:
             config.micro_batch_size = max(1, config.batch_size // run.world_size)

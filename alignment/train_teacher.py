@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(
             "a small teacher is trained whole: --use_lora, --shard, --compile and recomputing are for LLaDA"
         )
-    run = start_run(config.device)
+    run = start_run(config.device, output_dir=config.output_dir)
     tokenizer = load_tokenizer(config.tokenizer_name, chat=True)
     model = load_causal(config, tokenizer).train()
     # causal training has no masks; an id is needed where a stream would put one
