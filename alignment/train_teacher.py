@@ -45,7 +45,7 @@ class Config(TrainConfig):
 class AnswerStream(MaskedStream):
     """Every answer token is asked for, once and always: there is no noise in causal training."""
 
-    def _noise(self, record_id: int, epoch: int, **_: int) -> list[Noised]:
+    def noise(self, record_id: int, epoch: int, *, longest: int, step: int, place: int) -> list[Noised]:
         return [self._asked(record_id, epoch)]
 
     def _fixed_noise(self, record_id: int, stratum: int, num_records: int) -> Noised:

@@ -144,39 +144,30 @@ class TeacherModel:
     ) -> _Spoken | None:
         """A question's answer in both models' tokens."""
         student, where = self.student, question.where
+        table, is_identity = self.vocabulary.source, self.vocabulary.is_identity
         prompt_ids = render_prompt(question.messages, student.tokenizer, chat=True)
-        if generated is None:
-            text, is_closed = question.response, True
-        else:
+        text, ids, is_closed = question.response, [], True
+        if generated is not None:
             ids, is_closed = generated
-            text = self._text(ids)
-            if text is None:
-                return None
-        if self.vocabulary.is_identity and generated is not None:
+            if not ids or any(table.texts[i] is None for i in ids):
+                return None  # nothing, or a special token within the answer
+            text = _text(table.decode(ids))
+        if is_identity and generated is not None:
             answer_ids = ids + (student.closing_ids() if is_closed else [])
-        else:
+        elif text is not None:
             answer_ids = student.encode_answer(text, is_closed=is_closed, where=where)
-        if self.vocabulary.is_identity:
+        else:
+            return None
+        if is_identity:
             return _Spoken(prompt_ids, answer_ids, prompt, answer_ids, np.arange(len(answer_ids)))
         ours = ids if generated is not None else encode_texts([text], self.tokenizer)[0]
         closing = self.vocabulary.source.closing
         teacher_answer = [*ours, *([closing] if is_closed and closing is not None else [])]
-        table = self.vocabulary.source
         index = align_answer(
             answer_ids, [table.texts[i] for i in teacher_answer], student,
             drops_first_space=table.drops_first_space, where=where,
         )  # fmt: skip
         return _Spoken(prompt_ids, answer_ids, prompt, teacher_answer, index)
-
-    def _text(self, ids: list[int]) -> str | None:
-        """The text of generated tokens; None if there is none, or it is no text."""
-        table = self.vocabulary.source
-        if any(table.texts[i] is None for i in ids):
-            return None  # a special token within the answer
-        try:
-            return table.decode(ids).decode() or None
-        except UnicodeDecodeError:
-            return None
 
     @torch.inference_mode()
     def _scored(self, spoken: list[_Spoken]) -> Iterator[TeacherAnswer]:
@@ -203,3 +194,11 @@ class TeacherModel:
                 found[i] = TeacherAnswer(answer.prompt_ids, answer.answer_ids, positions, distributions)
         for i in range(len(spoken)):
             yield found[i]
+
+
+def _text(data: bytes) -> str | None:
+    """The text of these bytes; None if they are none."""
+    try:
+        return data.decode() or None
+    except UnicodeDecodeError:
+        return None

@@ -40,6 +40,7 @@ class AlignedBatch:
         has_teacher: [M] bool; teacher: the distributions of those rows.
         places: [M] place in the window, from 1; always 1 without windows.
         count: what this micro-batch adds to the global normaliser.
+        num_tokens: tokens the model reads, padding excluded.
     """
 
     input_ids: torch.Tensor
@@ -53,16 +54,22 @@ class AlignedBatch:
     teacher: TeacherChunks
     count: float
     record_ids: list[int]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens the model reads, padding excluded."""
-        return int(self.attention_mask.sum()) if self.attention_mask is not None else self.input_ids.numel()
+    num_tokens: int
 
     def to(self, device: torch.device) -> "AlignedBatch":
         """The same batch with its tensors on `device`; distributions follow chunk by chunk."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return replace(self, **{name: x.to(device, non_blocking=True) for name, x in tensors.items()})
+
+
+_NO_ROWS = {
+    "rows": np.empty(0, dtype=np.int64),
+    "targets": np.empty(0, dtype=np.int64),
+    "weights": np.empty(0, dtype=np.float32),
+    "teacher_weights": np.empty(0, dtype=np.float32),
+    "has_teacher": np.empty(0, dtype=bool),
+    "places": np.empty(0, dtype=np.int64),
+}
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ class _WindowStream(MaskedStream):
 
     window_length: int = 0
 
-    def _noise(self, record_id: int, epoch: int, **_: int) -> list[Noised]:
+    def noise(self, record_id: int, epoch: int, *, longest: int, step: int, place: int) -> list[Noised]:
         share = generator(self.seed, "window", record_id, epoch).random()
         return [self._window(record_id, epoch, share)]
 
@@ -154,20 +161,19 @@ class AlignmentStream:
     def _align(self, batch: MaskedBatch) -> AlignedBatch:
         """The batch with the rows that the rule scores, and their distributions."""
         width = batch.input_ids.shape[1]
-        scored, parts = [], []
-        for b, record_id in enumerate(batch.record_ids):
+        scored, parts = [_NO_ROWS], []
+        for b, record_id in enumerate(batch.record_ids):  # none where a rank has run out of records
             inside = (batch.rows >= b * width) & (batch.rows < (b + 1) * width)
             masked = (batch.rows[inside] - b * width).numpy()
-            rows, index = self._scored(max(record_id, 0), masked, batch.weights[inside].numpy())
-            if not batch.count:  # a rank that has run out of records
-                rows, index = {name: values[:0] for name, values in rows.items()}, index[:0]
+            rows, index = self._scored(record_id, masked, batch.weights[inside].numpy())
             scored.append({**rows, "rows": rows["rows"] + b * width})
             if len(index):
                 parts.append((self._table.distributions(record_id), index))
-        tensors = {name: torch.from_numpy(np.concatenate([r[name] for r in scored])) for name in scored[0]}
+        tensors = {name: torch.from_numpy(np.concatenate([r[name] for r in scored])) for name in _NO_ROWS}
         return AlignedBatch(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, **tensors,
             teacher=TeacherChunks(parts), count=batch.count, record_ids=batch.record_ids,
+            num_tokens=batch.num_tokens,
         )  # fmt: skip
 
     def _scored(
