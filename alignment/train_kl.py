@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
             held_out=config.eval_data_path, checkpoint=config.model_name_or_path, chat=True,
         )  # fmt: skip
         return
-    run = start_run(config.device)
+    run = start_run(config.device, output_dir=config.output_dir)
     tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, chat=True)
     model = load_trainable(config.model_name_or_path, config)
     ids = special_ids(model.config, tokenizer)

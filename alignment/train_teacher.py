@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     if config.dry_run:
         raise ValueError("--dry_run looks at LLaDA checkpoints; a teacher of this size is tried out directly")
-    run = start_run(config.device)
+    run = start_run(config.device, output_dir=config.output_dir)
     tokenizer = load_tokenizer(config.tokenizer_name, chat=True)
     model = load_causal(config, tokenizer).train()
     # causal training has no masks; an id is needed where a stream would put one

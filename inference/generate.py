@@ -87,7 +87,17 @@ class Config(SamplerFlags):
 
 
 # Flags that change neither an answer nor which prompts have one: a killed run may go on with others.
-FREE = ("output_path", "max_samples", "device", "num_gpus", "batch_size", "trace", "prompt", "prompts_file")
+FREE = (
+    "output_path",
+    "max_samples",
+    "device",
+    "num_gpus",
+    "batch_size",
+    "trace",
+    "prompt",
+    "prompts_file",
+    "cuda_graphs",
+)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Config(SpeculativeSettings):
         aliases=["drafter"],
     )
     verifier: str = flag(help="Folder or hub name of the autoregressive model that decides.")
-    verifier_gguf: str | None = flag(None, help="Name of a GGUF file in the verifier's folder.")
+    verifier_gguf_file: str | None = flag(None, help="Name of a GGUF file in the verifier's folder.")
     bridge: str = flag(
         "none",
         help="none: both have one vocabulary. vocabulary: drafts of tokens that both have. text: drafted "
@@ -224,7 +224,11 @@ def load(config: Config, device: torch.device) -> Pair:
     )
     drafter.config.eot_token_id = special_ids(drafter.config, drafter_tokenizer).eot
     verifier, verifier_tokenizer = load_causal_lm(
-        config.verifier, flag="--verifier", gguf_file=config.verifier_gguf, dtype=config.dtype, device=device
+        config.verifier,
+        flag="--verifier",
+        gguf_file=config.verifier_gguf_file,
+        dtype=config.dtype,
+        device=device,
     )
     bridge = Bridge(
         config.bridge,
@@ -232,7 +236,6 @@ def load(config: Config, device: torch.device) -> Pair:
         drafter_tokenizer,
         verifier_tokenizer,
         num_outputs=verifier.config.get_text_config().vocab_size,
-        device=device,
     )
     decoder = SpeculativeDecoder(drafter, verifier, bridge, config)
     ends = end_ids(verifier, verifier_tokenizer, bridge.vocabulary.target.closing)
@@ -241,9 +244,9 @@ def load(config: Config, device: torch.device) -> Pair:
 
 def verifier_files(config: Config) -> list[list[Any]]:
     """Name, size and time of the verifier's files: other ones give other answers."""
-    if config.verifier_gguf is None:
+    if config.verifier_gguf_file is None:
         return checkpoint_files(config.verifier)
-    found = Path(config.verifier, config.verifier_gguf)
+    found = Path(config.verifier, config.verifier_gguf_file)
     return [[found.name, found.stat().st_size, found.stat().st_mtime_ns]] if found.is_file() else []
 
 

@@ -46,7 +46,6 @@ class Bridge:
         verifier_tokenizer: PreTrainedTokenizerBase,
         *,
         num_outputs: int,
-        device: torch.device | str = "cpu",
     ) -> None:
         """The bridge between two tokenizers.
 
@@ -79,18 +78,23 @@ class Bridge:
         if kind == "text":
             texts = self.vocabulary.source.texts[: config.embedding_size]
             draws = [i for i, text in enumerate(texts) if text or target_of[i] != OTHER]
-            self.allowed = self.drawn_as = torch.tensor(draws, device=device)
+            self.allowed = self.drawn_as = torch.tensor(draws)
             self.size = config.embedding_size
         else:
-            self.allowed = (target_of != OTHER).nonzero()[:, 0].to(device)
-            self.drawn_as = target_of.to(device)[self.allowed]
+            self.allowed = (target_of != OTHER).nonzero()[:, 0]
+            self.drawn_as = target_of[self.allowed]
             self.size = num_outputs
         if not self.allowed.numel():
             raise ValueError("--bridge vocabulary: the two tokenizers have no token in common; use text")
         # flipped: of several drafter tokens with one meaning the first stands for it
-        self.feeds = torch.full((self.size,), self.mask_id, device=device)
+        self.feeds = torch.full((self.size,), self.mask_id)
         self.feeds[self.drawn_as.flip(0)] = self.allowed.flip(0)
         self._carried = range(min(num_outputs, config.embedding_size))
+
+    def move(self, device: torch.device) -> None:
+        """Puts the tables where the drafter is."""
+        self.allowed, self.drawn_as = self.allowed.to(device), self.drawn_as.to(device)
+        self.feeds = self.feeds.to(device)
 
     def canvas_prompt(self, prompt: Sequence[int]) -> list[int]:
         """The verifier's prompt in the drafter's tokens, special tokens by their role.

@@ -32,7 +32,7 @@ def load_causal_lm(
     folder, source = Path(path), {"gguf_file": gguf_file} if gguf_file else {}
     if gguf_file is None and folder.is_dir() and not (folder / "config.json").is_file():
         found = sorted(file.name for file in folder.glob("*.gguf"))
-        hint = f"add {flag}_gguf {found[0]}" if found else "a checkpoint folder has one"
+        hint = f"add {flag}_gguf_file {found[0]}" if found else "a checkpoint folder has one"
         raise ValueError(f"{flag} {path}: no config.json; {hint}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **source)

@@ -52,6 +52,7 @@ class Drafter:
         self.model, self.bridge, self.settings, self.warpers = model.eval(), bridge, settings, warpers
         self.keeps_q = keeps_q
         self.device = next(model.parameters()).device
+        bridge.move(self.device)
         self.forwards = 0
         self.start([])
 

@@ -262,8 +262,8 @@ class SpeculativeDecoder:
         if not any(draft.chains):
             return Accepted(0, 0, draws.choose(p[0, :1])[0])
         if self.rule == "block":
-            return by_block(draft.chains[0], draft.q[0], p[0], draws)
-        return by_token(draft.chains, draft.q, p, draws)
+            return by_block(draft.chains[0], draft.q[0].to(p), p[0], draws)
+        return by_token(draft.chains, draft.q.to(p), p, draws)
 
 
 def ends_with(end_ids: Sequence[int]) -> IsDone:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .cache_llada import WindowCache
 from .canvas_llada import Block, Canvas
 from .generation_config_llada import LLaDAGenerationConfig
+from .graphs_llada import Recorder
 from .remasking_llada import (
     ORDER_DRAW,
     TOKEN_DRAW,
@@ -68,6 +69,7 @@ class Decoding:
         self.last_ids = self.end_ids if settings.confidence_eos_eot_inf and ends else None
         self.exempt_ids = torch.tensor([*ends, self.mask_id], device=self.device)
         self.steps = torch.zeros(len(keys), dtype=torch.long, device=self.device)
+        self.recorder = Recorder(model) if settings.cuda_graphs else None
         self.is_running = [True] * len(keys)
         self.forwards = 0
 
@@ -106,9 +108,13 @@ class Decoding:
         for step, num_picks in enumerate(transfer_schedule(num_masked, num_steps)):
             if num_picks == 0 or not block.names:
                 return  # the schedule never grows, so all later steps decide nothing too
-            columns = self._masked(block).logical_not().long().argsort(dim=1, stable=True)[:, :num_masked]
-            picks = torch.ones_like(columns, dtype=torch.bool)
+            # a recorded forward is always asked for the whole block: one shape for all steps
+            num_columns = num_masked if self.recorder is None else block.width
+            masked = self._masked(block)
+            columns = masked.logical_not().long().argsort(dim=1, stable=True)[:, :num_columns]
+            picks = masked.gather(1, columns)
             if self.settings.remasking == "random":
+                columns, picks = columns[:, :num_masked], picks[:, :num_masked]
                 order = self._uniform(block, step, ORDER_DRAW).gather(1, columns)
                 order = order.argsort(dim=1, descending=True, stable=True)[:, :num_picks]
                 columns = columns.gather(1, order)
@@ -133,7 +139,8 @@ class Decoding:
         counts = [block.width] * len(block.names)  # masked columns of each sequence
         for step in range(block.width):
             masked = self._masked(block)
-            columns = masked.logical_not().long().argsort(dim=1, stable=True)[:, : max(counts)]
+            num_columns = max(counts) if self.recorder is None else block.width
+            columns = masked.logical_not().long().argsort(dim=1, stable=True)[:, :num_columns]
             valid = masked.gather(1, columns)
             logits = self._logits(block, columns, step)
             tokens = self._tokens(block, logits, columns, step)
@@ -246,13 +253,17 @@ class Decoding:
                 if positions is None:
                     positions = torch.arange(block.visible, device=self.device)[None]
                 tokens, positions = tokens[:, first:last], positions[:, first:last]
-        return self.model(
-            input_ids=tokens,
-            attention_mask=keep,
-            position_ids=positions,
-            past_key_values=block.cache,
-            query_positions=(columns + block.start - first).repeat(num_branches, 1),
-        ).logits
+        inputs = {
+            "input_ids": tokens,
+            "attention_mask": keep,
+            "position_ids": positions,
+            "query_positions": (columns + block.start - first).repeat(num_branches, 1),
+        }
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        fills_cache = block.cache is not None and block.cache.window is None
+        if self.recorder is None or fills_cache:
+            return self.model(**inputs, past_key_values=block.cache).logits
+        return self.recorder(inputs, block.cache)
 
     def _present(self, block: Block, num_outputs: int) -> Tensor:
         """[A, E] bool: tokens of prompt and answer so far, without EOS, EoT and the mask."""

@@ -35,7 +35,7 @@ bench() {
 }
 
 # One token a step, against the published loop; then what parallel decoding would give at 2, 4 and 8 a step.
-bench inference-8b --arms reference exact dual prefix --repeats 10
-bench inference-8b-parallel --arms exact dual --tokens_per_step 2 4 8 --repeats 5
+bench inference-8b --arms reference exact exact+graphs dual dual+graphs prefix --repeats 10
+bench inference-8b-parallel --arms exact+graphs dual+graphs --tokens_per_step 2 4 8 --repeats 5
 # Batching helps while a step is bound by reading the weights, which with a cache it is up to about 150 rows.
-bench inference-8b-batch --arms dual --batch_size 1 4 8 --repeats 5
+bench inference-8b-batch --arms dual+graphs --batch_size 1 4 8 --repeats 5

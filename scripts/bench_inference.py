@@ -8,7 +8,8 @@ Arms:
                 up to the first EOS, the program ends with status 1; so it does for exact's variant nostop.
     A+B+...     ours with other settings: nostop (no early stop), factor, threshold, entropy, klass (parallel
                 decoding), dual, prefix (cache), refreshN (cache refreshed every N steps), origin (growing
-                canvas), random, sampled, guided (CFG), penalised, remdm. For example dual+factor.
+                canvas), random, sampled, guided (CFG), penalised, remdm, graphs (recorded forwards, on a
+                GPU). Some take a number: factor0.5, threshold0.95. For example dual+factor.
     peer-X      with --peer_path CHECKOUT ...: the samplers of LLaDA itself, Fast-dLLM or dllm, on our model.
 
 Columns: tokens/s counts tokens before EOS (decided/s counts all); forwards per such token; ms per call of the
@@ -33,6 +34,7 @@ Run:
 import json
 import math
 import statistics
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,11 @@ class Config:
     arms: list[str] = flag([], help="What to run; default a selection.")
     repeats: int = flag(3, help="Timed runs of each arm.")
     threads: int | None = flag(None, help="CPU threads; default torch's choice.")
+    clock: str = flag(
+        "wall",
+        help="Of times on prompts. cpu: this process's own seconds, on a machine that has other work too.",
+        choices=["wall", "cpu"],
+    )
     device: str = flag("cpu", help="cpu or cuda.")
     dtype: str = flag(
         "float32", help="Of the weights.", choices=["float32", "bfloat16", "float16", "float64"]
@@ -118,6 +125,10 @@ def check(config: Config) -> None:
         raise ValueError(f"--device {config.device}: torch sees no GPU here; use --device cpu")
     if config.shape is None and (config.model_name_or_path is None or config.prompts_file is None):
         raise ValueError("give --model_name_or_path and --prompts_file, or --shape")
+    if config.clock == "cpu" and config.threads != 1:
+        raise ValueError("--clock cpu adds up the seconds of all threads; it needs --threads 1")
+    if config.clock == "cpu" and config.device != "cpu":
+        raise ValueError(f"--clock cpu says nothing of --device {config.device}")
     if config.invariance and "reference" in config.arms:
         raise ValueError("--invariance compares our arms; leave reference out of --arms")
     for arm in config.arms:
@@ -181,7 +192,7 @@ def time_on_prompts(
     prompts, calls, rows = read_prompts(config, tokenizer, config.num_prompts), Calls(model), []
     for batch_size in config.batch_size or [1, 8]:
         batches = batches_of(prompts, batch_size)
-        results = measure(arms, batches, config.repeats, calls, model.device)
+        results = measure(arms, batches, config, calls, model.device)
         table = [
             {"batch": batch_size, **row, **accuracies(results[row["arm"]].tokens, prompts, tokenizer)}
             for row in summarize(results)
@@ -201,17 +212,17 @@ def time_on_prompts(
 
 
 def measure(
-    arms: dict[str, Arm], batches: list[list[Prompt]], repeats: int, calls: Calls, device: torch.device
+    arms: dict[str, Arm], batches: list[list[Prompt]], config: Config, calls: Calls, device: torch.device
 ) -> dict[str, Result]:
     """What each arm did. The arms take turns, in another order each time."""
     results = {name: Result() for name in arms}
     fastest = list(arms)[-1]
     arms[fastest](batches[0])  # warms up kernels and allocator
-    names = list(arms)
-    for repeat in range(repeats):
+    names, clock = list(arms), time.process_time if config.clock == "cpu" else time.perf_counter
+    for repeat in range(config.repeats):
         first = repeat % len(names)
         for name in names[first:] + names[:first]:
-            time_arm(arms[name], batches, results[name], calls, device)
+            time_arm(arms[name], batches, results[name], calls, device, clock)
     return results
 
 

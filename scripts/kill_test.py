@@ -33,6 +33,8 @@ PREPARE = (
     ("pretraining/prepare_corpus.py", "corpus"),
     ("sft_training/prepare_sft.py", "sft_data"),
     ("pretraining/pretrain.py", "pretrain"),
+    ("sft_training/train_sft.py", "sft"),
+    ("rlhf/precompute_bref.py", "bref"),
 )
 """Scripts of the debug chain, run in this order where runs/debug lacks the folder."""
 
@@ -41,6 +43,8 @@ STAGES = {
     "pretraining, packed": ("pretraining/pretrain.py", "--packing"),
     "sft": ("sft_training/train_sft.py",),
     "sft, lora": ("sft_training/train_sft.py", "--use_lora", "--lora_r", "4"),
+    "dpo": ("rlhf/train_dpo.py",),
+    "elbo-kto": ("rlhf/train_elbo_kto.py",),
 }
 """Stage -> its script, run with configs/debug/<script>.yaml, and further flags."""
 

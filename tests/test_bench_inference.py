@@ -44,7 +44,21 @@ def run(model_dir, tmp_path):
 def test_times_and_accuracies(run, monkeypatch, capsys):
     monkeypatch.setattr(bench, "score", lambda text, record: 1.0)
     arms = ["reference", "exact", "exact+nostop", "dual+factor"]
-    rows = run("--arms", *arms, "--num_prompts", "4", "--num_scored", "5", "--batch_size", "1", "3")
+    rows = run(
+        "--arms",
+        *arms,
+        "--num_prompts",
+        "4",
+        "--num_scored",
+        "5",
+        "--batch_size",
+        "1",
+        "3",
+        "--clock",
+        "cpu",
+        "--threads",
+        "1",
+    )
     timed, scored = rows[:8], rows[8:]
     assert [(row["batch"], row["arm"]) for row in timed] == [(b, arm) for b in (1, 3) for arm in arms]
     for row in timed:
@@ -234,6 +248,7 @@ def test_the_gpu_lines_are_valid_commands():
         (["--shape", "micro-random", "--tokens_per_step", "0"], "--tokens_per_step"),
         (["--shape", "micro-random", "--arms", "fast"], "no part 'fast'"),
         (["--shape", "micro-random", "--tokens_per_step", "3"], "steps 5 cannot be shared out evenly"),
+        (["--shape", "micro-random", "--clock", "cpu"], "it needs --threads 1"),
         (["--model_path", "m", "--prompts_file", "p", "--invariance", "--arms", "reference"], "leave ref"),
     ],
 )  # fmt: skip

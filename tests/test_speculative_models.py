@@ -17,7 +17,7 @@ from llada.verifying import Verifier
 V = 48
 EOS = 0
 PROMPTS = [[7, 3, 9], [1], list(range(1, 30))]
-LENGTH = 16
+LENGTH = 12
 
 
 class Tokenizer:
@@ -116,7 +116,7 @@ def test_temperature_0_gives_transformers_greedy_output(drafter, bidirectional, 
         assert stats.accepted[0] > 0 or model is bidirectional
 
 
-@pytest.mark.parametrize("mode", MODES[:5] + MODES[9:12], ids=str)
+@pytest.mark.parametrize("mode", MODES[1:4] + MODES[10:11], ids=str)
 def test_match_gives_the_samples_of_plain_decoding(drafter, verifier, mode):
     decoder = make_decoder(
         drafter, verifier, **{"temperature": 0.9, "top_p": 0.95, **mode}, acceptance="match"
@@ -140,7 +140,7 @@ def test_a_drafter_that_says_what_the_verifier_says_is_always_accepted(verifier,
     assert sum(stats.reached) <= stats.draft_forwards <= sum(stats.reached) + 3 * len(PROMPTS)
 
 
-@pytest.mark.parametrize("mode", MODES[:5] + MODES[9:12], ids=str)
+@pytest.mark.parametrize("mode", MODES[:2] + MODES[4:5] + MODES[10:12], ids=str)
 def test_the_caches_change_nothing(drafter, verifier, mode):
     # with a causal drafter keys do not depend on what came later, so cached and uncached drafts are equal
     settings = {"temperature": 0.9, "seed": 3, **mode}
@@ -254,4 +254,4 @@ def test_sampling_through_generate(drafter, verifier):
     other = SpeculativeSettings(draft_length=2, acceptance="match", draft="confidence")
     assert torch.equal(one, generate(verifier, PROMPTS, drafter, other, **flags))
     blocks = generate(verifier, PROMPTS, drafter, SpeculativeSettings(draft_length=4), **flags)
-    assert not torch.equal(one[:, :40], blocks[:, :40])
+    assert not torch.equal(one[:, :36], blocks[:, :36])

@@ -16,6 +16,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "random": {"remasking": "random"},
     "sampled": {"temperature": 1.0},
     "guided": {"cfg_scale": 0.5},
+    "graphs": {"cuda_graphs": True},
     "penalised": {"repetition_penalty": 1.2},
     "remdm": {"remdm": "cap", "temperature": 1.0},
     **{rule: {"parallel_decoding": rule} for rule in ("factor", "threshold", "entropy", "klass")},

@@ -98,7 +98,7 @@ def time_lengths(
 
     rows, num_tokens = [], batch_size * gen_length
     for (name, k), result in results.items():
-        seconds = statistics.median(result.seconds)
+        seconds, num_calls = statistics.median(result.seconds), max(1, result.num_calls)
         floor = sampler_floor(
             model.config, gpu, settings[name, k], num_prompt, batch_size=batch_size,
             is_pruned=name in names and name != "reference",
@@ -107,8 +107,7 @@ def time_lengths(
             {
                 "P": num_prompt, "G": gen_length, "batch": batch_size, "arm": name, "tokens/step": k,
                 "tokens/s": num_tokens / seconds, "min": num_tokens / max(result.seconds),
-                "max": num_tokens / min(result.seconds),
-                "ms/forward": 1000 * seconds / max(1, result.num_calls),
+                "max": num_tokens / min(result.seconds), "ms/forward": 1000 * seconds / num_calls,
                 "peak MiB": result.memory, "floor tokens/s": num_tokens / floor,
                 "% of floor": 100 * floor / seconds,
             }

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,20 +90,25 @@ class Result:
 
 
 def time_arm(
-    arm: Arm, batches: list[list[Prompt]], result: Result, calls: Calls, device: torch.device
+    arm: Arm,
+    batches: list[list[Prompt]],
+    result: Result,
+    calls: Calls,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Runs all batches once and adds to the result."""
+    """Runs all batches once and adds to the result; `clock` tells seconds."""
     result.tokens, result.num_decided = {}, 0
     calls.num_calls = calls.num_sequences = 0
     memory = PeakMemory(device)
-    started = time.perf_counter()
+    started = clock()
     for batch in batches:
         answers = arm(batch)
         result.tokens |= {p.index: tokens for p, tokens in zip(batch, answers.tokens, strict=True)}
         result.num_decided += answers.num_decided
     if device.type == "cuda":
         torch.cuda.synchronize()
-    result.seconds.append(time.perf_counter() - started)
+    result.seconds.append(clock() - started)
     result.memory = max(result.memory, memory.read())
     result.num_calls, result.num_sequences = calls.num_calls, calls.num_sequences
 
