@@ -68,3 +68,34 @@ def test_the_pipeline(project, capsys):
     out = capsys.readouterr().out
     assert out.count("finished before") == 3
     assert (project / "checkpoints/loss_curves.png").is_file()
+
+
+# The commands of the two KL alignment READMEs (llada-8b-fine-tune), with our script paths.
+PREPROCESS_ALIGNMENT = """alignment/preprocess_alignment_data.py --input_file sft_data/llama_logits.json
+    --output_file sft_data/processed_alignment.pt --model_name GSAI-ML/LLaDA-8B-Instruct --max_length 4096"""
+ALIGN = """alignment/train_kl.py --data_path sft_data/processed_alignment.pt --positions answer
+    --model_name GSAI-ML/LLaDA-8B-Instruct --output_dir alignment_output --batch_size 2 --learning_rate 2.5e-5
+    --weight_decay 0.1 --epochs 3 --warmup_steps 50 --save_steps 500 --local_rank -1 --log_level INFO
+    --gradient_accumulation_steps 1 --max_grad_norm 1.0 --temperature 1.0 --log_interval 100"""
+PREPROCESS_LOGITS = """alignment/precompute_teacher.py --input_file sft_data/llama_logits_example.json
+    --output_file sft_data/processed_logits.pt --model_name GSAI-ML/LLaDA-8B-Instruct --max_length 4096"""
+DISTIL = """alignment/train_kl.py --data_path sft_data/processed_logits.pt --positions masked
+    --model_name GSAI-ML/LLaDA-8B-Instruct --output_dir sft_output --batch_size 2 --learning_rate 2.5e-5
+    --epochs 1 --loss_type hybrid --temperature 2.0 --alpha 0.5 --beta 0.5"""
+EXAMPLE = """inference/generate.py --model_path sft_output/final --prompt "What is the capital of France?"
+    --gen_length 32 --steps 32 --block_length 32 --method semi_autoregressive_padding --is_instruct"""
+
+
+def test_kl_alignment(model_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model_dir, "GSAI-ML/LLaDA-8B-Instruct")
+    (tmp_path / "sft_data").mkdir()
+    shutil.copy(ROOT / "data/samples/teacher_positions.json", "sft_data/llama_logits.json")
+    shutil.copy(ROOT / "data/samples/teacher_logits.json", "sft_data/llama_logits_example.json")
+    for command in (PREPROCESS_ALIGNMENT, ALIGN, PREPROCESS_LOGITS, DISTIL):
+        run(command)
+    for folder, steps in (("alignment_output", 3), ("sft_output", 2)):
+        assert json.loads((tmp_path / folder / "results.json").read_text())["steps"] == steps
+    capsys.readouterr()
+    run(EXAMPLE)
+    assert capsys.readouterr().out.strip()
