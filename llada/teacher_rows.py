@@ -109,9 +109,9 @@ def align_answer(
 
 
 def from_logits(logits: Tensor, vocabulary: VocabMap, *, top_k: int) -> Distributions:
-    """The student's view of a teacher's logits [n, V]; with top_k = 0 of every token.
+    """The student's view of a teacher's logits [n, V]: its top k tokens, or with top_k = 0 all of them.
 
-    Source of the split: everything below the k-th and everything unmapped goes to the rest.
+    What is below the k-th, and the tokens that the student does not have, make up the rest.
     """
     parts = []
     for start in range(0, len(logits), _CHUNK):
