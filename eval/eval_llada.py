@@ -44,6 +44,8 @@ from llada.runtime import end_run
 
 MODEL = "llada_dist"  # registered by the import of llada.lm_eval_model
 PRESETS = Path(__file__).with_name("presets.yaml")
+TASKS = Path(__file__).with_name("tasks")
+NOT_FOUND = "Tasks not found: "  # how lm_eval's own error starts
 log = logging.getLogger("lm_eval.llada")
 
 
@@ -129,6 +131,15 @@ def _only_local_tasks(arguments: argparse.Namespace) -> AbstractContextManager:
     )
 
 
+def _about_unknown_tasks(message: str, include_path: str | None) -> str:
+    name = message.removeprefix(NOT_FOUND)
+    ours = TaskManager(include_path=include_path or str(TASKS), include_defaults=False).all_tasks
+    hint = _did_you_mean(name, ours)
+    if include_path is None:
+        hint += f" (with --include_path {TASKS})"
+    return f"--tasks {name}: unknown; {hint}; lm_eval's own: lm-eval ls tasks"
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run lm_eval with `llada_dist` as its default model."""
     setup_logging()
@@ -142,7 +153,12 @@ def main(argv: list[str] | None = None) -> None:
         Worker(parse_model_args(with_flags(arguments.model_args, vars(arguments)))).serve()
     else:
         with _only_local_tasks(arguments):
-            HarnessCLI().execute(arguments)
+            try:
+                HarnessCLI().execute(arguments)
+            except ValueError as error:
+                if not str(error).startswith(NOT_FOUND):
+                    raise
+                raise ValueError(_about_unknown_tasks(str(error), arguments.include_path)) from error
         if LLaDADist.latest is not None:
             LLaDADist.latest.worker.dismiss()
     end_run()

@@ -218,6 +218,8 @@ class Chat:
             if name not in SETTINGS:
                 raise ValueError(f"no setting {name!r}; /settings lists them")
             changes[name] = read_value(name, text)
+        if changes.get("block_length") and "method" not in changes and self.settings.method == "fixed_length":
+            changes["method"] = "semi_autoregressive_padding"  # as the flag --block_length does
         settings = self.settings.changed(**changes)
         settings.steps_per_block(settings.gen_length)
         self.settings = settings

@@ -41,15 +41,16 @@ from llada.prompts import checkpoint_files, prompt_of
 from llada.records import read_records
 from llada.request_log import RequestLog
 from llada.runtime import barrier, end_run, start_run
+from llada.sampler_flags import SamplerFlags, sampler_settings
 from llada.verifiers import final_answer
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 
 log = logging.getLogger("generate")
 
 
-@dataclass
-class Config:
-    """Flags of this script."""
+@dataclass(kw_only=True)
+class Config(SamplerFlags):
+    """Flags of this script, beside those of the sampler."""
 
     model_name_or_path: str = flag(
         help="Checkpoint or run folder, LoRA adapter folder, or hub name.", aliases=["model_path"]
@@ -76,23 +77,6 @@ class Config:
     )
     trace: str | None = flag(None, help="JSONL file that receives every denoising step.")
 
-    # The sampler; see modelling_final/generation_config_llada.py. These give the published tokens.
-    method: str | None = flag(
-        None,
-        help="fixed_length: one block. semi_autoregressive_padding: blocks in a canvas of full length. "
-        "semi_autoregressive_origin: the canvas grows. Default: padding with --block_length, else fixed.",
-        choices=["fixed_length", "semi_autoregressive_padding", "semi_autoregressive_origin"],
-    )
-    gen_length: int = flag(128, help="Answer length in tokens.")
-    block_length: int | None = flag(None, help="Tokens per block; default 32 for the two block methods.")
-    steps: int | None = flag(None, help="Denoising steps over the whole answer; default gen_length.")
-    temperature: float = flag(0.0, help="0: the most likely token; else sampling.")
-    cfg_scale: float = flag(0.0, help="Classifier-free guidance; 0: none.")
-    remasking: str = flag("low_confidence", help="Order of decisions.", choices=["low_confidence", "random"])
-    logits_eos_inf: bool = flag(False, help="Never produce EOS.")
-    confidence_eos_eot_inf: bool = flag(False, help="Decide EOS and EoT last.")
-    early_stop: bool = flag(True, help="Stop when all before an EOS is decided; the same text.")
-    repetition_penalty: float = flag(1.0, help="Above 1: tokens that were there become less likely.")
     num_return_sequences: int = flag(1, help="Answers per prompt; all are written as `completions`.")
     best_of: str = flag(
         "first",
@@ -100,47 +84,20 @@ class Config:
         "frequent, or the most likely one for its length.",
         choices=["first", "majority", "likelihood"],
     )
-    seed: int = flag(0, help="Of every random draw.")
-
-    # Approximate: these change the tokens.
-    parallel_decoding: str = flag(
-        "none",
-        help="How many tokens a step decides follows from confidence.",
-        choices=["none", "threshold", "factor", "entropy", "klass"],
-    )
-    threshold: float = flag(0.9, help="Confidence for threshold and klass.")
-    factor: float = flag(1.0, help="f in (n + 1)(1 - c) < f for factor.")
-    entropy_bound: float = flag(0.1, help="Nats for entropy.")
-    klass_kl: float = flag(0.01, help="Nats that count as unchanged for klass.")
-    klass_steps: int = flag(2, help="Unchanged steps for klass.")
-    cache: str = flag(
-        "none", help="Reuse keys and values within a block.", choices=["none", "prefix", "dual"]
-    )
-    cache_refresh_interval: int = flag(0, help="Recompute them every so many steps; 0: once a block.")
-    remdm: str = flag(
-        "none", help="Decided tokens may be masked again.", choices=["none", "cap", "rescale", "conf"]
-    )
-    remdm_eta: float = flag(0.04, help="Strength of cap and rescale.")
 
 
 # Flags that change neither an answer nor which prompts have one: a killed run may go on with others.
-FREE = ("output_path", "max_samples", "device", "num_gpus", "batch_size", "trace", "prompt", "prompts_file")
-
-
-def sampler_settings(config: Config) -> LLaDAGenerationConfig:
-    """The sampler's settings among the flags, checked."""
-    names = set(asdict(config)) & set(LLaDAGenerationConfig().to_dict())
-    values = {name: getattr(config, name) for name in names}
-    block_length, method = config.block_length, config.method
-    if method is None:
-        method = "semi_autoregressive_padding" if block_length else "fixed_length"
-    if method != "fixed_length" and block_length is None:
-        block_length = min(32, config.gen_length)
-    settings = LLaDAGenerationConfig(**values | {"method": method, "block_length": block_length})
-    settings.steps_per_block(config.gen_length)
-    if config.best_of != "first" and config.num_return_sequences == 1:
-        raise ValueError(f"--best_of {config.best_of} chooses among answers: set --num_return_sequences")
-    return settings
+FREE = (
+    "output_path",
+    "max_samples",
+    "device",
+    "num_gpus",
+    "batch_size",
+    "trace",
+    "prompt",
+    "prompts_file",
+    "cuda_graphs",
+)
 
 
 @dataclass(frozen=True)
@@ -262,6 +219,8 @@ def main(argv: list[str] | None = None) -> None:
     """Answers the prompts."""
     config = parse(Config, argv, description=__doc__)
     settings = sampler_settings(config)
+    if config.best_of != "first" and config.num_return_sequences == 1:
+        raise ValueError(f"--best_of {config.best_of} chooses among answers: set --num_return_sequences")
     run = start_run(config.device)
     if config.num_gpus not in (1, run.world_size):
         raise ValueError(

@@ -5,22 +5,33 @@ whatever kills the run, `latest` names a complete checkpoint. Everything random 
 state is the weights, the optimizer and one integer.
 """
 
+import fcntl
+import functools
 import json
 import os
 import shutil
 import signal
+import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
-from llada.runtime import Run, barrier
+from llada.runtime import STOP_SIGNALS, Run, barrier
 
 # A single process is a normal way to train; torch warns about it at every save and load.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -43,6 +54,9 @@ class Saver:
         # abort.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._pending: tuple[int, Mapping[str, Any], Future] | None = None
+        if run.is_main:
+            for partial in output_dir.glob("step-*.tmp"):  # what a killed run was writing
+                shutil.rmtree(partial)
 
     @property
     def is_written(self) -> bool:
@@ -81,18 +95,22 @@ class Saver:
         folder, partial = self._output_dir / f"step-{step}", self._output_dir / f"step-{step}.tmp"
         try:
             future.result()
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0][:300]
+            barrier()
+            if self._run.is_main:
+                write_atomically(partial / "meta.json", json.dumps({"step": step, **meta}, indent=1))
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(partial, folder)
+                write_atomically(self._output_dir / "latest", folder.name)
+        except (Exception, CheckpointException) as error:  # DCP's is a BaseException
+            if self._run.is_main:
+                shutil.rmtree(partial, ignore_errors=True)  # its room is needed
+            free = shutil.disk_usage(self._output_dir).free / 1e9
             raise OSError(
-                f"{partial}: the training state could not be saved ({reason}); is the disk full? "
+                f"{partial}: the training state could not be saved ({_reason(error)}); is the disk full? It "
+                f"has {free:.3f} GB free without what was written of this state. "
                 f"The last complete checkpoint is the one that {self._output_dir / 'latest'} names"
             ) from error
-        barrier()
         if self._run.is_main:
-            (partial / "meta.json").write_text(json.dumps({"step": step, **meta}, indent=1))
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(partial, folder)
-            write_atomically(self._output_dir / "latest", folder.name)
             for old in _saved_steps(self._output_dir)[: -self._keep]:
                 shutil.rmtree(self._output_dir / f"step-{old}")
         barrier()
@@ -107,11 +125,7 @@ def load_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
     meta = read_meta(folder)
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
     state = {"model": model_state, "optimizer": optimizer_state}
-    try:
-        dcp.load(state, checkpoint_id=folder)
-    except (dcp.api.CheckpointException, RuntimeError, OSError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0][:300]
-        raise ValueError(f"--resume_from_checkpoint {folder}: cannot be loaded: {reason}") from error
+    _load(folder, state)
     set_state_dict(
         model,
         optimizer,
@@ -120,6 +134,31 @@ def load_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
         options=_OPTIONS,
     )
     return meta["step"]
+
+
+def load_weights(folder: Path, model: torch.nn.Module) -> None:
+    """Fills the model's trained weights from a saved state, whatever ranks wrote it; ValueError as above."""
+    state = {"model": get_model_state_dict(model, options=_OPTIONS)}
+    _load(folder, state)
+    set_model_state_dict(model, state["model"], options=_OPTIONS)
+
+
+def _load(folder: Path, state: dict[str, Any]) -> None:
+    try:
+        dcp.load(state, checkpoint_id=folder)
+    except (CheckpointException, RuntimeError, OSError, EOFError) as error:
+        others = [str(folder.parent / f"step-{step}") for step in _saved_steps(folder.parent)]
+        others = [other for other in others if other != str(folder)] or ["none"]
+        raise ValueError(
+            f"--resume_from_checkpoint {folder}: cannot be loaded: {_reason(error)}. Other states to name "
+            f"with --resume_from_checkpoint: {', '.join(others)}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in a line. DCP wraps it into the errors of all ranks."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()] or [repr(error)]
+    return next((line for line in reversed(lines) if "Error" in line), lines[0]).strip()[:300]
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -170,20 +209,64 @@ def _saved_steps(output_dir: Path) -> list[int]:
 def write_atomically(path: Path, text: str) -> None:
     """Replaces the file so that a reader sees the old text or the new, never a part."""
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # else the new name can outlive a power cut and the text not
     os.replace(partial, path)
 
 
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Holds the folder for this process: a second run in it would overwrite states and metrics of the first.
+
+    The lock ends with the process, however that ends. File systems without locks are used without one.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise ValueError(
+                f"--output_dir {folder}: another run ({holder}) is writing there; wait for it, stop it, or "
+                "give another folder"
+            ) from error
+        except OSError as error:
+            warnings.warn(f"{folder}: no lock on this file system ({error.strerror})", stacklevel=2)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def one_run_per_folder(fit: Callable[..., None]) -> Callable[..., None]:
+    """`fit(model, tokenizer, config, run, ...)`, with --output_dir locked by rank 0 as long as it runs."""
+
+    @functools.wraps(fit)
+    def locked(model: torch.nn.Module, tokenizer: Any, config: Any, run: Run, **options: Any) -> None:
+        if not run.is_main:
+            return fit(model, tokenizer, config, run, **options)
+        with folder_lock(Path(config.output_dir)):
+            return fit(model, tokenizer, config, run, **options)
+
+    return locked
+
+
 class StopSignal:
-    """Notes SIGTERM and SIGUSR1 (what SLURM and torchrun send), so that the loop can stop between two
-    steps."""
+    """Notes SIGTERM, SIGUSR1 (what SLURM and torchrun send) and SIGHUP (a closed terminal), so that the loop
+    can stop between two steps."""
 
     def __init__(self) -> None:
         self.received = False
         self._previous = {}
 
     def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._note)
         return self
 

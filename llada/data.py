@@ -49,6 +49,7 @@ __all__ = [
     "tokenize_corpus",
 ]
 
+ROWS = ("joined", "documents")
 LONG = ("error", "drop", "truncate")
 SHARD_SIZE = 10_000
 EVERYTHING = (0.0, 1.0)
@@ -60,6 +61,7 @@ def tokenize_corpus(
     output_dir: str | Path,
     *,
     max_length: int,
+    rows: str = "joined",
     text_documents: str = "blank_line",
     hash_range: tuple[float, float] = EVERYTHING,
     shard_size: int = SHARD_SIZE,
@@ -70,7 +72,8 @@ def tokenize_corpus(
 
     Args:
         paths: files and folders, as in `read_records`; also `text_documents`.
-        max_length: tokens a row; only the last row of a shard is shorter.
+        max_length: tokens a row; of joined rows only the last of a shard is shorter.
+        rows: see `encode_documents`.
         hash_range: keep the documents whose hash in [0, 1) lies in this range. It depends on the text alone,
             so a document and its copies are on the same side of a split.
         shard_size, num_proc, overwrite: see `write_shards`.
@@ -80,7 +83,7 @@ def tokenize_corpus(
     """
     return _tokenize(
         partial(_documents, paths, text_documents, hash_range),
-        partial(encode_documents, tokenizer=tokenizer, max_length=max_length),
+        partial(encode_documents, tokenizer=tokenizer, max_length=max_length, rows=rows),
         paths,
         output_dir,
         settings={
@@ -89,6 +92,7 @@ def tokenize_corpus(
             "max_length": max_length,
             "text_documents": text_documents,
             "hash_range": list(hash_range),
+            **({"rows": rows} if rows != "joined" else {}),
         },
         shard_size=shard_size,
         num_proc=num_proc,
@@ -145,16 +149,25 @@ def tokenize_conversations(
 
 
 def load_corpus(
-    path: str, tokenizer: PreTrainedTokenizerBase, *, prepared: str | Path, max_length: int, run: Run
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prepared: str | Path,
+    max_length: int,
+    run: Run,
+    rows: str = "joined",
 ) -> Dataset:
     """Corpus rows of `path`: made by prepare_corpus.py, or raw text, which rank 0 prepares in `prepared`.
+
+    Args:
+        rows: how to cut raw text, see `encode_documents`; prepared rows stay as they are.
 
     Raises: ValueError when prepared rows come from another tokenizer or are longer than `max_length`.
     """
     if _is_usable(path, tokenizer, kind="corpus", max_length=max_length):
         return load_rows(path)
     with first_rank_first(run):
-        return tokenize_corpus([path], tokenizer, prepared, max_length=max_length)
+        return tokenize_corpus([path], tokenizer, prepared, max_length=max_length, rows=rows)
 
 
 def load_conversations(

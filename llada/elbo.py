@@ -26,10 +26,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from llada.batches import Example, MaskedBatch, Noised, collate
 from llada.likelihood import Request
 from llada.mask_plan import MaskPlan, plan_masks
 from llada.masking import generator
-from llada.stream import Example, MaskedBatch, Noised, collate
 
 
 @dataclass
@@ -122,7 +122,7 @@ def make_draws(
     for k in range(num_draws):
         pairs = zip(examples, masks, strict=True)
         noised = [Noised(example, mask[k], 1.0, n) for n, (example, mask) in enumerate(pairs)]
-        batches.append(collate(noised, mask_id=mask_id, pad_id=pad_id))
+        batches.append(collate([[item] for item in noised], mask_id=mask_id, pad_id=pad_id))
     return Draws(batches, torch.from_numpy(weights))
 
 

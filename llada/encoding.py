@@ -14,9 +14,14 @@ _BATCH = 256  # texts a tokenizer call: enough for its threads, little enough me
 
 
 def encode_documents(
-    items: list[Item], *, tokenizer: PreTrainedTokenizerBase, max_length: int
+    items: list[Item], *, tokenizer: PreTrainedTokenizerBase, max_length: int, rows: str = "joined"
 ) -> tuple[Columns, Counter]:
-    """Corpus rows of one shard, and its counts of records, empty documents, rows and tokens."""
+    """Corpus rows of one shard, and its counts of records, empty documents, rows and tokens.
+
+    Args:
+        rows: "joined" = all documents one after the other, cut every `max_length` tokens; "documents" = each
+            in a row of its own, and a longer one in several.
+    """
     pieces: list[np.ndarray] = []
     counts = Counter(records=len(items), empty=0)
     for start in range(0, len(items), _BATCH):
@@ -29,7 +34,10 @@ def encode_documents(
             refuse_mask_token(ids, tokenizer, where)
             pieces.append(np.array([*ids, tokenizer.eos_token_id], dtype=np.int32))
     tokens = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
-    borders = np.append(np.arange(0, len(tokens), max_length), len(tokens))
+    sizes = [len(tokens)] if rows == "joined" else [len(piece) for piece in pieces]
+    ends = np.cumsum(sizes, dtype=np.int64)
+    cuts = [np.arange(end - size, end, max_length) for size, end in zip(sizes, ends, strict=True)]
+    borders = np.append(np.concatenate(cuts) if cuts else [], len(tokens))
     counts.update(rows=len(borders) - 1, tokens=len(tokens))
     return {"input_ids": _lists(borders, tokens)}, counts
 

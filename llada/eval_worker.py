@@ -31,12 +31,12 @@ THINK_END = "</think>"
 # A rank may wait hours for the slowest one; the default timeout of a process group is half an hour.
 PATIENCE = timedelta(days=7)
 # Arguments that do not change a result: a run may continue with others.
-NO_EFFECT = ("batch_size", "generate_batch_size", "device", "record_dir", "mask_id")
+NO_EFFECT = ("batch_size", "generate_batch_size", "device", "record_dir", "mask_id", "cuda_graphs")
 # Arguments that go to the sampler under their own names; the others depend on the task.
 SAMPLER_ARGS = (
     *("method", "remasking", "logits_eos_inf", "confidence_eos_eot_inf", "early_stop", "repetition_penalty"),
     *("parallel_decoding", "threshold", "factor", "entropy_bound", "klass_kl", "klass_steps"),
-    *("cache", "cache_refresh_interval", "remdm", "remdm_eta"),
+    *("cache", "cache_refresh_interval", "remdm", "remdm_eta", "cuda_graphs"),
 )
 
 
@@ -93,6 +93,7 @@ class ModelArgs:
     cache_refresh_interval: int = flag(0, help="Steps between recomputations of the cache; 0: once a block.")
     remdm: str = flag("none", help="none, or approximate: cap, rescale, conf.")
     remdm_eta: float = flag(0.04, help="Strength of ReMDM remasking.")
+    cuda_graphs: bool = flag(False, help="On a GPU, record forwards and replay them; the same mathematics.")
     use_thinking: bool = flag(True, help="False: the answer starts with an empty <think></think>.")
 
 

@@ -8,12 +8,14 @@ of the state (1: replicated, R: `--shard full`, the ranks of a node: `--shard hy
 Memory of a rank, added up as if every part were at its peak at once:
     weights     4 P / S; LoRA: e P / S for the frozen ones, 4 T / S for the adapters
     gradients   4 T / S; replicated on several ranks another 4 T for the buckets of the all-reduce; sharded
-                with accumulation another 4 T, since they stay whole until a step's last micro-batch
+                with accumulation another 4 T, since they stay whole until a step's last micro-batch (but for
+                --reduce_always)
     AdamW       8 T / S
     working     replicated bfloat16: 2 bytes for each block weight that autocast has cast; sharded: two
                 gathered blocks and the gathered head, and the largest of these once more in float32 to reduce
     activations B L n a, where a is `block_bytes` (what one block keeps of a token for its backward);
-                with --gradient_checkpointing B L (n x + a), x the bytes of a block's input
+                with --activation_checkpointing full B L (n x + a), x the bytes of a block's input; with
+                selective x includes what is kept beside it: k, q, gate, MLP output and attention
     head        chunk_rows(V) V (4 + 2) for the logits of a chunk, and where the head is trained its gradient
                 in float32 and the product of a chunk: V D (4 + e)
 FLOPs of a token: 6 for each matrix weight of a block (LoRA: 4, since frozen weights need no gradient), the
@@ -24,10 +26,12 @@ Source: arXiv 2204.02311 appendix B (6 per weight); for LLaDA-8B at 4,096 positi
 51.4 GFLOP a token, LoRA 36.4, LoRA recomputed 52.5.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 
+from llada.batches import MaskedBatch
 from llada.model import LINEAR_LAYERS
 from llada.train_config import TrainConfig
 from modelling_final import LLaDAConfig
@@ -131,7 +135,7 @@ def memory(
     accumulates = config.batch_size > config.micro_batch_size * ranks.world_size
 
     gradients = FLOAT32 * trainable / sharing
-    if (sharing == 1 and ranks.world_size > 1) or (sharing > 1 and accumulates):
+    if (sharing == 1 and ranks.world_size > 1) or (sharing > 1 and accumulates and not config.reduce_always):
         gradients += FLOAT32 * trainable
     working = 0.0
     if sharing > 1:
@@ -141,7 +145,10 @@ def memory(
         working = e * parameters.blocks
 
     per_block, at_input = block_bytes(shape, config, parameters)
-    if config.gradient_checkpointing:
+    if config.recompute == "selective":
+        at_input += e * (3 * shape.d_model + shape.n_kv_heads * shape.head_dim + shape.mlp_hidden_size)
+        at_input += FLOAT32 * shape.n_heads
+    if config.recompute != "none":
         activations = tokens * (shape.n_layers * at_input + per_block)
     else:
         activations = tokens * shape.n_layers * per_block
@@ -172,10 +179,45 @@ def flops_per_token(
         masked_share: share of the tokens whose row goes through the head; 0.5 in pretraining.
         recompute: also count the second forward of the blocks that activation checkpointing runs.
     """
-    d, k = shape.d_model, shape.n_kv_heads * shape.head_dim
-    matrices = shape.n_layers * (2 * d * d + 2 * d * k + 3 * d * shape.mlp_hidden_size)
-    attention = 12 * shape.n_layers * length * d
+    useful = useful_flops(shape, parameters, num_tokens=1, num_scored=masked_share, num_pairs=length)
+    again = 2 * _matrices(shape) + 4 * shape.n_layers * length * shape.d_model if recompute else 0.0
+    return useful + again
+
+
+def useful_flops(
+    shape: LLaDAConfig, parameters: Parameters, *, num_tokens: float, num_scored: float, num_pairs: float
+) -> float:
+    """FLOPs that the loss and its gradients need.
+
+    Args:
+        num_tokens: tokens in the blocks, padding excluded.
+        num_scored: rows that go through the head.
+        num_pairs: (query, key) pairs in attention: the squared lengths of all documents, added up.
+    """
     per_weight = 4 if parameters.is_lora else 6
-    head = per_weight * shape.embedding_size * d * masked_share
-    again = 2 * matrices + attention / 3 if recompute else 0.0
-    return per_weight * matrices + attention + head + again
+    head = shape.embedding_size * shape.d_model * num_scored
+    attention = 12 * shape.n_layers * shape.d_model * num_pairs
+    return per_weight * (_matrices(shape) * num_tokens + head) + attention
+
+
+def flops_counter(model: nn.Module) -> Callable[[MaskedBatch], float]:
+    """`useful_flops` of a micro-batch, for this model."""
+    shape = (model.get_base_model() if hasattr(model, "peft_config") else model).config
+    parameters = count_parameters(model)
+
+    def flops_of(batch: MaskedBatch) -> float:
+        return useful_flops(
+            shape,
+            parameters,
+            num_tokens=batch.num_tokens,
+            num_scored=batch.rows.numel(),
+            num_pairs=batch.num_pairs,
+        )
+
+    return flops_of
+
+
+def _matrices(shape: LLaDAConfig) -> int:
+    """Matrix weights of all blocks."""
+    d, k = shape.d_model, shape.n_kv_heads * shape.head_dim
+    return shape.n_layers * (2 * d * d + 2 * d * k + 3 * d * shape.mlp_hidden_size)

@@ -3,10 +3,13 @@
 Shapes: B sequences, L positions, M masked tokens of a micro-batch.
 """
 
+from collections.abc import Callable
+
 import torch
 
+from llada.batches import MaskedBatch
 from llada.runtime import Run, autocast, sum_over_ranks
-from llada.stream import MaskedBatch, MaskedStream
+from llada.stream import MaskedStream
 from llada.train_config import TrainConfig
 
 
@@ -34,11 +37,19 @@ def masked_diffusion_loss(model: torch.nn.Module, batch: MaskedBatch, total_coun
         rows=batch.rows,
         targets=batch.targets,
         weights=batch.weights / total_count,
+        document_borders=batch.document_borders,
     ).loss
 
 
 @torch.no_grad()
-def validation_loss(model: torch.nn.Module, *, stream: MaskedStream, config: TrainConfig, run: Run) -> float:
+def validation_loss(
+    model: torch.nn.Module,
+    *,
+    stream: MaskedStream,
+    config: TrainConfig,
+    run: Run,
+    loss: Callable[[torch.nn.Module, MaskedBatch, float], torch.Tensor] = masked_diffusion_loss,
+) -> float:
     """The same quantity over a stream's records under masks that never change, in the same unit.
 
     The records are shared out over the ranks; every rank gets the result.
@@ -49,7 +60,7 @@ def validation_loss(model: torch.nn.Module, *, stream: MaskedStream, config: Tra
     count = 0.0
     for batch in stream.validation(config.eval_limit):
         with autocast(run.device, config.dtype):
-            total += masked_diffusion_loss(model, batch.to(run.device), 1.0).double().cpu()
+            total += loss(model, batch.to(run.device), 1.0).double().cpu()
         count += batch.count
     model.train(was_training)
     total_sum, count_sum = sum_over_ranks([float(total), count])

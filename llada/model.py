@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from llada.config import read_yaml
+from llada.context import NO_SCALING, RopeScaling
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -172,6 +173,7 @@ def load_model(
     attn_implementation: str | None = None,
     device: torch.device | str | None = None,
     merge_adapter: bool = True,
+    rope: RopeScaling = NO_SCALING,
 ) -> LLaDAModelLM | PeftModel:
     """The model of a checkpoint, with every weight accounted for.
 
@@ -182,6 +184,7 @@ def load_model(
         attn_implementation: transformers' name of an attention kernel; default sdpa.
         device: where to put it; default CPU.
         merge_adapter: fold the adapter into the weights (for inference); else return a trainable PeftModel.
+        rope: how to stretch the positions.
 
     Raises:
         ValueError: no such checkpoint, or one with missing or unexpected weights.
@@ -190,9 +193,12 @@ def load_model(
     if adapter_path is None and Path(path, "adapter_config.json").is_file():
         adapter_path = path
         path = resolve_checkpoint(LoraConfig.from_pretrained(adapter_path).base_model_name_or_path)
-    load_config(path)
+    # An adapter trained on stretched positions carries the config that says so.
+    has_config = adapter_path is not None and Path(resolve_checkpoint(adapter_path), "config.json").is_file()
+    config = rope.apply(load_config(adapter_path if has_config else path))
     model, report = LLaDAModelLM.from_pretrained(
         path,
+        config=config,
         dtype=DTYPES.get(dtype, dtype),
         attn_implementation=attn_implementation,
         output_loading_info=True,
@@ -217,15 +223,12 @@ def _put_adapter(model: LLaDAModelLM, adapter_path: str, *, merge: bool) -> LLaD
     return adapted.merge_and_unload() if merge else adapted
 
 
-def new_model(
-    config_name: str, tokenizer: PreTrainedTokenizerBase, *, seed: int, max_length: int
-) -> LLaDAModelLM:
-    """A randomly initialised model of a named size, shaped for this tokenizer.
+def new_config(config_name: str, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> LLaDAConfig:
+    """The configuration of a named size, shaped for this tokenizer.
 
     Args:
         config_name: a size in configs/models (for example `1m`), or a YAML/JSON file of LLaDAConfig fields.
         tokenizer: decides the vocabulary and the special ids; must have a mask token.
-        seed: of the initial weights.
         max_length: context in tokens, unless the size names its own `max_sequence_length`.
     """
     sizes = sorted(file.stem for file in (ROOT / "configs/models").glob("*.yaml"))
@@ -237,7 +240,7 @@ def new_model(
     if tokenizer.mask_token_id is None:
         raise ValueError("--tokenizer_name: the tokenizer has no mask token; see scripts/train_tokenizer.py")
     shape = {"max_sequence_length": max_length, **read_yaml(file)}
-    config = LLaDAConfig(
+    return LLaDAConfig(
         **shape,
         vocab_size=len(tokenizer),
         embedding_size=-(-len(tokenizer) // 64) * 64,  # rows in multiples of 64 keep matrix kernels fast
@@ -246,6 +249,13 @@ def new_model(
         pad_token_id=tokenizer.pad_token_id,
         eot_token_id=tokenizer.get_vocab().get(SPECIAL_TOKENS["eot"]),
     )
+
+
+def new_model(
+    config_name: str, tokenizer: PreTrainedTokenizerBase, *, seed: int, max_length: int
+) -> LLaDAModelLM:
+    """A randomly initialised model of a named size; see `new_config`. `seed`: of the initial weights."""
+    config = new_config(config_name, tokenizer, max_length=max_length)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LLaDAModelLM(config)
@@ -302,6 +312,8 @@ def save_model(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     model.save_pretrained(partial, state_dict=state_dict)
+    if hasattr(model, "peft_config"):
+        model.get_base_model().config.save_pretrained(partial)  # see load_model
     tokenizer.save_pretrained(partial)
     for file in partial.iterdir():
         file.chmod(0o644)  # safetensors writes 0600, which colleagues on a cluster cannot read

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llada.batches import Example, MaskedBatch, Noised, collate
 from llada.elbo import Draws, differentiate, draw_values, gradient_parts, make_draws, plan_draws
 from llada.likelihood import Request
 from llada.masking import generator
 from llada.model import SpecialIds
 from llada.runtime import Run, sum_over_ranks
 from llada.step_likelihood import StateBatch, batch_log_probs, collate_states, replay
-from llada.stream import Example, MaskedBatch, Noised, collate
 from modelling_final import LLaDAGenerationConfig
 
 ESTIMATORS = ("elbo", "trajectory", "diffu")
@@ -245,7 +245,9 @@ class TermBuilder:
             noised.append(Noised(Example(tokens, is_answer, weight=1.0, count=1.0), is_answer, 1.0, n))
         size = self.micro_batch_size
         chunks = [
-            collate(noised[start : start + size], mask_id=self.ids.mask, pad_id=self.ids.pad)
+            collate(
+                [[item] for item in noised[start : start + size]], mask_id=self.ids.mask, pad_id=self.ids.pad
+            )
             for start in range(0, len(noised), size)
         ]
         return TokenTerms(chunks, [int(item.is_masked.sum()) for item in noised])

@@ -8,6 +8,7 @@ many ranks there are, so a large job can be tried in one process:
 """
 
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -37,6 +38,7 @@ from llada.footprint import (
 )
 from llada.messages import to_messages
 from llada.model import DTYPES, load_config, load_tokenizer, new_model, resolve_checkpoint, special_ids
+from llada.progress import PEAK_FLOPS
 from llada.records import OnBytes, files_of, read_records
 from llada.runtime import Run
 from llada.shards import Item, is_prepared, read_manifest
@@ -45,8 +47,7 @@ from llada.training import prepare_trainable
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
 SAMPLE_RECORDS = 256  # of raw files; enough for lengths within a few per cent
-# Dense bf16 of an H100 SXM, and a usual share of it.
-PEAK_FLOPS, MFU = 989e12, 0.4
+MFU = 0.4  # a usual share of a GPU's peak
 _ALONE = Run(rank=0, world_size=1, device=torch.device("cpu"))
 
 
@@ -67,7 +68,9 @@ RowsOf = Callable[[str, PreTrainedTokenizerBase], Rows]
 """(path, tokenizer) -> its rows; ValueError where the stage could not read it."""
 
 
-def corpus_rows(path: str, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Rows:
+def corpus_rows(
+    path: str, tokenizer: PreTrainedTokenizerBase, *, max_length: int, rows: str = "joined"
+) -> Rows:
     """The rows that pretraining gets from `path`, prepared or raw."""
     if _is_prepared(path):
         load_corpus(path, tokenizer, prepared="", max_length=max_length, run=_ALONE)
@@ -81,7 +84,7 @@ def corpus_rows(path: str, tokenizer: PreTrainedTokenizerBase, *, max_length: in
             yield where, record["text"]
 
     def encode(items: list[Item]) -> Counter:
-        return encode_documents(items, tokenizer=tokenizer, max_length=max_length)[1]
+        return encode_documents(items, tokenizer=tokenizer, max_length=max_length, rows=rows)[1]
 
     return _sampled(path, documents, encode)
 
@@ -268,11 +271,16 @@ def _describe_rows(rows: Rows) -> str:
 
 
 def _describe_steps(config: TrainConfig, rows: Rows, ranks: Ranks) -> list[tuple[str, str]]:
-    accumulation = config.batch_size // (config.micro_batch_size * ranks.world_size)
     epochs = config.max_steps * config.batch_size / rows.num_rows
     tokens = config.batch_size * rows.num_tokens / rows.num_rows
+    at_once = config.micro_batch_size * ranks.world_size
+    accumulation = config.batch_size // at_once
+    batch = f"{config.batch_size} rows"
+    if config.packing:
+        accumulation = max(1, math.ceil(tokens / config.max_length / at_once))
+        batch = f"{config.batch_size} records in about {tokens / config.max_length:.1f} packed rows"
     return [
-        ("batch", f"{config.batch_size} rows = {ranks.world_size} ranks x {config.micro_batch_size} x "
+        ("batch", f"{batch} = {ranks.world_size} ranks x {config.micro_batch_size} x "
          f"{accumulation} micro-batches"),
         ("steps", f"{config.max_steps:,} = {epochs:.2f} epochs; {tokens:,.0f} tokens a step"),
     ]  # fmt: skip
@@ -287,7 +295,7 @@ def _describe_cost(
         "masked_share": 0.5 * rows.num_maskable / rows.num_tokens,
     }
     useful = tokens * flops_per_token(shape, parameters, **settings)
-    seconds = useful / (ranks.world_size * PEAK_FLOPS * MFU)
+    seconds = useful / (ranks.world_size * PEAK_FLOPS["H100"] * MFU)
     text = f"{useful:.3g} FLOPs a step; {seconds:.3g} s at {MFU:.0%} MFU of an H100 per rank"
     return [("compute", text), ("time", f"{seconds * config.max_steps / 3600:.3g} hours at that rate")]
 

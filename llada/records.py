@@ -1,6 +1,6 @@
 """Read records from files, each with where it stands: JSONL, JSON, text, Parquet, HF dataset folders.
 
-JSONL, text and Parquet are streamed: memory does not grow with the file. Every error names file and line.
+Everything is streamed: memory does not grow with the file. Every error names file and line.
 """
 
 import json
@@ -11,6 +11,8 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from llada.json_stream import JsonStream
 
 Record = dict[str, Any]
 Located = tuple[str, Record]
@@ -140,34 +142,9 @@ def _read_jsonl(file: Path, report: OnBytes) -> Iterator[Located]:
 
 
 def _read_json(file: Path, report: OnBytes) -> Iterator[Located]:
-    raw = file.read_bytes().removeprefix(_BOM)
-    text = _decode(raw, file, 1, 0)
-    decoder = json.JSONDecoder()
-    is_array = text.lstrip().startswith("[")
-    position, line = (text.index("[") + 1 if is_array else 0), 1
-    line += text.count("\n", 0, position)
-    while True:
-        # Between values: white space, in an array commas, and at its end the bracket.
-        start = position
-        while start < len(text) and (text[start].isspace() or (is_array and text[start] == ",")):
-            start += 1
-        line += text.count("\n", position, start)
-        if start == len(text) and not is_array:
-            return
-        where = f"{file}:{line}"
-        if is_array and text.startswith("]", start):
-            if rest := text[start + 1 :].strip():
-                raise ValueError(f"{where}: malformed JSON: {rest[:40]!r} after the end of the array")
-            return
-        try:
-            value, position = decoder.raw_decode(text, start)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{file}:{error.lineno}: malformed JSON: {error.msg} at column {error.colno}"
-            ) from error
-        yield where, _record(value, where)
-        report(len(text[start:position].encode()))
-        line += text.count("\n", start, position)
+    with JsonStream(file, report) as stream:
+        for where, value in stream.records(stream.value):
+            yield where, _record(value, where)
 
 
 def _read_text(file: Path, text_documents: str, report: OnBytes) -> Iterator[Located]:

@@ -55,7 +55,7 @@ def load_frozen(config: PolicyConfig) -> torch.nn.Module:
         dtype=config.dtype if config.use_lora else "float32",
         adapter_path=config.sft_adapter_path if is_policy else None,
         attn_implementation=config.attn_implementation,
-        merge_adapter=False,  # merged weights would round otherwise than the policy's
+        merge_adapter=not is_policy,  # merged weights round differently from the policy's own sum
     )
     disable_dropout(model)
     return model.eval().requires_grad_(False)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -28,13 +30,20 @@ class Run:
         return self.rank == 0
 
 
-def start_run(device: str | None = None) -> Run:
+# What SLURM and torchrun send before they kill, and what a closed terminal sends.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+_handlers_before: dict[int, Any] = {}
+
+
+def start_run(device: str | None = None, *, output_dir: str | None = None) -> Run:
     """Joins the process group that torchrun or accelerate launch describes in the environment, if there is
     one.
 
     Args:
         device: "cpu", "cuda", ...; default the GPU of this process's LOCAL_RANK where there is one, else the
         CPU.
+        output_dir: of a training: a signal outside its steps (while data are prepared or a model is loaded)
+        leaves PREEMPTED there and ends the process with status 0, as one between two steps does.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -47,11 +56,28 @@ def start_run(device: str | None = None) -> Run:
         # gloo beside nccl: CPU tensors (counts, flags, checkpoints) travel on it
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    return Run(rank=int(os.environ.get("RANK", "0")), world_size=world_size, device=chosen)
+    run = Run(rank=int(os.environ.get("RANK", "0")), world_size=world_size, device=chosen)
+    if output_dir is not None:
+        _stop_cleanly_on_signals(run, Path(output_dir))
+    return run
+
+
+def _stop_cleanly_on_signals(run: Run, output_dir: Path) -> None:
+    def stop(*_: object) -> None:
+        if run.is_main:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            (output_dir / "PREEMPTED").touch()
+            print("stopped by a signal outside the training steps; the same command continues", flush=True)
+        sys.exit(0)
+
+    for number in STOP_SIGNALS:
+        _handlers_before[number] = signal.signal(number, stop)
 
 
 def end_run() -> None:
-    """Leaves the process group, if this process is in one."""
+    """Leaves the process group, if this process is in one, and gives signals back to whoever had them."""
+    while _handlers_before:
+        signal.signal(*_handlers_before.popitem())
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -111,7 +137,9 @@ class Metrics:
         if not run.is_main:
             return
         self._path = folder / "metrics.jsonl"
-        _keep_lines_before(self._path, first_step)
+        self._spikes = folder / "loss_spikes.jsonl"
+        for path in (self._path, self._spikes):
+            _keep_lines_before(path, first_step)
         self._bar = tqdm(total=total_steps, initial=first_step, desc=folder.name, unit="step", mininterval=2)
         if report_to == "wandb":
             import wandb  # only here: it is slow to import and most runs do not use it
@@ -133,6 +161,17 @@ class Metrics:
         self._bar.write(f"step {step}: {shown}")
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
+
+    def log_spike(self, step: int, spike: Mapping[str, Any]) -> None:
+        """Appends one line to loss_spikes.jsonl, with the records of the step, and says so."""
+        if self._bar is None:
+            return
+        with open(self._spikes, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **spike}) + "\n")
+        self._bar.write(
+            f"step {step}: loss {spike['loss']:.4g} is {spike['loss_spike']:.1f} standard deviations above "
+            f"its mean; the records are in {self._spikes}"
+        )
 
     def advance(self, step: int) -> None:
         """Moves the progress bar to `step`."""

@@ -28,6 +28,7 @@ class SamplerFlags:
     early_stop: bool = flag(True, help="Stop when all before an EOS is decided; the same text.")
     repetition_penalty: float = flag(1.0, help="Above 1: tokens that were there become less likely.")
     seed: int = flag(0, help="Of every random draw.")
+    cuda_graphs: bool = flag(False, help="On a GPU, record forwards and replay them; the same mathematics.")
 
     # Approximate: these change the tokens.
     parallel_decoding: str = flag(

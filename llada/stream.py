@@ -8,104 +8,19 @@ Shapes: B sequences of a micro-batch, L positions (the longest of them), M maske
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import pyarrow.compute as pc
-import torch
 from datasets import Dataset
 
+from llada.batches import Example, MaskedBatch, Noised, collate
+from llada.curriculum import Curriculum
 from llada.masking import bernoulli_mask, exact_mask, generator, mask_probability, permutation
 from llada.model import SpecialIds
+from llada.packing import deal, pack
 from llada.runtime import Run
 from llada.train_config import TrainConfig
-
-
-@dataclass
-class Example:
-    """One record before noise.
-
-    Attributes:
-        input_ids: [L] the clean tokens x_0.
-        maskable: [L] bool, the tokens that may be masked and are scored.
-        weight: factor on every token's loss: 1 for pretraining, 1 / answer length for SFT.
-        count: what the record adds to the global normaliser: its tokens in pretraining, 1 in SFT.
-    """
-
-    input_ids: np.ndarray
-    maskable: np.ndarray
-    weight: float
-    count: float
-
-
-@dataclass
-class MaskedBatch:
-    """A micro-batch after noise, ready for `LLaDAModelLM.forward`.
-
-    Attributes:
-        input_ids: [B, L] noised tokens x_t, padded on the right.
-        attention_mask: [B, L] 1 = token, 0 = padding; None when all rows are full.
-        rows: [M] flat positions b * L + i of the masked tokens.
-        targets: [M] their clean tokens.
-        weights: [M] float32 loss weights before the division by the global count.
-        count: what this micro-batch adds to the global normaliser.
-        record_ids: the records, for messages.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor | None
-    rows: torch.Tensor
-    targets: torch.Tensor
-    weights: torch.Tensor
-    count: float
-    record_ids: list[int]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens the model reads, padding excluded."""
-        return int(self.attention_mask.sum()) if self.attention_mask is not None else self.input_ids.numel()
-
-    def to(self, device: torch.device) -> "MaskedBatch":
-        """The same batch with its tensors on `device`."""
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
-        }
-        return MaskedBatch(**{**vars(self), **moved})
-
-
-@dataclass
-class Noised:
-    """One record after noise: `weight` already holds the 1 / p_mask (or L / l) of this draw."""
-
-    example: Example
-    is_masked: np.ndarray
-    weight: float
-    record_id: int
-
-
-def collate(noised: list[Noised], *, mask_id: int, pad_id: int) -> MaskedBatch:
-    """Stacks noised records, padded on the right to the longest."""
-    length = max(len(item.example.input_ids) for item in noised)
-    x_0 = np.full((len(noised), length), pad_id, dtype=np.int64)
-    is_masked = np.zeros((len(noised), length), dtype=bool)
-    attended = np.zeros((len(noised), length), dtype=np.int64)
-    weights = np.zeros((len(noised), length), dtype=np.float32)
-    for b, item in enumerate(noised):
-        n = len(item.example.input_ids)
-        x_0[b, :n], is_masked[b, :n], attended[b, :n] = item.example.input_ids, item.is_masked, 1
-        weights[b, :n] = item.weight
-    return MaskedBatch(
-        input_ids=torch.from_numpy(np.where(is_masked, mask_id, x_0)),
-        attention_mask=None if attended.all() else torch.from_numpy(attended),
-        rows=torch.from_numpy(np.flatnonzero(is_masked)),
-        targets=torch.from_numpy(x_0[is_masked]),
-        weights=torch.from_numpy(weights[is_masked]),
-        count=float(sum(item.example.count for item in noised)),
-        record_ids=[item.record_id for item in noised],
-    )
-
 
 _order = lru_cache(maxsize=4)(permutation)
 
@@ -123,6 +38,8 @@ def row_lengths(rows: Dataset) -> np.ndarray:
     return np.concatenate(lengths) if lengths else np.empty(0, dtype=np.int64)
 
 
+_RECORDS_A_ROW = 64  # packed together in validation; the more, the fuller the rows
+
 ExampleOf = Callable[[int, int, int], Example]
 """(record id, epoch, length of the longest record of the global batch) -> its Example."""
 
@@ -138,6 +55,10 @@ class MaskedStream:
         t_sampling: "iid", or "stratified" = one t in each of `batch_size` equal parts of (0, 1).
         mask_count: "bernoulli" = LLaDA's recipe with weight 1 / p_mask; "exact" = l = ceil(t n) of the n
             maskable tokens with weight n / l, the same expectation with less variance.
+        row_length: 0, or records are packed into rows of at most so many tokens, and `micro_batch_size`
+            counts rows; the records of a step and their masks stay the same.
+        fills_rows: whether `example_of` fills every record up to the longest.
+        curriculum: cuts the records of early steps into documents with noise of their own, and bounds t.
         full_length, full_length_probability: this share of the global batches counts as having a row of
             `full_length` tokens, for stages that fill rows up to the longest.
     """
@@ -152,6 +73,9 @@ class MaskedStream:
     pad_id: int
     t_sampling: str = "iid"
     mask_count: str = "bernoulli"
+    row_length: int = 0
+    fills_rows: bool = False
+    curriculum: Curriculum = Curriculum()
     full_length: int = 0
     full_length_probability: float = 0.0
 
@@ -171,6 +95,7 @@ class MaskedStream:
             pad_id=ids.pad,
             t_sampling=config.t_sampling,
             mask_count=config.mask_count,
+            row_length=config.max_length if config.packing else 0,
         )
 
     def epoch(self, step: int) -> float:
@@ -185,30 +110,53 @@ class MaskedStream:
         """This rank's micro-batches of one step.
 
         The global batch is sorted by length and cut into micro-batches, dealt to the ranks in turn: little
-        padding
-        in each, and ranks with equal work.
+        padding in each, and ranks with equal work. Or, with `row_length`, it is packed into rows first.
         """
         records = self.records_of(step)
         lengths = self.lengths[[record_id for record_id, _ in records]]
-        by_length = np.argsort(lengths, kind="stable")
         longest = int(lengths.max())
         if generator(self.seed, "full length", step).random() < self.full_length_probability:
             longest = max(longest, self.full_length)
-        batches = []
-        for start in range(0, self.batch_size, self.run.world_size * self.micro_batch_size):
-            start += self.run.rank * self.micro_batch_size
-            places = by_length[start : start + self.micro_batch_size]
-            noised = [self._noise(*records[place], longest, step, int(place)) for place in places]
-            batches.append(collate(noised, mask_id=self.mask_id, pad_id=self.pad_id))
-        return batches
+        if self.row_length:
+            lengths = np.full(len(records), longest) if self.fills_rows else lengths
+            parts = deal(pack(lengths, self.row_length), self.run, self.micro_batch_size)
+        else:
+            size = self.micro_batch_size
+            starts = range(self.run.rank * size, self.batch_size, self.run.world_size * size)
+            by_length = [[int(place)] for place in np.argsort(lengths, kind="stable")]
+            parts = [by_length[start : start + size] for start in starts]
+        noise = partial(self.noise, longest=longest, step=step)
+        return [
+            self._collate(
+                [[item for place in row for item in noise(*records[place], place=place)] for row in part]
+            )
+            for part in parts
+        ]
 
-    def _noise(self, record_id: int, epoch: int, longest: int, step: int, place: int) -> Noised:
+    def _collate(self, rows: list[list[Noised]]) -> MaskedBatch:
+        return collate(
+            rows or [[self._nothing()]],
+            mask_id=self.mask_id,
+            pad_id=self.pad_id,
+            packed=self.row_length > 0 or any(len(row) > 1 for row in rows),
+        )
+
+    def noise(self, record_id: int, epoch: int, *, longest: int, step: int, place: int) -> list[Noised]:
+        """The noised record, or its pieces where the curriculum cuts it."""
         example = self.example_of(record_id, epoch, longest)
-        random = generator(self.seed, "mask", record_id, epoch)
-        t = random.random()
-        if self.t_sampling == "stratified":
-            offset = generator(self.seed, "t", step).random()
-            t = (offset + (place + t) / self.batch_size) % 1.0
+        length = self.curriculum.length(step) or len(example.input_ids)
+        noised = []
+        for piece, start in enumerate(range(0, len(example.input_ids), length)):
+            random = generator(self.seed, "mask", record_id, epoch, *([piece] if piece else []))
+            t = random.random()
+            if self.t_sampling == "stratified":
+                offset = generator(self.seed, "t", step).random()
+                t = (offset + (place + t) / self.batch_size) % 1.0
+            t *= self.curriculum.largest_t(step)
+            noised.append(self._masked(example.part(start, start + length), record_id, t, random))
+        return noised
+
+    def _masked(self, example: Example, record_id: int, t: float, random: np.random.Generator) -> Noised:
         if self.mask_count == "exact":
             num_maskable = int(example.maskable.sum())
             num_masked = max(1, int(np.ceil(t * num_maskable)))
@@ -227,18 +175,22 @@ class MaskedStream:
         """
         num_records = min(limit or len(self.lengths), len(self.lengths))
         strata = permutation(self.seed, -1, num_records)
-        mine = range(self.run.rank, num_records, self.run.world_size)
-        most = -(-num_records // self.run.world_size)  # records of rank 0; sharded models forward in step
-        for start in range(0, most, self.micro_batch_size):
-            ids = mine[start : start + self.micro_batch_size]
-            items = [self._fixed_noise(i, int(strata[i]), num_records) for i in ids]
-            yield collate(items or [self._nothing()], mask_id=self.mask_id, pad_id=self.pad_id)
+        size = self.run.world_size * self.micro_batch_size * (_RECORDS_A_ROW if self.row_length else 1)
+        for start in range(0, num_records, size):
+            ids = range(start, min(start + size, num_records))
+            rows = [[i] for i in range(len(ids))]
+            if self.row_length:
+                rows = pack(self.lengths[ids], self.row_length)
+            for part in deal(rows, self.run, self.micro_batch_size):
+                rows_of_ids = [[ids[i] for i in row] for row in part]
+                yield self._collate(
+                    [[self._fixed_noise(i, int(strata[i]), num_records) for i in row] for row in rows_of_ids]
+                )
 
     def _nothing(self) -> Noised:
         """A record that counts for nothing, for a rank that has run out of records."""
-        example = self.example_of(0, 0, int(self.lengths[0]))
-        example.count = 0.0
-        return Noised(example, np.zeros_like(example.maskable), 0.0, 0)
+        nothing = np.zeros(1, dtype=bool)
+        return Noised(Example(np.array([self.pad_id]), nothing, 0.0, 0.0), nothing, 0.0, -1)
 
     def _fixed_noise(self, record_id: int, stratum: int, num_records: int) -> Noised:
         example = self.example_of(record_id, 0, int(self.lengths[record_id]))

@@ -19,6 +19,8 @@ RESUME_MUST_AGREE = (
 class TrainConfig:
     """Flags that every training stage has."""
 
+    packing = False  # a flag of the stages that can; see MaskedStream.row_length
+
     output_dir: str = flag(
         help="Folder of the run: step-N states, final/, best/, metrics.jsonl, results.json."
     )
@@ -63,17 +65,25 @@ class TrainConfig:
         choices=["float32", "bfloat16"],
         aliases=["torch_dtype"],
     )
-    gradient_checkpointing: bool = flag(
-        False,
-        help="Recompute blocks in the backward: less memory, more time.",
-        aliases=["activation_checkpointing"],
+    activation_checkpointing: str = flag(
+        "none",
+        help="Recompute in the backward: nothing; every second matrix product and the cheap operations of "
+        "each block (selective); or whole blocks (full). Less memory, more time.",
+        choices=["none", "selective", "full"],
     )
+    gradient_checkpointing: bool = flag(False, help="The same as --activation_checkpointing full.")
+    compile: bool = flag(False, help="torch.compile each block: faster steps after minutes of compiling.")
     shard: str = flag(
         "none",
         help="Replicate the model on all ranks, shard it over all (FSDP2), or within each node (HSDP).",
         choices=["none", "full", "hybrid"],
     )
     cpu_offload: bool = flag(False, help="With --shard: keep the shards in CPU memory between uses.")
+    reduce_always: bool = flag(
+        False,
+        help="With --shard and several micro-batches: reduce gradients after each, which keeps 1 / ranks of "
+        "them in memory instead of all, for more communication.",
+    )
     attn_implementation: str | None = flag(None, help="transformers' attention kernel; default sdpa.")
     use_lora: bool = flag(False, help="Train LoRA adapters instead of all weights.")
     lora_r: int = flag(128, help="LoRA rank.", aliases=["lora_rank"])
@@ -93,6 +103,14 @@ class TrainConfig:
         "bernoulli",
         help="Tokens masked given t: each with probability p, or exactly ceil(t n).",
         choices=["bernoulli", "exact"],
+    )
+    on_nonfinite: str = flag(
+        "stop",
+        help="A step whose loss or gradient is not finite: stop and name its records, or skip it and count.",
+        choices=["stop", "skip"],
+    )
+    spike_sigmas: float = flag(
+        6.0, help="Log steps whose loss is this many standard deviations above the running mean; 0 = never."
     )
     seed: int = flag(42, help="Key of every random draw.")
     log_interval: int = flag(10, help="Log every N steps.", aliases=["logging_steps"])
@@ -126,12 +144,17 @@ class TrainConfig:
     run_name: str | None = flag(None, help="W&B run name; default the folder's.", aliases=["wandb_run_name"])
     wandb_run_id: str | None = flag(None, help="W&B run to continue.")
 
+    @property
+    def recompute(self) -> str:
+        """none, selective or full: what of a block its backward computes again."""
+        return "full" if self.gradient_checkpointing else self.activation_checkpointing
+
     def resolve(self, run: Run, num_records: int) -> None:
         """Fills --micro_batch_size and --max_steps, and checks the numbers against each other."""
         if self.micro_batch_size is None:
             self.micro_batch_size = max(1, self.batch_size // run.world_size)
         unit = self.micro_batch_size * run.world_size
-        if self.batch_size <= 0 or self.batch_size % unit:
+        if self.batch_size <= 0 or (self.batch_size % unit and not self.packing):
             raise ValueError(
                 f"--batch_size {self.batch_size} must be a multiple of --micro_batch_size "
                 f"{self.micro_batch_size} "

@@ -2,66 +2,36 @@
 the stage.
 
 One step: take this rank's micro-batches -> sum their counts over all ranks -> forward and backward of each
-with that
-global count -> clip -> check -> AdamW -> log, validate, save.
+with that global count -> clip -> check -> AdamW (llada.step) -> log, validate, save.
 """
 
 import dataclasses
 import json
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from llada import checkpoint
+from llada.blocks import wrap_blocks
 from llada.config import write_yaml
+from llada.context import NO_SCALING, RopeScaling
+from llada.guards import LossWatch, gather_records
 from llada.model import attach_lora, load_model, save_model
-from llada.runtime import Metrics, Run, autocast, sum_over_ranks
-from llada.sharding import full_state_dict, gradient_sync, parallelize, whole
-from llada.train_config import RESUME_MUST_AGREE, TrainConfig, learning_rate
+from llada.progress import Progress
+from llada.runtime import Metrics, Run, sum_over_ranks
+from llada.sharding import full_state_dict, parallelize
+from llada.step import Batch, Loss, LossParts, Trainer
+from llada.train_config import RESUME_MUST_AGREE, TrainConfig
 
-
-class Batch(Protocol):
-    """What the loop needs of a micro-batch."""
-
-    count: float
-    record_ids: list[int]
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    def to(self, device: torch.device) -> "Batch": ...
-
+__all__ = [
+    "Batch", "Loss", "LossParts", "Stream", "fit", "load_trainable", "make_optimizer", "prepare_trainable",
+]  # fmt: skip
 
 Stream = Callable[[int], list[Batch]]
 """step -> this rank's micro-batches."""
-
-
-@dataclass
-class LossParts:
-    """A micro-batch's share of a loss whose gradient comes in several forward and backward passes.
-
-    Attributes:
-        value: the share of the loss itself, to be logged; without a graph.
-        parts: each is called once, in order, and gives a scalar; the gradients of all together are the
-            gradient of `value`. Every rank must have as many.
-        means: name -> (sum, count), to be logged: all sums of a step, over micro-batches and ranks, divided
-            by all counts. Every micro-batch must name the same ones.
-    """
-
-    value: torch.Tensor
-    parts: Sequence[Callable[[], torch.Tensor]]
-    means: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-
-
-Loss = Callable[[torch.nn.Module, Batch, float], torch.Tensor | LossParts]
-"""(model, micro-batch, count of the global batch) -> this micro-batch's share of the loss."""
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -80,16 +50,17 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.A
     )
 
 
-def load_trainable(path: str, config: TrainConfig) -> torch.nn.Module:
+def load_trainable(path: str, config: TrainConfig, *, rope: RopeScaling = NO_SCALING) -> torch.nn.Module:
     """The model to train, from a checkpoint: all its weights in float32, or LoRA adapters on weights in
     --dtype."""
     dtype = config.dtype if config.use_lora else "float32"
-    model = load_model(path, dtype=dtype, attn_implementation=config.attn_implementation, merge_adapter=False)
+    options = {"attn_implementation": config.attn_implementation, "merge_adapter": False}
+    model = load_model(path, dtype=dtype, rope=rope, **options)
     return prepare_trainable(model, config)
 
 
 def prepare_trainable(model: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
-    """Puts on what the flags ask for: adapters, activation checkpointing, and training mode."""
+    """Puts on what the flags ask for: adapters, activation checkpointing, compiled blocks, training mode."""
     if config.use_lora and not hasattr(model, "peft_config"):
         model = attach_lora(
             model,
@@ -99,12 +70,11 @@ def prepare_trainable(model: torch.nn.Module, config: TrainConfig) -> torch.nn.M
             target_modules=config.lora_target_modules,
             seed=config.seed,
         )
-    if config.gradient_checkpointing:
-        # Non-reentrant, so that it also works when the embedding is frozen.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    wrap_blocks(model, activation_checkpointing=config.recompute, compile=config.compile)
     return model.train()
 
 
+@checkpoint.one_run_per_folder
 def fit(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -116,6 +86,7 @@ def fit(
     validate: Callable[[torch.nn.Module], float | Mapping[str, float]] | None,
     fingerprint: dict[str, object],
     prefetch: bool = True,
+    flops_of: Callable[[Batch], float] = lambda _: 0.0,
     carried: dict[str, float] | None = None,
 ) -> None:
     """Trains until --max_steps, or until a signal asks to stop; saves, resumes and logs on the way.
@@ -127,13 +98,16 @@ def fit(
         validate: the held-out loss of the model, or several numbers with `eval_loss` among them; or None.
         fingerprint: what, besides the common flags, a resumed run must share with the first one.
         prefetch: prepare batches in the background; not for streams that need the current weights.
+        flops_of: useful FLOPs of a micro-batch, for MFU.
         carried: numbers that `loss` and `validate` keep from one step to the next, saved and restored in
             place with the state. `stop`, once it is not 0 after a validation, ends the run there.
 
     Writes `final/` (a plain checkpoint), `results.json` and `DONE` at the end; `PREEMPTED` when stopped.
 
     Raises:
-        FloatingPointError: a loss or gradient that is not finite; names the step and this rank's records.
+        FloatingPointError: a loss or gradient that is not finite, with --on_nonfinite stop or ten times in
+            a row; names the step and the records.
+        ValueError: another run writes to the same folder, or the saved state does not belong to this run.
     """
     output_dir = Path(config.output_dir)
     if run.is_main:
@@ -142,34 +116,37 @@ def fit(
     parallel = parallelize(model, run, shard=config.shard, dtype=config.dtype, cpu_offload=config.cpu_offload)
     optimizer = make_optimizer(model, config)
     meta = {name: getattr(config, name) for name in RESUME_MUST_AGREE} | fingerprint
-    first_step, results = 0, {}
+    first_step, results, watched = 0, {}, {}
     resume_from = checkpoint.find_resume(output_dir, config.resume_from_checkpoint)
     if resume_from is not None:
         checkpoint.check_meta(resume_from, meta)
         first_step = checkpoint.load_state(resume_from, model, optimizer)
         saved = checkpoint.read_meta(resume_from)
-        results = saved["results"]
+        results, watched = saved["results"], saved.get("loss_watch", {})
         if carried is not None:
             carried.update(saved.get("carried", {}))
     if run.is_main:
         write_yaml(config, output_dir / "config.yaml")
     metrics = Metrics(run, output_dir, report_to=config.report_to, config=dataclasses.asdict(config),
                       total_steps=config.max_steps, first_step=first_step)  # fmt: skip
-    state = _Progress(results=results, seconds=results.get("seconds", 0.0))
-    trainer = _Trainer(parallel, optimizer, config, run, loss)
+    state = Progress(results, run.device, run.world_size)
+    watch = LossWatch(config.spike_sigmas, **watched)
+    trainer = Trainer(parallel, optimizer, config, run, loss, state)
 
     saver = checkpoint.Saver(output_dir, run, keep=config.save_total_limit)
 
     def save(step: int) -> None:
-        progress = {"results": state.as_results(step), "carried": dict(carried or {})}
-        saver.start(step, model, optimizer, meta | progress)
+        saver.start(step, model, optimizer, meta | {
+            "results": state.as_results(step), "loss_watch": watch.state(), "carried": dict(carried or {}),
+            "world_size": run.world_size,
+        })  # fmt: skip
 
     def validate_at(step: int) -> None:
         if validate is None:
             return
         found = validate(model)
         values = found if isinstance(found, Mapping) else {"eval_loss": found}
-        state.note_validation(values["eval_loss"])
+        state.note_validation(values)
         metrics.log(step, values)
         if config.save_best and values["eval_loss"] <= state.results["best_eval_loss"]:
             export(output_dir / "best")
@@ -182,13 +159,15 @@ def fit(
     with checkpoint.StopSignal() as signal:
         if first_step == 0:
             validate_at(0)
+        state.phases.mark("before")
         last_step = first_step if carried and carried.get("stop") else config.max_steps
         for step, batches in _steps(stream, first_step, last_step, prefetch and config.num_workers > 0):
-            started = time.perf_counter()
-            count, tokens, stop, written = sum_over_ranks(
+            state.phases.mark("data")
+            count, tokens, flops, stop, written = sum_over_ranks(
                 [
                     sum(batch.count for batch in batches),
                     sum(batch.num_tokens for batch in batches),
+                    sum(flops_of(batch) for batch in batches),
                     signal.received,
                     saver.is_written,
                 ]
@@ -204,8 +183,11 @@ def fit(
                     print(f"stopped by a signal after {step} steps; the same command continues", flush=True)
                 return
             values = trainer.step(step, batches, count)
-            state.note_step(tokens, time.perf_counter() - started)
+            state.note_step(tokens, flops)
             done = step + 1
+            if (distance := watch.note(values["loss"])) is not None:
+                records = gather_records([record for batch in batches for record in batch.record_ids])
+                metrics.log_spike(done, {"loss": values["loss"], "loss_spike": distance, "records": records})
             metrics.advance(done)
             if done % config.log_interval == 0 or done == config.max_steps:
                 metrics.log(done, values | state.rates())
@@ -217,6 +199,7 @@ def fit(
                     break
             if config.save_interval and done % config.save_interval == 0 and not last:
                 save(done)
+            state.phases.mark("between steps")
         if first_step < last_step:
             if last_step == config.max_steps:
                 validate_at(last_step)
@@ -228,114 +211,6 @@ def fit(
         text = json.dumps(state.as_results(last_step), indent=1)
         checkpoint.write_atomically(output_dir / "results.json", text)
         (output_dir / "DONE").touch()
-
-
-class _Trainer:
-    """The arithmetic of one step."""
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        config: TrainConfig,
-        run: Run,
-        loss: Loss,
-    ) -> None:
-        self._config, self._run, self._loss, self._optimizer = config, run, loss, optimizer
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._model = model
-        # Sharded weights are gathered in the right precision already.
-        self._dtype = config.dtype if config.shard == "none" else "float32"
-
-    def step(self, step: int, batches: list[Batch], count: float) -> dict[str, float]:
-        """Forward, backward and update for one global batch whose counts sum to `count` over all ranks."""
-        rate = learning_rate(step, self._config)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        loss_sum = 0.0
-        sums: dict[str, tuple[float, float]] = {}
-        for i, batch in enumerate(batches):
-            loss, means = self._forward_backward(batch, count, last=i == len(batches) - 1)
-            loss_sum += loss
-            for name, (total, number) in means.items():
-                before = sums.get(name, (0.0, 0.0))
-                sums[name] = (before[0] + total, before[1] + number)
-        max_norm = self._config.max_grad_norm or math.inf
-        grad_norm = whole(torch.nn.utils.clip_grad_norm_(self._parameters, max_norm))
-        flat = [number for pair in sums.values() for number in pair]
-        loss_value, *flat = sum_over_ranks([float(loss_sum), *flat])
-        if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
-            records = [record for batch in batches for record in batch.record_ids]
-            raise FloatingPointError(
-                f"step {step}: loss {loss_value}, gradient norm {grad_norm}; records of rank "
-                f"{self._run.rank}: {records}. Nothing was updated; lower --learning_rate or look at the "
-                f"records"
-            )
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        means = {
-            name: total / number
-            for name, total, number in zip(sums, flat[::2], flat[1::2], strict=True)
-            if number
-        }
-        return {"loss": loss_value, "grad_norm": grad_norm, "learning_rate": rate} | means
-
-    def _forward_backward(
-        self, batch: Batch, count: float, *, last: bool
-    ) -> tuple[torch.Tensor, Mapping[str, tuple[float, float]]]:
-        """The micro-batch's share of the loss, its gradients added, and its sums to log."""
-        # Gradients are averaged over ranks; the loss is already divided by the global count.
-        with gradient_sync(self._model, last=last):
-            with autocast(self._run.device, self._dtype):
-                loss = self._loss(self._model, batch.to(self._run.device), count)
-            if isinstance(loss, torch.Tensor):
-                (loss * self._run.world_size).backward()
-                return loss.detach(), {}
-        for k, part in enumerate(loss.parts):
-            with gradient_sync(self._model, last=last and k == len(loss.parts) - 1):
-                with autocast(self._run.device, self._dtype):
-                    value = part()
-                (value * self._run.world_size).backward()
-        return loss.value, loss.means
-
-
-@dataclass
-class _Progress:
-    """What a run has done so far, over all its resumes."""
-
-    results: dict[str, float]
-    seconds: float
-    tokens_seen: float = 0.0
-    window_tokens: float = 0.0
-    window_seconds: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.tokens_seen = self.results.get("num_tokens", 0.0)
-
-    def note_step(self, tokens: float, seconds: float) -> None:
-        self.tokens_seen += tokens
-        self.seconds += seconds
-        self.window_tokens += tokens
-        self.window_seconds += seconds
-
-    def rates(self) -> dict[str, float]:
-        """Tokens per second since the last call, and totals."""
-        rate = self.window_tokens / max(self.window_seconds, 1e-9)
-        self.window_tokens = self.window_seconds = 0.0
-        return {"tokens_per_second": rate, "num_tokens": self.tokens_seen}
-
-    def note_validation(self, value: float) -> None:
-        self.results.setdefault("eval_loss_before", value)
-        self.results["eval_loss"] = value
-        self.results["best_eval_loss"] = min(value, self.results.get("best_eval_loss", math.inf))
-
-    def as_results(self, step: int) -> dict[str, float]:
-        return {
-            **self.results,
-            "steps": step,
-            "num_tokens": self.tokens_seen,
-            "seconds": round(self.seconds, 1),
-        }
 
 
 def _steps(stream: Stream, first: int, last: int, prefetch: bool) -> Iterator[tuple[int, list[Batch]]]:

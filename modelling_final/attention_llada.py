@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_bidirectional_mask
+from transformers.masking_utils import and_masks, create_bidirectional_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_llada import WindowCache
 from .configuration_llada import LLaDAConfig
+from .documents_llada import Documents, document_attention, same_document
 
 
 class LLaDARotaryEmbedding(nn.Module):
@@ -100,8 +101,11 @@ class LLaDAAttention(nn.Module):
         self.scaling = config.head_dim**-0.5
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Documents | None
     ) -> tuple[Tensor, Tensor | None]:
+        if isinstance(mask, Documents):
+            dropout = self.config.attention_dropout if self.training else 0.0
+            return document_attention(query, key, value, mask, scaling=self.scaling, dropout=dropout), None
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attention_dropout if self.training else 0.0
         return kernel(self, query, key, value, mask, scaling=self.scaling, dropout=dropout, is_causal=False)
@@ -115,7 +119,8 @@ def make_attention_mask(
     attention_bias: Tensor | None,
     key_positions: Tensor,
     cache: WindowCache | None,
-) -> Tensor | None:
+    document_borders: Tensor | None = None,
+) -> Tensor | Documents | None:
     """The mask in the form that the configured kernel wants; None where every row sees every key.
 
     Args:
@@ -125,6 +130,7 @@ def make_attention_mask(
         key_positions: [B or 1, K] position ids; with block-causal attention a row sees the keys of its own
             and of earlier blocks of positions.
         cache: tells how many keys there are, and where the rows stand among them.
+        document_borders: [D + 1], see `documents_llada`; rows see the keys of their own document only.
 
     Raises:
         ValueError: a mask of another shape, or one that the configured kernel would ignore or misread.
@@ -153,6 +159,16 @@ def make_attention_mask(
         raise ValueError(
             f"attn_implementation {kernel} has no block-causal attention; use sdpa, eager or flex_attention"
         )
+    if document_borders is not None:
+        if attention_mask is not None or cache is not None or "flash" in kernel:
+            raise ValueError(
+                "document_borders go with no attention_mask (padding is a document of its own), with no "
+                f"cache, and with sdpa, eager or flex_attention (here {kernel}); on a GPU sdpa is flash too"
+            )
+        if kernel == "sdpa" and sees is None and attention_bias is None:
+            return Documents(document_borders)
+        same = same_document(document_borders, batch, num_rows)
+        sees = same if sees is None else and_masks(sees, same)
 
     mask = create_bidirectional_mask(
         config, inputs_embeds, attention_mask, past_key_values=cache, and_mask_function=sees

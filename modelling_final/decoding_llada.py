@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .cache_llada import WindowCache
 from .canvas_llada import Block, Canvas
 from .generation_config_llada import LLaDAGenerationConfig
+from .graphs_llada import Recorder
 from .remasking_llada import (
     ORDER_DRAW,
     TOKEN_DRAW,
@@ -68,6 +69,7 @@ class Decoding:
         self.last_ids = self.end_ids if settings.confidence_eos_eot_inf and ends else None
         self.exempt_ids = torch.tensor([*ends, self.mask_id], device=self.device)
         self.steps = torch.zeros(len(keys), dtype=torch.long, device=self.device)
+        self.recorder = Recorder(model) if settings.cuda_graphs else None
         self.is_running = [True] * len(keys)
         self.forwards = 0
 
@@ -106,9 +108,13 @@ class Decoding:
         for step, num_picks in enumerate(transfer_schedule(num_masked, num_steps)):
             if num_picks == 0 or not block.names:
                 return  # the schedule never grows, so all later steps decide nothing too
-            columns = self._masked(block).logical_not().long().argsort(dim=1, stable=True)[:, :num_masked]
-            picks = torch.ones_like(columns, dtype=torch.bool)
+            # a recorded forward is always asked for the whole block: one shape for all steps
+            num_columns = num_masked if self.recorder is None else block.width
+            masked = self._masked(block)
+            columns = masked.logical_not().long().argsort(dim=1, stable=True)[:, :num_columns]
+            picks = masked.gather(1, columns)
             if self.settings.remasking == "random":
+                columns, picks = columns[:, :num_masked], picks[:, :num_masked]
                 order = self._uniform(block, step, ORDER_DRAW).gather(1, columns)
                 order = order.argsort(dim=1, descending=True, stable=True)[:, :num_picks]
                 columns = columns.gather(1, order)
@@ -124,28 +130,27 @@ class Decoding:
             self._write(block, columns, tokens, picks)
             self._report(block, step, columns, tokens, picks, scores)
             num_masked -= num_picks
-            if num_masked == 0 or self.device.type == "cpu" or (step + 1) % CHECK_EVERY == 0:
-                self._stop_finished(block)
+            looks = num_masked == 0 or self.device.type == "cpu" or (step + 1) % CHECK_EVERY == 0
+            if self.can_stop and looks:
+                self._let_leave(block)
 
     def _decode_parallel(self, block: Block) -> None:
         """Approximate: each step decides as many tokens as the model is sure of, at least one."""
+        counts = [block.width] * len(block.names)  # masked columns of each sequence
         for step in range(block.width):
             masked = self._masked(block)
-            counts = masked.sum(dim=1)
-            block.select([count > 0 for count in counts.tolist()])
-            if not block.names:
-                break
-            masked, counts = self._masked(block), counts[counts > 0]
-            num_columns = int(counts.max())
+            num_columns = max(counts) if self.recorder is None else block.width
             columns = masked.logical_not().long().argsort(dim=1, stable=True)[:, :num_columns]
-            valid = torch.arange(num_columns, device=self.device) < counts[:, None]
+            valid = masked.gather(1, columns)
             logits = self._logits(block, columns, step)
             tokens = self._tokens(block, logits, columns, step)
             scores = confidence(logits, tokens, self.last_ids)
             picks = self._parallel_picks(block, logits, columns, scores, valid)
             self._write(block, columns, tokens, picks)
             self._report(block, step, columns, tokens, picks, scores)
-            self._stop_finished(block)
+            counts = self._let_leave(block)
+            if not counts:
+                return
 
     def _parallel_picks(
         self, block: Block, logits: Tensor, columns: Tensor, scores: Tensor, valid: Tensor
@@ -202,7 +207,7 @@ class Decoding:
             block.waits.masked_fill_(remask, torch.inf)
             span = self.canvas.tokens[block.rows, block.start : block.end]
             self.canvas.tokens[block.rows, block.start : block.end] = span.masked_fill(remask, self.mask_id)
-        self._stop_finished(block)  # only now: within the block an EOS could still be taken back
+        self._let_leave(block)  # only now: within the block an EOS could still be taken back
 
     def _masked(self, block: Block) -> Tensor:
         """[A, W] bool."""
@@ -248,13 +253,17 @@ class Decoding:
                 if positions is None:
                     positions = torch.arange(block.visible, device=self.device)[None]
                 tokens, positions = tokens[:, first:last], positions[:, first:last]
-        return self.model(
-            input_ids=tokens,
-            attention_mask=keep,
-            position_ids=positions,
-            past_key_values=block.cache,
-            query_positions=(columns + block.start - first).repeat(num_branches, 1),
-        ).logits
+        inputs = {
+            "input_ids": tokens,
+            "attention_mask": keep,
+            "position_ids": positions,
+            "query_positions": (columns + block.start - first).repeat(num_branches, 1),
+        }
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        fills_cache = block.cache is not None and block.cache.window is None
+        if self.recorder is None or fills_cache:
+            return self.model(**inputs, past_key_values=block.cache).logits
+        return self.recorder(inputs, block.cache)
 
     def _present(self, block: Block, num_outputs: int) -> Tensor:
         """[A, E] bool: tokens of prompt and answer so far, without EOS, EoT and the mask."""
@@ -274,16 +283,24 @@ class Decoding:
         at = (block.rows[:, None], columns + block.start)
         self.canvas.tokens[at] = torch.where(picks, tokens, self.canvas.tokens[at])
 
-    def _stop_finished(self, block: Block) -> None:
-        """Sequences whose EOS or EoT has no mask before it leave the run."""
-        if not self.can_stop or not block.names:
-            return
+    def _let_leave(self, block: Block) -> list[int]:
+        """Sequences at their end leave the run, those without masks the block; the others' masks are counted.
+
+        A sequence is at its end when an EOS or EoT has no mask before it.
+        """
         answer = self.canvas.tokens[block.rows, self.canvas.num_prompt : block.end]
-        is_settled = (answer == self.mask_id).cumsum(dim=1) == 0
-        has_ended = (torch.isin(answer, self.end_ids) & is_settled).any(dim=1).tolist()
-        for name, ended in zip(block.names, has_ended, strict=True):
-            self.is_running[name] = not ended
-        block.select([not ended for ended in has_ended])
+        is_masked = answer == self.mask_id
+        num_left = is_masked[:, -block.width :].sum(dim=1)
+        has_ended = (torch.isin(answer, self.end_ids) & (is_masked.cumsum(dim=1) == 0)).any(dim=1)
+        num_left, has_ended = torch.stack(
+            [num_left, has_ended]
+        ).tolist()  # the step's one wait for the device
+        stays = []
+        for name, count, ended in zip(block.names, num_left, has_ended, strict=True):
+            self.is_running[name] = not (ended and self.can_stop)
+            stays.append(count > 0 and self.is_running[name])
+        block.select(stays)
+        return [count for count, stay in zip(num_left, stays, strict=True) if stay]
 
     def _report(
         self,

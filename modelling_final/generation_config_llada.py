@@ -20,6 +20,7 @@ EXACT = {
     "repetition_penalty": 1.0,
     "num_return_sequences": 1,
     "seed": 0,
+    "cuda_graphs": False,
 }
 APPROXIMATE = {
     "parallel_decoding": "none",
@@ -66,6 +67,8 @@ class LLaDAGenerationConfig(GenerationConfig):
             EoT are exempt, because every chat prompt contains them.
         num_return_sequences: answers per prompt.
         seed: with a record id and a candidate number, the key of every random draw.
+        cuda_graphs: on a GPU, record forwards and replay them. Faster where sequences are short or cached;
+            recording takes the time of two forwards for each shape.
 
     Approximate settings (they change the tokens; all off by default):
         parallel_decoding: how many tokens a step decides follows from the model's confidence instead of

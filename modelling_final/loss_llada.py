@@ -1,11 +1,16 @@
-"""LM head and cross-entropy in one pass over chunks of rows; never a logits tensor for all rows at once.
+"""LM head and loss in one pass over chunks of rows; never a logits tensor for all rows at once.
 
 M rows (masked positions of a micro-batch), D model width, V head outputs.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Score = Callable[[Tensor, slice], Tensor]
+"""(logits [m, V] float32 of some rows, which of the M rows they are) -> their losses [m], differentiable."""
 
 # On a GPU the float32 logits of a chunk take about this much. Larger chunks gain nothing once the matrix
 # product hides the reading of the head (from about 210 rows on, for the 8B head), and this is what bounds
@@ -53,17 +58,36 @@ def chunked_cross_entropy(
             f"rows, targets and weights must have one entry per row, got {hidden.shape[0]}, "
             f"{targets.shape[0]} and {weights.shape[0]}"
         )
+    return _ChunkedCrossEntropy.apply(
+        hidden, head_weight, targets, weights.float(), *_settings(hidden, head_weight, chunk_size)
+    )
+
+
+def chunked_score(
+    hidden: Tensor, head_weight: Tensor, score: Score, *, chunk_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum of any loss of the rows' logits, and the rows' own losses; as `chunked_cross_entropy` otherwise.
+
+    Args:
+        hidden: [M, D] final hidden states of the chosen rows.
+        head_weight: [V, D].
+        score: called once a chunk, in the order of the rows; nothing of it is kept but its gradient.
+
+    Returns: loss (scalar float32, its gradients formed already) and losses ([M] float32, detached).
+    """
+    return _ChunkedScore.apply(hidden, head_weight, score, *_settings(hidden, head_weight, chunk_size))
+
+
+def _settings(hidden: Tensor, head_weight: Tensor, chunk_size: int | None) -> tuple[torch.dtype, int, bool]:
+    """(dtype of the products, rows per chunk, are gradients wanted)."""
     device_type = hidden.device.type
     dtype = (
         torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else head_weight.dtype
     )
-    chunk_size = chunk_size or chunk_rows(head_weight.shape[0], device_type)
     differentiable = torch.is_grad_enabled()
     if differentiable and dtype == torch.float16:
         dtype = torch.float32  # small weights would vanish here, before any loss scaling can reach them
-    return _ChunkedCrossEntropy.apply(
-        hidden, head_weight, targets, weights.float(), dtype, chunk_size, differentiable
-    )
+    return dtype, chunk_size or chunk_rows(head_weight.shape[0], device_type), differentiable
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -120,18 +144,70 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(
         ctx: torch.autograd.function.FunctionCtx, grad_loss: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        if ctx.grads is None:
-            raise RuntimeError("the chunked cross-entropy frees its gradients in the first backward pass")
-        # Scaled in place and dropped: for an 8B head a second copy would be 2 GB.
-        grad_hidden, grad_weight = ctx.grads
-        ctx.grads = None
-        if grad_loss is None:
-            return (None,) * 7
-        if grad_hidden is not None:
-            grad_hidden.mul_(grad_loss)
-        if grad_weight is not None:
-            grad_weight = grad_weight.mul_(grad_loss).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return *_formed_gradients(ctx, grad_loss), None, None, None, None, None
+
+
+class _ChunkedScore(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden: Tensor,
+        head_weight: Tensor,
+        score: Score,
+        dtype: torch.dtype,
+        chunk_size: int,
+        differentiable: bool,
+    ) -> tuple[Tensor, Tensor]:
+        wants_hidden = differentiable and ctx.needs_input_grad[0]
+        wants_weight = differentiable and ctx.needs_input_grad[1]
+        losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(head_weight, dtype=torch.float32) if wants_weight else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            matrix = head_weight.to(dtype)
+            for start in range(0, hidden.shape[0], chunk_size):
+                chunk = slice(start, min(start + chunk_size, hidden.shape[0]))
+                rows = hidden[chunk].to(dtype)
+                logits = F.linear(rows, matrix).float().requires_grad_(wants_hidden or wants_weight)
+                with torch.set_grad_enabled(logits.requires_grad):
+                    found = score(logits, chunk)
+                losses[chunk] = found.detach()
+                if not found.requires_grad:  # not wanted, or no row of this chunk is scored
+                    continue
+                grad_logits = torch.autograd.grad(found, logits, torch.ones_like(found))[0].to(dtype)
+                if wants_hidden:
+                    grad_hidden[chunk] = grad_logits @ matrix
+                if wants_weight:
+                    grad_weight += grad_logits.t() @ rows
+        ctx.grads = (grad_hidden, grad_weight)
+        ctx.weight_dtype = head_weight.dtype
+        ctx.mark_non_differentiable(losses)
+        ctx.set_materialize_grads(False)
+        return losses.sum(), losses
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad_loss: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        return *_formed_gradients(ctx, grad_loss), None, None, None, None
+
+
+def _formed_gradients(
+    ctx: torch.autograd.function.FunctionCtx, grad_loss: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients that the forward formed, of the hidden states and of the head."""
+    if ctx.grads is None:
+        raise RuntimeError("the chunked loss frees its gradients in the first backward pass")
+    # Scaled in place and dropped: for an 8B head a second copy would be 2 GB.
+    grad_hidden, grad_weight = ctx.grads
+    ctx.grads = None
+    if grad_loss is None:
+        return None, None
+    if grad_hidden is not None:
+        grad_hidden.mul_(grad_loss)
+    if grad_weight is not None:
+        grad_weight = grad_weight.mul_(grad_loss).to(ctx.weight_dtype)
+    return grad_hidden, grad_weight
 
 
 def _product_into(out: Tensor, rows: Tensor, matrix: Tensor) -> Tensor:
@@ -145,9 +221,16 @@ class LLaDAHead(nn.Linear):
     """The LM head. Scoring is a call of the module too, so that the hooks of sharded training see it."""
 
     def forward(
-        self, hidden: Tensor, targets: Tensor | None = None, weights: Tensor | None = None
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        weights: Tensor | None = None,
+        score: Score | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [..., V]; with `targets` the loss and nll of `chunked_cross_entropy` instead."""
+        """Logits [..., V]; with `targets` the loss and nll of `chunked_cross_entropy` instead, with `score`
+        those of `chunked_score`."""
+        if score is not None:
+            return chunked_score(hidden, self.weight, score)
         if targets is None:
             return super().forward(hidden)
         return chunked_cross_entropy(hidden, self.weight, targets, weights)

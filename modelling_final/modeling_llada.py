@@ -33,8 +33,9 @@ from .attention_llada import (
 )
 from .cache_llada import WindowCache
 from .configuration_llada import LLaDAConfig
+from .documents_llada import check_borders, document_positions
 from .generation_llada import LLaDAGenerationMixin
-from .loss_llada import LLaDAHead
+from .loss_llada import LLaDAHead, Score
 
 
 @dataclass
@@ -43,7 +44,7 @@ class LLaDAOutput(ModelOutput):
 
     loss: Tensor | None = None  # sum(weights * nll), or the mean over labels; scalar float32
     logits: Tensor | None = None  # [B, L, E], [B, R, E] with query_positions, [M, E] with rows
-    nll: Tensor | None = None  # [M] float32, detached
+    nll: Tensor | None = None  # [M] float32, detached; with a score, the rows' losses
     past_key_values: WindowCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
@@ -195,6 +196,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
         query_positions: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        document_borders: Tensor | None = None,
     ) -> BaseModelOutputWithPast:
         """Final hidden states after ln_f: [B, L, D], or [B, R, D]. Arguments as in `LLaDAModelLM.forward`."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -208,6 +210,10 @@ class LLaDAModel(LLaDAPreTrainedModel):
 
         hidden_states = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds
         batch, num_rows = hidden_states.shape[:2]
+        if document_borders is not None:
+            check_borders(document_borders, batch, num_rows)
+            if position_ids is None:
+                position_ids = document_positions(document_borders, batch, num_rows)
         if position_ids is None:  # columns, under padding too, as published
             start, end = past_key_values.span(num_rows) if past_key_values is not None else (0, num_rows)
             position_ids = torch.arange(start, end, device=hidden_states.device)[None]
@@ -225,6 +231,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
             attention_bias=attention_bias,
             key_positions=key_positions,
             cache=past_key_values,
+            document_borders=document_borders,
         )
         # Kernels with a mask format of their own (flash: 2-D, flex: blocks) compute all rows; we pick later.
         has_rows = mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)
@@ -302,8 +309,10 @@ class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
         rows: Tensor | None = None,
         targets: Tensor | None = None,
         weights: Tensor | None = None,
+        score: Score | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        document_borders: Tensor | None = None,
     ) -> LLaDAOutput:
         """Logits, or the loss of chosen rows without ever forming all logits.
 
@@ -322,6 +331,9 @@ class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
             targets: [M] long, with rows: no logits; `nll`, and `loss` = sum(weights * nll) with its
                 gradients formed chunk by chunk.
             weights: [M] float32, with targets; ones by default.
+            document_borders: [D + 1], several documents per row that do not see one another: the flat
+                positions b * L + i where they begin, and B * L. Positions count within each by default.
+            score: with rows, instead of targets: any loss of their logits, chunk by chunk; `loss` is its sum.
 
         Raises:
             ValueError: arguments that exclude one another, or a mask the attention kernel cannot honour.
@@ -331,6 +343,8 @@ class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
             raise ValueError("labels, rows, query_positions and logits_to_keep choose rows; give one of them")
         if (targets is not None and rows is None) or (weights is not None and targets is None):
             raise ValueError("targets need rows, and weights need targets")
+        if score is not None and (rows is None or targets is not None):
+            raise ValueError("a score needs rows, and takes the place of targets")
         if replace_position is not None and past_key_values is None:
             raise ValueError("replace_position is a window of a cache; give past_key_values")
         # transformers' capturing falls back to the config only for what is not passed at all
@@ -348,11 +362,12 @@ class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
                 use_cache=use_cache,
                 # a shifted model needs the rows' left neighbours too, so it computes all
                 query_positions=None if self.config.logit_shift else query_positions,
+                document_borders=document_borders,
                 **captured,
             )
             hidden = outputs.last_hidden_state
             if self.config.logit_shift:
-                hidden = self._shift(hidden, outputs.past_key_values)
+                hidden = self._shift(hidden, outputs.past_key_values, document_borders)
                 hidden = hidden if query_positions is None else take_rows(hidden, query_positions)
 
         loss = logits = nll = None
@@ -364,6 +379,8 @@ class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
             if weights is None:
                 weights = torch.ones(rows.shape, device=rows.device)
             loss, nll = self._score(hidden.flatten(0, 1).index_select(0, rows), targets, weights)
+        elif score is not None:
+            loss, nll = self._score(hidden.flatten(0, 1).index_select(0, rows), score=score)
         elif rows is not None:
             logits = self.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, rows))
         else:
@@ -377,17 +394,27 @@ class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def _shift(self, hidden: Tensor, cache: WindowCache | None) -> Tensor:
+    def _shift(self, hidden: Tensor, cache: WindowCache | None, document_borders: Tensor | None) -> Tensor:
         """Hidden states one row later: what predicts token i is found at row i - 1 of such a model."""
         if cache is not None:
             return cache.put_hidden(hidden)
-        return torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
+        shifted = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
+        if document_borders is None:
+            return shifted
+        is_first = document_positions(document_borders, *hidden.shape[:2]) == 0
+        return torch.where(is_first[..., None], hidden, shifted)
 
-    def _score(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def _score(
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        weights: Tensor | None = None,
+        score: Score | None = None,
+    ) -> tuple[Tensor, Tensor]:
         head = self.get_output_embeddings()
         if hasattr(head, "base_layer"):  # peft's wrapper: the loss would read the base weight only
             raise ValueError(
                 "the LM head model.transformer.ff_out has an adapter, which the chunked loss cannot apply; "
                 r"keep target_modules to the blocks, for example '.*blocks\.\d+\.(q_proj|ff_out)'"
             )
-        return head(hidden, targets, weights)
+        return head(hidden, targets, weights, score)

@@ -1,4 +1,5 @@
 """Tokenise text for pretraining: documents closed by EOS, joined, and cut into rows of --max_length tokens.
+Or, with --rows documents, each in a row of its own, for pretrain.py --packing.
 
 Reads JSONL {"text"}, plain text, Parquet and HF dataset folders (data/README.md), and writes memory-mapped
 rows to OUTPUT_DIR/train and, with --validation_fraction, OUTPUT_DIR/validation. Documents are held out by a
@@ -14,7 +15,7 @@ Run:
 from dataclasses import dataclass
 
 from llada.config import flag, parse
-from llada.data import read_manifest, tokenize_corpus
+from llada.data import ROWS, read_manifest, tokenize_corpus
 from llada.model import load_tokenizer
 from llada.records import TEXT_DOCUMENTS
 
@@ -28,6 +29,12 @@ class Config:
     output_dir: str = flag(help="Folder for train/ and validation/.")
     max_length: int = flag(4096, help="Tokens a row.")
     validation_fraction: float = flag(0.0, help="Share of the documents to hold out, in [0, 1).")
+    rows: str = flag(
+        "joined",
+        help="joined: documents one after the other, cut every --max_length tokens; documents: each in a row "
+        "of its own, for --packing.",
+        choices=list(ROWS),
+    )
     text_documents: str = flag(
         "blank_line", help="What a document is in a .txt file.", choices=list(TEXT_DOCUMENTS)
     )
@@ -51,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
             tokenizer,
             folder,
             max_length=config.max_length,
+            rows=config.rows,
             text_documents=config.text_documents,
             hash_range=hash_range,
             shard_size=config.shard_size,

@@ -13,6 +13,9 @@ Run:
         --train_data_path data/train.jsonl --output_dir checkpoints/pretraining \\
         --max_steps 100000 --batch_size 4 --learning_rate 4e-4
 
+    # documents of differing length, several in a row, none of which sees another; YaRN to 8,192 tokens
+    python pretraining/pretrain.py --config configs/pretrain_8k.yaml
+
 The same command continues an interrupted run.
 """
 
@@ -24,15 +27,24 @@ import numpy as np
 from datasets import Dataset
 
 from llada import preflight
+from llada.batches import Example
 from llada.config import flag, parse
+from llada.context import ROPE_SCALING, RopeScaling
+from llada.curriculum import Curriculum
 from llada.data import load_corpus
+from llada.footprint import flops_counter
 from llada.losses import masked_diffusion_loss, validation_loss
 from llada.masking import generator
 from llada.model import load_tokenizer, new_model, special_ids
 from llada.runtime import end_run, start_run
-from llada.stream import Example, MaskedStream
+from llada.stream import MaskedStream
 from llada.train_config import TrainConfig
 from llada.training import fit, load_trainable, prepare_trainable
+
+RESUME_MUST_AGREE = (
+    "random_length_probability", "rope_scaling", "rope_factor", "start_length", "length_steps",
+    "start_mask_ratio", "mask_steps",
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -53,6 +65,19 @@ class Config(TrainConfig):
     random_length_probability: float = flag(
         0.01, help="Share of sequences cut to a uniformly random length, so that short inputs are seen."
     )
+    packing: bool = flag(
+        False,
+        help="Put several documents into a row of --max_length tokens, none of which sees another; "
+        "--batch_size counts documents, --micro_batch_size rows.",
+    )
+    rope_scaling: str = flag(
+        "none", help="Stretch the positions of a model beyond its context.", choices=ROPE_SCALING
+    )
+    rope_factor: float = flag(1.0, help="With --rope_scaling: new context / the model's original one.")
+    start_length: int = flag(0, help="Length curriculum: documents are cut to this many tokens at first.")
+    length_steps: int = flag(0, help="Length curriculum: steps until they are whole; 0 = off, as LLaDA.")
+    start_mask_ratio: float = flag(1.0, help="Masking curriculum: the largest t of the first step.")
+    mask_steps: int = flag(0, help="Masking curriculum: steps until it is 1; 0 = off, as LLaDA.")
 
 
 def example_of(rows: Dataset, config: Config, cut: bool, record_id: int, epoch: int, _: int) -> Example:
@@ -75,27 +100,45 @@ def main(argv: list[str] | None = None) -> None:
     if config.dry_run:
         preflight.report(
             config,
-            partial(preflight.corpus_rows, max_length=config.max_length),
+            partial(
+                preflight.corpus_rows,
+                max_length=config.max_length,
+                rows="documents" if config.packing else "joined",
+            ),
             train=[config.train_data_path],
             held_out=config.eval_data_path,
             checkpoint=config.model_name_or_path,
             config_name=config.config_name,
         )
         return
-    run = start_run(config.device)
+    run = start_run(config.device, output_dir=config.output_dir)
     tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path)
     if config.config_name is not None:
         model = new_model(config.config_name, tokenizer, seed=config.seed, max_length=config.max_length)
         model = prepare_trainable(model, config)
     else:
-        model = load_trainable(config.model_name_or_path, config)
+        rope = RopeScaling(config.rope_scaling, config.rope_factor, config.max_length)
+        model = load_trainable(config.model_name_or_path, config, rope=rope)
     ids = special_ids(model.config, tokenizer)
 
-    load = partial(load_corpus, tokenizer=tokenizer, max_length=config.max_length, run=run)
+    load = partial(
+        load_corpus,
+        tokenizer=tokenizer,
+        max_length=config.max_length,
+        run=run,
+        rows="documents" if config.packing else "joined",
+    )
     data_dir = Path(config.output_dir, "data")  # for raw text that has to be tokenised
     rows = load(config.train_data_path, prepared=data_dir / "train").with_format("numpy")
     config.resolve(run, len(rows))
     stream = MaskedStream.over(rows, partial(example_of, rows, config, True), config, run, ids)
+    stream.curriculum = Curriculum(
+        config.start_length,
+        config.max_length,
+        config.length_steps,
+        config.start_mask_ratio,
+        config.mask_steps,
+    )
     validate = None
     if config.eval_data_path is not None:
         held_out = load(config.eval_data_path, prepared=data_dir / "validation").with_format("numpy")
@@ -110,7 +153,9 @@ def main(argv: list[str] | None = None) -> None:
         stream=stream,
         loss=masked_diffusion_loss,
         validate=validate,
-        fingerprint={"train_data_path": f"{len(rows)} rows, {stream.lengths.sum()} tokens"},
+        fingerprint={"train_data_path": f"{len(rows)} rows, {stream.lengths.sum()} tokens"}
+        | {name: getattr(config, name) for name in RESUME_MUST_AGREE},
+        flops_of=flops_counter(model),
     )
     end_run()
 

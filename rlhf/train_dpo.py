@@ -202,7 +202,7 @@ def pair_rows(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> 
 def main(argv: list[str] | None = None) -> None:
     """Runs DPO with the given flags."""
     config = parse(Config, argv, description=__doc__)
-    run = start_run(config.device)
+    run = start_run(config.device, output_dir=config.output_dir)
     config.settle(run)
     if config.dry_run:
         preflight.report(

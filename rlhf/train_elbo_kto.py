@@ -288,7 +288,7 @@ def record_rows(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -
 def main(argv: list[str] | None = None) -> None:
     """Runs ELBO-KTO with the given flags."""
     config = parse(Config, argv, description=__doc__)
-    run = start_run(config.device)
+    run = start_run(config.device, output_dir=config.output_dir)
     config.settle(run)
     if config.dry_run:
         preflight.report(

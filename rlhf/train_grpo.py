@@ -236,7 +236,7 @@ def make_validation(
 def main(argv: list[str] | None = None) -> None:
     """Runs GRPO with the given flags."""
     config = parse(Config, argv, description=__doc__)
-    run = start_run(config.device)
+    run = start_run(config.device, output_dir=config.output_dir)
     config.settle(run)
     settings = sampler_settings(config)
     if config.estimator == "trajectory":

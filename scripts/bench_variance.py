@@ -25,12 +25,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from llada.batches import Example
 from llada.config import flag, parse
 from llada.losses import masked_diffusion_loss
 from llada.masking import generator
 from llada.records import read_records
 from llada.runtime import Run
-from llada.stream import Example, MaskedStream
+from llada.stream import MaskedStream
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
 # B records of a batch, L bytes of a record, N draws, P parameters

@@ -60,6 +60,7 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 # Weights in any format; and the record of a download, which would be untrue of the merged folder.
+CONTEXT_FIELDS = ("rope_parameters", "rope_theta", "max_sequence_length")
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", "download.json")
 
 
@@ -304,6 +305,13 @@ def copy_small_files(base_dir: Path, adapter_dir: Path, target: Path) -> None:
         for name in TOKENIZER_FILES:
             if (adapter_dir / name).is_file():
                 shutil.copyfile(adapter_dir / name, target / name)
+    if (adapter_dir / "config.json").is_file():  # of an adapter trained here
+        stretched = json.loads((adapter_dir / "config.json").read_text(encoding="utf-8"))
+        fields = json.loads((target / "config.json").read_text(encoding="utf-8"))
+        context = {name: stretched[name] for name in CONTEXT_FIELDS if name in stretched}
+        if any(fields.get(name) != value for name, value in context.items()):
+            text = json.dumps(fields | context, indent=2) + "\n"
+            (target / "config.json").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Runs the stages of a project in order, each on the checkpoint of the one before.
+"""Runs the stages of a project in order, and shows what each one gained.
 
-The config file holds one section per stage; a section's keys are the flags of the stage's script. A section
-without `model_name_or_path` gets the checkpoint of the last of pretraining and SFT before it. `{output_dir}`
-in a value stands for the top-level `output_dir`. A finished stage is not run twice (its mark in
-`<output_dir>/logs` holds its command); a failed one stops the line and shows the end of its log.
+The config file holds one section per stage, in the order in which they run; a section's keys are the flags of
+the stage's script. A stage may run several times, as NAME:VARIANT. A section without `model_name_or_path`
+gets the checkpoint of the last of pretraining and SFT before it. `{output_dir}` in a value stands for the
+top-level `output_dir`. A finished stage is not run twice (its mark in `<output_dir>/logs` holds its command);
+a failed one stops the line and shows the end of its log.
 
 Run:
     python scripts/train_pipeline.py --config configs/quickstart.yaml --stage all
@@ -26,7 +27,12 @@ from llada.rewards import score
 
 ROOT = Path(__file__).resolve().parent.parent
 TAIL_LINES = 30
-METRICS = {"eval_loss": "validation loss, nats"}  # names in results.json that the table spells out
+# Names in results.json that the table shows.
+METRICS = {
+    "eval_loss": "validation loss",
+    "eval_accuracy": "validation accuracy",
+    "eval_tau": "predicted acceptance length",
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,15 @@ STAGES = {
     "pretraining": Stage("pretraining/pretrain.py", trains=True, is_trunk=True),
     "prepare_sft": Stage("sft_training/prepare_sft.py"),
     "sft": Stage("sft_training/train_sft.py", reads_checkpoint=True, trains=True, is_trunk=True),
+    "teacher": Stage("alignment/train_teacher.py", trains=True),
+    "precompute_teacher": Stage("alignment/precompute_teacher.py"),
+    "alignment": Stage("alignment/train_kl.py", reads_checkpoint=True, trains=True),
+    "speculative": Stage("inference/speculative_decode.py", reads_checkpoint=True),
+    "preferences": Stage("rlhf/make_preferences.py", reads_checkpoint=True),
+    "dpo": Stage("rlhf/train_dpo.py", reads_checkpoint=True, trains=True),
+    "precompute_bref": Stage("rlhf/precompute_bref.py", reads_checkpoint=True),
+    "kto": Stage("rlhf/train_elbo_kto.py", reads_checkpoint=True, trains=True),
+    "grpo": Stage("rlhf/train_grpo.py", reads_checkpoint=True, trains=True),
     "inference": Stage("inference/generate.py", reads_checkpoint=True),
     "eval": Stage("eval/eval_llada.py", reads_checkpoint=True),
 }
@@ -61,7 +76,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--config", default="configs/pipeline.yaml", help="pipeline file (default %(default)s)"
     )
-    parser.add_argument("--stage", default="all", choices=[*STAGES, "all"], help="which stage to run")
+    parser.add_argument("--stage", default="all", help="which stage to run: a section of the file, or all")
     parser.add_argument("--resume_from_checkpoint", help="training state for the first training stage run")
     parser.add_argument("--sft_model_path", help="checkpoint for SFT instead of the pretraining's")
     parser.add_argument("--inference_model_path", help="checkpoint for inference instead of the last trained")
@@ -71,6 +86,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def script_of(section: str) -> Stage | None:
+    """The stage that a section NAME or NAME:VARIANT runs."""
+    return STAGES.get(section.partition(":")[0])
+
+
 class Pipeline:
     """The commands of a config file, and what became of them."""
 
@@ -78,7 +98,7 @@ class Pipeline:
         self.arguments = arguments
         config = read_yaml(arguments.config)
         known = {*STAGES, *PROSE_SECTIONS, "model", "output_dir", "heldout", "nproc_per_node"}
-        unknown = [name for name in config if name not in known]
+        unknown = [name for name in config if name.partition(":")[0] not in known]
         if unknown:
             raise ValueError(
                 f"--config {arguments.config}: unknown section {unknown[0]!r}; known: {sorted(known)}"
@@ -87,14 +107,17 @@ class Pipeline:
         self.model = config.get("model") or {}
         self.heldout = config.get("heldout")
         self.nproc = int(config.get("nproc_per_node", 1))
-        self.sections = {name: dict(config[name] or {}) for name in STAGES if name in config}
+        self.sections = {name: dict(config[name] or {}) for name in config if script_of(name)}
 
     def selected(self) -> list[str]:
         """The stages to run, in order."""
         if self.arguments.stage == "all":
             return list(self.sections)
         if self.arguments.stage not in self.sections:
-            raise ValueError(f"--stage {self.arguments.stage}: {self.arguments.config} has no such section")
+            raise ValueError(
+                f"--stage {self.arguments.stage}: {self.arguments.config} has no such section; it has "
+                f"{', '.join(self.sections)}"
+            )
         return [self.arguments.stage]
 
     def checkpoint_before(self, stage: str) -> str | None:
@@ -102,17 +125,16 @@ class Pipeline:
         override = {"sft": "sft_model_path", "inference": "inference_model_path"}.get(stage)
         if override and getattr(self.arguments, override):
             return getattr(self.arguments, override)
-        order = list(STAGES)
-        trunk = [name for name in self.sections if STAGES[name].is_trunk]
-        earlier = [name for name in trunk if order.index(name) < order.index(stage)]
+        order = list(self.sections)
+        earlier = [name for name in order[: order.index(stage)] if script_of(name).is_trunk]
         return self.flags(earlier[-1])["output_dir"] if earlier else self.model.get("name_or_path")
 
     def flags(self, stage: str) -> dict[str, Any]:
         """The flags of a stage: its section, and what the shared sections and earlier stages add."""
         flags = {name: self._fill(value) for name, value in self.sections[stage].items() if value is not None}
-        if STAGES[stage].trains or STAGES[stage].reads_checkpoint:
+        if script_of(stage).trains or script_of(stage).reads_checkpoint:
             self._add_shared(stage, flags)
-        if STAGES[stage].trains and self.arguments.resume_from_checkpoint and stage == self.selected()[0]:
+        if script_of(stage).trains and self.arguments.resume_from_checkpoint and stage == self.selected()[0]:
             flags["resume_from_checkpoint"] = self.arguments.resume_from_checkpoint
         if stage == "inference":
             self._add_inference(flags)
@@ -139,9 +161,9 @@ class Pipeline:
                     filter(None, [f"model_path={self.checkpoint_before(stage)}", arguments])
                 )
             return
-        if STAGES[stage].reads_checkpoint or "config_name" not in flags:
+        if script_of(stage).reads_checkpoint or "config_name" not in flags:
             flags.setdefault("model_name_or_path", self.checkpoint_before(stage))
-        for name in ("tokenizer_name", "max_length", "dtype") if STAGES[stage].trains else ():
+        for name in ("tokenizer_name", "max_length", "dtype") if script_of(stage).trains else ():
             if self.model.get(name) is not None:
                 flags.setdefault(name, self._fill(self.model[name]))
 
@@ -154,8 +176,8 @@ class Pipeline:
 
     def command(self, stage: str) -> list[str]:
         """The exact command of a stage."""
-        script = [str(ROOT / STAGES[stage].script)]
-        if self.nproc > 1 and (STAGES[stage].trains or STAGES[stage].reads_checkpoint):
+        script = [str(ROOT / script_of(stage).script)]
+        if self.nproc > 1 and (script_of(stage).trains or script_of(stage).reads_checkpoint):
             script = [
                 "-m",
                 "torch.distributed.run",
@@ -232,40 +254,37 @@ def accuracy_by_task(completions: Path, prompts: Path) -> dict[str, float]:
     return {task: sum(values) / len(values) for task, values in solved.items()}
 
 
-def stage_rows(stage: str, folder: Path, seconds: float) -> list[tuple[str, ...]]:
-    """The table's lines about a finished stage: what its own results files say, or that it ran."""
-    seconds_text = f"{seconds:.0f}"
+def stage_rows(
+    stage: str, flags: Mapping[str, Any], seconds: float, earlier: list[tuple[str, ...]]
+) -> list[tuple[str, ...]]:
+    """The table's lines about a finished stage: what its own results files say, or that it ran.
+
+    Args:
+        earlier: the lines above; an earlier variant of the stage shows what was before.
+    """
+    folder = Path(flags.get("output_dir") or flags.get("output_path") or flags.get("output_file") or "")
+    found: list[tuple[str, str, str]] = []  # metric, before, after
     if (folder / "results.json").is_file():
         values = json.loads((folder / "results.json").read_text())
-        gained = [name for name in values if f"{name}_before" in values]
-        return [
-            (
-                stage,
-                METRICS.get(name, name),
-                f"{values[f'{name}_before']:.3f}",
-                f"{values[name]:.3f}",
-                seconds_text,
-                str(folder),
-            )
-            for name in gained
-        ] or [(stage, "", "", "", seconds_text, str(folder))]
-    if stage == "eval":
+        found = [
+            (label, f"{values[f'{name}_before']:.3f}", f"{values[name]:.3f}")
+            for name, label in METRICS.items()
+            if f"{name}_before" in values
+        ]
+    elif stage == "eval":
         newest = max(folder.rglob("results_*.json"), key=lambda path: path.stat().st_mtime)
-        results = json.loads(newest.read_text())["results"]
-        return [
-            (
-                stage,
-                f"lm_eval {task} {name.partition(',')[0]}",
-                "",
-                f"{value:.1%}",
-                seconds_text,
-                str(newest.parent),
-            )
-            for task, values in results.items()
+        found = [
+            (f"lm_eval {task} {name.partition(',')[0]}", "", f"{value:.1%}")
+            for task, values in json.loads(newest.read_text())["results"].items()
             for name, value in values.items()
             if isinstance(value, float) and "stderr" not in name
         ]
-    return [(stage, "", "", "", seconds_text, str(folder))]
+    elif "report_path" in flags:
+        figures = json.loads(Path(flags["report_path"]).read_text())
+        name = stage.partition(":")[0]
+        before = next((row[3] for row in earlier if row[0].partition(":")[0] == name), "")
+        found = [("acceptance length", before, f"{figures['acceptance_length']:.3f}")]
+    return [(stage, *row, f"{seconds:.0f}", str(folder)) for row in found or [("", "", "")]]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -285,8 +304,7 @@ def main(argv: list[str] | None = None) -> None:
         logs = pipeline.output_dir / "logs"
         seconds = run_once(stage, command, logs)
         flags = pipeline.flags(stage)
-        folder = flags.get("output_dir") or flags.get("output_path") or ""
-        rows += stage_rows(stage, Path(folder), seconds)
+        rows += stage_rows(stage, flags, seconds, rows)
         if heldout:
             command, completions = pipeline.heldout_command(stage)
             completions.parent.mkdir(parents=True, exist_ok=True)
@@ -310,7 +328,7 @@ def finish(pipeline: Pipeline, rows: list[tuple[str, ...]]) -> None:
     print()
     for row in [header, tuple("-" * width for width in widths), *rows]:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    runs = [pipeline.flags(stage)["output_dir"] for stage in pipeline.selected() if STAGES[stage].trains]
+    runs = [pipeline.flags(stage)["output_dir"] for stage in pipeline.selected() if script_of(stage).trains]
     if runs:
         curves = pipeline.output_dir / "loss_curves.png"
         plot = [

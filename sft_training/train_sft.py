@@ -26,13 +26,15 @@ import numpy as np
 from datasets import Dataset
 
 from llada import preflight
+from llada.batches import Example
 from llada.chat import TURNS
 from llada.config import flag, parse
 from llada.data import LONG, load_conversations
+from llada.footprint import flops_counter
 from llada.losses import masked_diffusion_loss, validation_loss
 from llada.model import load_tokenizer, special_ids
 from llada.runtime import end_run, start_run
-from llada.stream import Example, MaskedStream
+from llada.stream import MaskedStream
 from llada.train_config import TrainConfig
 from llada.training import fit, load_trainable
 
@@ -68,6 +70,11 @@ class Config(TrainConfig):
         help="With --eos_padding: share of the batches that is filled up to --max_length instead, "
         "so that the model also meets canvases much longer than its answers.",
     )
+    packing: bool = flag(
+        False,
+        help="Put several records into a row of --max_length tokens, none of which sees another; "
+        "--batch_size counts records, --micro_batch_size rows.",
+    )
     learning_rate: float = flag(2e-5, help="Peak learning rate.", aliases=["lr"])
 
 
@@ -97,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
             chat=True,
         )
         return
-    run = start_run(config.device)
+    run = start_run(config.device, output_dir=config.output_dir)
     tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, chat=True)
     model = load_trainable(config.model_name_or_path, config)
     ids = special_ids(model.config, tokenizer)
@@ -116,6 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     ).with_format("numpy")
     config.resolve(run, len(rows))
     stream = MaskedStream.over(rows, partial(example_of, rows, config, ids.eos), config, run, ids)
+    stream.fills_rows = config.eos_padding
     stream.full_length, stream.full_length_probability = config.max_length, config.full_padding_probability
     validate = None
     if config.eval_data_path is not None:
@@ -136,6 +144,7 @@ def main(argv: list[str] | None = None) -> None:
             "eos_padding": config.eos_padding,
             "full_padding_probability": config.full_padding_probability,
         },
+        flops_of=flops_counter(model),
     )
     end_run()
 

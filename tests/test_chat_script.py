@@ -91,6 +91,14 @@ def test_settings_change_and_bad_ones_do_not(chat):
     assert settings["steps"] == "None" and re.search(r"\(\d+ tokens, .*approximate", out)
 
 
+def test_a_block_length_asks_for_blocks(chat):
+    out = chat(
+        "/set block_length 4", "/set method fixed_length block_length 2", flags=["--method", "fixed_length"]
+    )
+    assert "block_length = 4, method = semi_autoregressive_padding" in out
+    assert "method = fixed_length, block_length = 2" in out
+
+
 def test_save_and_load(chat, prompts, tmp_path):
     file = tmp_path / "talk.jsonl"
     out = chat("hello", f"/save {file}", "more", f"/save {file}", f"/load {tmp_path / 'missing.jsonl'}")

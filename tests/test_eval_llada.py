@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from conftest import ROOT, load_script
 from lm_eval.api.instance import Instance
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 
 from llada.eval_worker import Worker, _deal, cut_answer, parse_model_args
 from llada.likelihood import Request
@@ -106,8 +108,12 @@ def test_multiple_choice_picks_the_likeliest_letter(finished, checkpoint):
         if all(len(ids) == 1 for ids in letters):
             expected = [float(log_p[ids[0]]) for ids in letters]
             assert [float(r[0][0]) for r in sample["resps"]] == pytest.approx(expected, abs=1e-5)
-        # the example is of the question's own subject
-        assert context.count(sample["doc"]["subject"]) == 2
+        subject = sample["doc"]["subject"]
+        assert context.startswith(
+            f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+        )
+        examples = {"arithmetic": "What is 2 + 3?", "colours": "Which colour do blue and yellow paint make?"}
+        assert examples[subject] in context and context.count("Answer:") == 2  # of the question's own subject
 
 
 def test_a_finished_run_computes_nothing_again(finished, checkpoint, main, monkeypatch, tmp_path):
@@ -339,6 +345,17 @@ def test_bad_command_lines_are_explained(main, tmp_path, checkpoint):
         main(flags(checkpoint, tmp_path, "humaneval_local", data=tmp_path))
 
 
+def test_an_unknown_task_is_answered_with_the_nearest(main, checkpoint, tmp_path, monkeypatch):
+    # lm_eval's own ten thousand files take half a minute to read
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+    with pytest.raises(ValueError, match="--tasks gms8k_local: unknown; did you mean 'gsm8k_local'"):
+        main(flags(checkpoint, tmp_path, "gms8k_local"))
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k/train.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n{"question": \n')
+    with pytest.raises(ValueError, match=r"gsm8k/train.jsonl:2: not a JSON object"):
+        main(flags(checkpoint, tmp_path, "gsm8k_local", data=tmp_path))
+
+
 def test_the_debug_config_and_the_presets_are_valid(main):
     script = load_script("eval/eval_llada.py")
     config = script.parse_arguments(["--config", str(ROOT / "configs/debug/eval_llada.yaml")])
@@ -380,6 +397,39 @@ def test_every_local_task_is_found():
     tasks = TaskManager(include_path=str(TASKS), include_defaults=False)
     ours = ["gsm8k_local", "mmlu_local", "mmlu_generative_local", "humaneval_local"]
     assert set(tasks.match_tasks([*ours, "humaneval_instruct_sanitized"])) >= set(ours)
+
+
+@pytest.mark.parametrize(
+    ("task", "installed", "replaced"),
+    [
+        ("gsm8k_local", "gsm8k/gsm8k.yaml", set()),
+        ("mmlu_local", "mmlu/default/_default_template_yaml", {"test_split", "fewshot_split"}),
+        ("mmlu_generative_local", "mmlu/generative/_default_template_yaml", {"test_split", "fewshot_split"}),
+        ("humaneval_local", "humaneval/humaneval.yaml", {"metric_list", "filter_list"}),
+    ],
+)
+def test_local_tasks_are_lm_evals_own_but_for_their_data(task, installed, replaced, tmp_path):
+    folder = load_script("eval/tasks/installed_task.py").FOLDER
+    published = load_yaml(folder / installed, resolve_func=False)
+    (tmp_path / "humaneval").mkdir()
+    problem = {"task_id": "0", "prompt": "def f():\n", "entry_point": "f", "test": "def check(f): ..."}
+    (tmp_path / "humaneval/HumanEval.jsonl").write_text(json.dumps(problem) + "\n")
+    data_dir = str(tmp_path if task == "humaneval_local" else DATA)
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"data_dir": data_dir})
+    local = manager.load([task])["tasks"][task]
+    same = set(published) - replaced - {"task", "tag", "metadata", "dataset_path", "fewshot_config"}
+    assert len(same) >= 5
+    for name in same:
+        assert getattr(local.config, name) == published[name], name
+    assert published["metadata"]["version"] == local.VERSION
+    assert len(local.test_docs()) > 0
+
+
+def test_the_prompt_of_gsm8k_is_lm_evals(finished):
+    prompts = [record["prompt"] for record in records(finished).values() if "raw" in record]
+    train = [json.loads(line) for line in (DATA / "gsm8k/train.jsonl").read_text("utf-8").splitlines()]
+    shots = [f"Question: {doc['question']}\nAnswer: {doc['answer']}\n\nQuestion: " for doc in train]
+    assert all(prompt.startswith(tuple(shots)) and prompt.endswith("\nAnswer:") for prompt in prompts)
 
 
 def test_mmlu_files_of_either_kind(tmp_path):

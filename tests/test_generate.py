@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import load_script
@@ -116,6 +117,31 @@ def test_a_killed_run_goes_on_where_it_stopped(run, prompts, tmp_path, monkeypat
 
     monkeypatch.setattr(script, "answer_batches", notes)
     assert run(*common, output="killed.jsonl") == whole
+    assert sorted(answered) == [0, 1, 2, 3, 4]
+
+
+def test_a_corrupt_line_stops_the_run_and_keeps_what_was_finished(run, prompts, tmp_path, monkeypatch):
+    script = load_script("inference/generate.py")
+    generate, answered = script.answer_batches, []
+
+    def notes(*args):
+        for item, *rest in generate(*args):
+            answered.append(item.index)
+            yield item, *rest
+
+    monkeypatch.setattr(script, "answer_batches", notes)
+    monkeypatch.setattr(script, "merge", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run("--prompts_file", prompts, "--is_instruct", "--max_samples", "3")
+    monkeypatch.undo()
+    monkeypatch.setattr(script, "answer_batches", notes)
+    good = Path(prompts).read_text()
+    Path(prompts).write_text(good + '{"prompt": "cut')
+    with pytest.raises(ValueError, match=r"prompts.jsonl:6: malformed JSON"):
+        run("--prompts_file", prompts, "--is_instruct")
+    assert len((tmp_path / "out.jsonl.parts/requests_rank0.jsonl").read_text().splitlines()) == 3
+    Path(prompts).write_text(good)
+    assert len(run("--prompts_file", prompts, "--is_instruct")) == 5
     assert sorted(answered) == [0, 1, 2, 3, 4]
 
 

@@ -91,8 +91,8 @@ def test_the_judge_is_where_grpo_looks_for_it(tools):
 def test_pretraining_defaults_and_variables(tools):
     torchrun, script, flags = dry_run(tools, "pretrain.sh")
     assert torchrun == [
-        "--standalone", "--nproc-per-node=1", "--signals-to-handle=SIGTERM,SIGUSR1", "--shutdown-timeout=300",
-        "--max-restarts=3",
+        "--standalone", "--nproc-per-node=1", "--signals-to-handle=SIGTERM,SIGUSR1,SIGHUP",
+        "--shutdown-timeout=300", "--max-restarts=3",
     ]  # fmt: skip
     config = config_of(script, flags)
     assert config.output_dir == "checkpoints/pretrain_run"

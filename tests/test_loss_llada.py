@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from modelling_final.loss_llada import LLaDAHead, chunk_rows, chunked_cross_entropy
+from modelling_final.loss_llada import LLaDAHead, chunk_rows, chunked_cross_entropy, chunked_score
 
 M, D, V = 37, 16, 50
 
@@ -130,3 +130,46 @@ def test_head_gives_logits_or_scores():
     head.weight = torch.nn.Parameter(weight.detach())
     torch.testing.assert_close(head(hidden), hidden @ weight.t())
     torch.testing.assert_close(head(hidden, targets, weights)[0], plain(hidden, weight, targets, weights)[0])
+
+
+@pytest.mark.parametrize("chunk_size", [1, 10, 37, 100])
+def test_any_score_has_the_gradients_of_the_plain_loss(chunk_size):
+    hidden, weight, targets, weights = problem()
+    expected, expected_nll = plain(hidden, weight, targets, weights)
+    expected_grads = torch.autograd.grad(3 * expected, (hidden, weight))
+    seen = []
+
+    def score(logits, chunk):
+        seen.append((chunk.start, chunk.stop))
+        return weights[chunk] * F.cross_entropy(logits, targets[chunk], reduction="none")
+
+    loss, losses = chunked_score(hidden, weight, score, chunk_size=chunk_size)
+    grads = torch.autograd.grad(3 * loss, (hidden, weight))
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(losses, (weights * expected_nll).detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-5, atol=1e-6)
+    assert seen == [(start, min(start + chunk_size, M)) for start in range(0, M, chunk_size)]
+
+
+def test_a_score_without_gradient_or_rows_still_has_a_backward():
+    hidden, weight, _, _ = problem()
+    for rows in (hidden, hidden[:0]):
+        loss, _ = chunked_score(rows, weight, lambda logits, _: logits.new_zeros(len(logits)), chunk_size=10)
+        hidden.grad = weight.grad = None
+        loss.backward()
+        assert loss.item() == 0 and not weight.grad.any()
+    with torch.no_grad():
+        loss, _ = chunked_score(hidden, weight, lambda logits, _: logits.sum(-1))
+    assert not loss.requires_grad
+
+
+def test_a_score_sees_float32_logits_of_a_bfloat16_head():
+    hidden, weight, targets, _ = problem(torch.bfloat16)
+
+    def score(logits, chunk):
+        assert logits.dtype == torch.float32
+        return F.cross_entropy(logits, targets[chunk], reduction="none")
+
+    loss, _ = chunked_score(hidden, weight, score)
+    loss.backward()
+    assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16

@@ -8,10 +8,11 @@ import pytest
 import torch
 from tiny_llada import V, make_model
 
+from llada.batches import Example, Noised, collate
 from llada.losses import masked_diffusion_loss, validation_loss
 from llada.masking import mask_probability
 from llada.runtime import Run
-from llada.stream import Example, MaskedStream, _Noised, collate
+from llada.stream import MaskedStream
 from llada.train_config import TrainConfig
 
 MASK = V - 1
@@ -37,7 +38,7 @@ def expected_loss(model, t):
     total = 0.0
     for mask in all_masks(4):
         probability = p_mask ** mask.sum() * (1 - p_mask) ** (~mask).sum()
-        batch = collate([_Noised(example, mask, 1 / p_mask, 0)], mask_id=MASK, pad_id=0)
+        batch = collate([[Noised(example, mask, 1 / p_mask, 0)]], mask_id=MASK, pad_id=0)
         total += probability * float(masked_diffusion_loss(model, batch, batch.count).detach())
     return total
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from llada.batches import Example
 from llada.runtime import Run
-from llada.stream import Example, MaskedStream
+from llada.stream import MaskedStream
 
 MASK, PAD = 99, 98
 LENGTHS = np.array([3, 9, 5, 7, 4, 8, 6, 2, 9, 5])

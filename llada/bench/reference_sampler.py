@@ -48,6 +48,7 @@ def reference_sampler(model: LLaDAModelLM, settings: LLaDAGenerationConfig) -> S
         num_prompt = x.shape[1]
         x = torch.nn.functional.pad(x, (0, gen_length), value=mask_id)  # [B, L]
         keep = torch.nn.functional.pad(keep, (0, gen_length), value=1)
+        keep = None if keep.all() else keep  # as published without padding: attention then needs no mask
         for end in range(num_prompt + block_length, x.shape[1] + 1, block_length):
             for step in range(num_steps):
                 is_masked = x == mask_id

@@ -1,8 +1,10 @@
-"""Runs samplers under the clock: what an arm of a benchmark is, and what is noted of it."""
+"""Runs samplers under the clock: what is noted of an arm, on which machine, and the table of it."""
 
 import ctypes
 import math
+import platform
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -12,55 +14,26 @@ from typing import Any
 
 import torch
 
-from llada.bench.reference_sampler import Sampler
-from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
+from llada.bench.sampler_arms import Arm, Prompt
+from llada.model import ROOT
+from modelling_final import LLaDAModelLM
 
 
-@dataclass
-class Answers:
-    """What an arm made of a batch."""
-
-    tokens: list[list[int]]  # each answer before its first EOS or EoT
-    num_decided: int
-
-
-@dataclass
-class Prompt:
-    """A prompt of the file, and its record, for the verifiers."""
-
-    index: int
-    token_ids: list[int]
-    record: dict[str, Any]
-
-
-Arm = Callable[[list[Prompt]], Answers]
-
-
-def before_end(answer: list[int], end_ids: set[int]) -> list[int]:
-    """The tokens before the first EOS or EoT."""
-    return next((answer[:i] for i, token in enumerate(answer) if token in end_ids), answer)
-
-
-def our_arm(model: LLaDAModelLM, settings: LLaDAGenerationConfig) -> Arm:
-    """An arm that runs our sampler."""
-
-    def run(prompts: list[Prompt]) -> Answers:
-        token_ids, names = [p.token_ids for p in prompts], [p.index for p in prompts]
-        output = model.generate(token_ids, generation_config=settings, record_ids=names)
-        return Answers(output.completions, round(output.tokens_per_forward * int(output.steps.sum())))
-
-    return run
-
-
-def canvas_arm(model: LLaDAModelLM, sampler: Sampler) -> Arm:
-    """An arm that runs a sampler of whole canvases."""
-    end_ids = {model.config.eos_token_id, model.config.eot_token_id} - {None}
-
-    def run(prompts: list[Prompt]) -> Answers:
-        answers = sampler([p.token_ids for p in prompts])
-        return Answers([before_end(answer, end_ids) for answer in answers], sum(map(len, answers)))
-
-    return run
+def describe_machine(device: str) -> dict[str, str]:
+    """What a number has to be quoted with: processor, threads, torch, and this code's commit."""
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name()
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        text = cpuinfo.read_text() if cpuinfo.exists() else ""
+        found = re.search(r"^model name\s*: (.+)$", text, flags=re.MULTILINE)
+        name = found[1] if found else platform.processor() or platform.machine()
+        name += f", {torch.get_num_threads()} threads"
+    git = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
+    commit = git.stdout.strip() or "unknown"  # a copy of the code without its history
+    return {"machine": name, "torch": torch.__version__, "commit": commit}
 
 
 class Calls:
@@ -102,10 +75,10 @@ class PeakMemory:
 
 @dataclass
 class Result:
-    """What an arm did with all prompts at one batch size; timed runs accumulate."""
+    """What an arm did with all prompts; timed runs accumulate, the rest is that of the last run."""
 
     seconds: list[float] = field(default_factory=list)
-    memory: float = 0.0  # MiB
+    memory: float = 0.0  # MiB, the highest of all runs
     tokens: dict[int, list[int]] = field(default_factory=dict)  # prompt index -> answer
     num_decided: int = 0
     num_calls: int = 0
@@ -117,20 +90,25 @@ class Result:
 
 
 def time_arm(
-    arm: Arm, batches: list[list[Prompt]], result: Result, calls: Calls, device: torch.device
+    arm: Arm,
+    batches: list[list[Prompt]],
+    result: Result,
+    calls: Calls,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Runs all batches once and adds to the result."""
+    """Runs all batches once and adds to the result; `clock` tells seconds."""
     result.tokens, result.num_decided = {}, 0
     calls.num_calls = calls.num_sequences = 0
     memory = PeakMemory(device)
-    started = time.perf_counter()
+    started = clock()
     for batch in batches:
         answers = arm(batch)
         result.tokens |= {p.index: tokens for p, tokens in zip(batch, answers.tokens, strict=True)}
         result.num_decided += answers.num_decided
     if device.type == "cuda":
         torch.cuda.synchronize()
-    result.seconds.append(time.perf_counter() - started)
+    result.seconds.append(clock() - started)
     result.memory = max(result.memory, memory.read())
     result.num_calls, result.num_sequences = calls.num_calls, calls.num_sequences
 
@@ -144,3 +122,17 @@ def agreement(tokens: dict[int, list[int]], reference: dict[int, list[int]]) -> 
         num_same += sum(a == b for a, b in zip(answer, other, strict=False))
         num_all += max(len(answer), len(other))
     return num_equal, num_same / max(1, num_all)
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """The rows under their names, columns aligned."""
+    cells = [list(rows[0])] + [[_shown(value) for value in row.values()] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    for line in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)), flush=True)
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return "-" if math.isnan(value) else f"{value:.3g}" if value < 100 else f"{value:.0f}"

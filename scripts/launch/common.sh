@@ -80,6 +80,6 @@ launch_training() {
         printf '%s\n' "$output_dir"
         exit 0
     fi
-    launch --signals-to-handle=SIGTERM,SIGUSR1 --shutdown-timeout="${SHUTDOWN_TIMEOUT:-300}" \
+    launch --signals-to-handle=SIGTERM,SIGUSR1,SIGHUP --shutdown-timeout="${SHUTDOWN_TIMEOUT:-300}" \
         --max-restarts="${MAX_RESTARTS:-3}" "$1" --output_dir "$output_dir" "${@:2}"
 }

@@ -1,0 +1,238 @@
+"""Store a teacher's distributions beside answers, in the student's tokens, for alignment/train_kl.py.
+
+Three teachers:
+    --teacher folder     an autoregressive checkpoint: it scores the records' answers, or with --responses
+                         generate answers the prompts itself and is scored along its own answers
+    --server url         an OpenAI-compatible server that gives logprobs; it answers the prompts
+    neither              the input holds logits already: JSON files of the systems we succeed (data/README.md)
+
+Tokens of two vocabularies are matched by their bytes, special tokens by their role, positions by the bytes of
+the text before them. Of each distribution the --top_k most likely tokens are kept; everything else is one
+number, the rest. A record whose lengths, ids or texts do not fit stops the run with file:line. A stopped run
+goes on where it was when the same command is given again.
+
+Run:
+    python alignment/precompute_teacher.py --input gsm8k/train.jsonl --tokenizer runs/drafter \\
+        --teacher models/SmolLM2-135M-Instruct --responses generate --output_dir runs/teacher/train
+    python alignment/precompute_teacher.py --input prompts.jsonl --tokenizer models/LLaDA-8B-Instruct \\
+        --server http://127.0.0.1:8000/v1 --server_model llama-3.3-70b --top_k 20 --output_dir runs/teacher
+    python alignment/precompute_teacher.py --input_file sft_data/llama_logits.json \\
+        --output_file sft_data/processed_alignment --model_name models/LLaDA-8B-Instruct --max_length 4096
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from llada.config import flag, parse
+from llada.messages import to_messages, to_prompt
+from llada.model import DTYPES, load_tokenizer
+from llada.prompts import checkpoint_files
+from llada.records import files_of, read_records
+from llada.shards import Columns, Item, describe_inputs, describe_tokenizer, read_manifest, write_shards
+from llada.teacher_json import TeacherFile, read_teacher_records
+from llada.teacher_model import Question, TeacherModel, load_teacher
+from llada.teacher_rows import KIND, LONG, Student, TeacherAnswer, as_columns, count, fit_length
+from llada.teacher_server import ServerTeacher
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Flags of this script."""
+
+    input: list[str] = flag(
+        help="Conversations, prompts, or records with logits: .json, .jsonl, ...", aliases=["input_file"]
+    )
+    validation_input: list[str] | None = flag(
+        None, help="Records to validate on: OUTPUT_DIR then gets train/ and validation/."
+    )
+    output_dir: str = flag(help="Folder for the rows.", aliases=["output_file"])
+    tokenizer: str = flag(
+        help="Folder of the student's tokenizer, or of its checkpoint.", aliases=["model_name"]
+    )
+    teacher: str | None = flag(None, help="Autoregressive checkpoint folder or hub name.")
+    teacher_gguf_file: str | None = flag(None, help="Name of a GGUF file in that folder.")
+    teacher_dtype: str = flag("auto", help="Of its weights; auto: as saved.", choices=["auto", *DTYPES])
+    teacher_tokenizer: str | None = flag(
+        None, help="Tokenizer of the model that made the records' logits; default the student's."
+    )
+    server: str | None = flag(None, help="Base URL of an OpenAI-compatible server, up to /v1.")
+    server_model: str = flag("default", help="Model name that the server knows.")
+    server_key_env: str = flag("OPENAI_API_KEY", help="Environment variable with the server's key, if any.")
+    server_concurrency: int = flag(4, help="Requests at once.")
+    server_timeout: float = flag(120.0, help="Seconds for one answer.")
+    responses: str = flag(
+        "given", help="With --teacher: the records' answers, or its own.", choices=["given", "generate"]
+    )
+    top_k: int = flag(32, help="Tokens kept of each distribution; 0 = all of them, 4 bytes each.")
+    temperature: float = flag(1.0, help="Of generated answers; the stored distributions are at 1.")
+    max_new_tokens: int = flag(256, help="Longest generated answer in the teacher's tokens.")
+    max_length: int = flag(4096, help="Longest row in the student's tokens.")
+    long: str = flag("error", help="Rows over --max_length: error, drop, or truncate.", choices=list(LONG))
+    limit: int | None = flag(None, help="Only the first N records.")
+    batch_size: int = flag(16, help="Answers in one forward of the teacher.")
+    shard_size: int | None = flag(
+        None, help="Records a shard: a stopped run repeats at most one. Default 256, with --top_k 0 8."
+    )
+    seed: int = flag(0, help="Key of generated answers.")
+    device: str | None = flag(None, help="cpu, cuda, ...; default the GPU if there is one.")
+    overwrite: bool = flag(False, help="Start again where OUTPUT_DIR holds rows already.")
+
+    def check(self) -> None:
+        """ValueError for flags that do not go together."""
+        if self.teacher is not None and self.server is not None:
+            raise ValueError("give --teacher or --server, not both")
+        for name in ("top_k", "temperature"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)} must not be negative")
+        if self.server is not None and not self.top_k:
+            raise ValueError("--top_k 0: a server gives the most likely tokens only; ask for 1 to 20")
+        for name in ("max_length", "batch_size", "shard_size", "max_new_tokens", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value} must be at least 1")
+
+
+def questions(config: Config, paths: list[str], bar: tqdm) -> Iterator[Item]:
+    """(file:line, Question) of these files; the answer is the last assistant turn."""
+    for path in paths:
+        for where, record in read_records(path, on_bytes=bar.update):
+            if config.teacher is None or config.responses == "generate":
+                yield where, Question(where, to_prompt(record, where), None)
+                continue
+            messages = to_messages(record, where)
+            while messages[-1]["role"] != "assistant":
+                messages.pop()
+            yield where, Question(where, messages[:-1], messages[-1]["content"].strip())
+
+
+def encode(
+    items: list[Item], answers: Iterable[TeacherAnswer | None], config: Config
+) -> tuple[Columns, Counter]:
+    """A shard's columns and counts."""
+    kept, counts = [], Counter(records=len(items), dropped=0, truncated=0, no_text=0)
+    for (where, _), answer in zip(items, answers, strict=True):
+        if answer is None or not len(answer.positions):
+            counts["no_text"] += 1
+            continue
+        fitted = fit_length(answer, where, max_length=config.max_length, long=config.long)
+        counts["dropped"] += fitted is None
+        counts["truncated"] += fitted is not None and fitted is not answer
+        kept += [fitted] if fitted else []
+    counts.update(count(kept))
+    return (as_columns(kept) if kept else {}), counts
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Writes the rows and prints what they hold."""
+    config = parse(Config, argv, description=__doc__)
+    config.check()
+    student = Student(load_tokenizer(config.tokenizer, chat=True))
+    if config.server is not None:
+        from_server(config, student)
+    elif config.teacher is not None:
+        from_model(config, student)
+    else:
+        from_files(config, student)
+
+
+def from_files(config: Config, student: Student) -> None:
+    """Rows from records with logits."""
+    teacher = AutoTokenizer.from_pretrained(config.teacher_tokenizer) if config.teacher_tokenizer else None
+    file = TeacherFile(student, teacher, top_k=config.top_k)
+
+    def items(paths: list[str], bar: tqdm) -> Iterator[Item]:
+        for path in paths:
+            for where, record in read_teacher_records(path, bar.update):
+                yield where, file.answer(record, where)
+
+    source = {"teacher_tokenizer": teacher and describe_tokenizer(teacher, with_template=False)}
+    write(config, student, items, lambda found: [answer for _, answer in found], source)
+    if file.num_ignored:
+        print(
+            f"{file.num_ignored} positions have 'full_logits' that are not as wide as the teacher's "
+            "vocabulary; their 'top_5' was used"
+        )
+
+
+def from_model(config: Config, student: Student) -> None:
+    """Rows from an autoregressive checkpoint."""
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, tokenizer = load_teacher(
+        config.teacher, gguf_file=config.teacher_gguf_file, dtype=config.teacher_dtype, device=device
+    )
+    teacher = TeacherModel(
+        model, tokenizer, student, top_k=config.top_k, temperature=config.temperature,
+        max_new_tokens=config.max_new_tokens, batch_size=config.batch_size, seed=config.seed,
+    )  # fmt: skip
+    if not teacher.vocabulary.is_identity:
+        print(f"{teacher.vocabulary.coverage:.1%} of the teacher's tokens are tokens of the student too")
+    source = {"teacher": checkpoint_files(config.teacher), "responses": config.responses}
+    if config.responses == "generate":
+        source |= {name: getattr(config, name) for name in ("temperature", "max_new_tokens", "seed")}
+
+    def answers(items: list[Item]) -> Iterable[TeacherAnswer | None]:
+        return teacher.answers([question for _, question in items])
+
+    write(config, student, partial(questions, config), answers, source)
+
+
+def from_server(config: Config, student: Student) -> None:
+    """Rows from a server's answers."""
+    server = ServerTeacher(
+        config.server, config.server_model, config.server_key_env, config.top_k, config.temperature,
+        config.max_new_tokens, config.seed, config.server_timeout,
+    )  # fmt: skip
+
+    def answers(items: list[Item]) -> list[TeacherAnswer | None]:
+        with ThreadPoolExecutor(config.server_concurrency) as pool:
+            return list(pool.map(lambda item: server.answer(item[1].messages, student, item[0]), items))
+
+    names = ("server_model", "temperature", "seed", "max_new_tokens")
+    source = {name: getattr(config, name) for name in names}
+    write(config, student, partial(questions, config), answers, source)
+
+
+def write(
+    config: Config,
+    student: Student,
+    items: Callable[[list[str], tqdm], Iterator[Item]],
+    answers_of: Callable[[list[Item]], Iterable[TeacherAnswer | None]],
+    source: dict[str, object],
+) -> None:
+    """Writes the rows of the input, and those of the validation input; `source` decides their numbers."""
+    splits = {config.output_dir: config.input}
+    if config.validation_input is not None:
+        splits = {f"{config.output_dir}/train": config.input,
+                  f"{config.output_dir}/validation": config.validation_input}  # fmt: skip
+    settings = {name: getattr(config, name) for name in ("max_length", "long", "top_k", "limit")}
+    settings["tokenizer"] = describe_tokenizer(student.tokenizer, with_template=False)
+    for folder, paths in splits.items():
+        size = sum(file.stat().st_size for path in paths for file in files_of(path))
+        with tqdm(total=size, unit="B", unit_scale=True, desc=folder, delay=1) as bar:
+            write_shards(
+                islice(items(paths, bar), config.limit),
+                lambda batch: encode(batch, answers_of(batch), config),
+                folder,
+                fingerprint={"kind": KIND, "inputs": describe_inputs(paths), **settings, **source},
+                shard_size=config.shard_size or (256 if config.top_k else 8),
+                overwrite=config.overwrite,
+                on_shard=lambda counts: bar.set_postfix(rows=counts["rows"], refresh=False),
+            )
+        found = read_manifest(folder)["statistics"]
+        print(
+            f"{folder}: {found['records']} records in {found['rows']} rows ({found['dropped']} dropped, "
+            f"{found['truncated']} truncated, {found['no_text']} without text), {found['answer_tokens']} "
+            f"answer tokens, {found['teacher_positions']} of them with a distribution"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""Align a LLaDA model with an autoregressive teacher, above all so that it drafts what the teacher accepts.
+
+Reads the rows of alignment/precompute_teacher.py (with --loss_type ce also conversations, as SFT does).
+
+What is scored (--positions):
+    windows   [prompt, answer[:s], masks]: exactly what a drafter sees; the masks are scored
+    masked    a random part of the answer is masked and scored, each token weighted with 1 / p
+    answer    the same noise, and every token of the answer is scored, also the visible ones
+How (--loss_type):
+    ce        cross-entropy of the tokens that stand there
+    kl        T^2-scaled or plain KL(teacher || student), both at --temperature T
+    hybrid    --alpha * ce + --beta * kl
+    lk        lambda KL + (1 - lambda) TV, lambda = exp(-3 acceptance): maximises acceptance itself
+    auto      kl if the rows have a teacher, else ce
+
+Logged: acceptance/k, the probability that the k-th token of a draft is accepted if those before it were, and
+tau, the tokens a step of speculative decoding is predicted to give; validation logs both (eval_tau), and
+eval_tau_greedy for temperature 0. They are lower bounds with a top-k teacher.
+
+Run:
+    torchrun --nproc_per_node 8 alignment/train_kl.py --model_name_or_path models/LLaDA-8B-Instruct \\
+        --train_data_path runs/teacher/train --eval_data_path runs/teacher/validation --loss_type lk \\
+        --use_lora --output_dir runs/aligned --batch_size 64 --learning_rate 1e-4
+    python alignment/train_kl.py --data_path sft_data/processed_alignment --model_name models/llada \\
+        --positions answer --loss_type kl --output_dir alignment_output --batch_size 2 --epochs 3
+
+The same command continues an interrupted run.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from llada.config import flag, parse
+from llada.data import load_conversations
+from llada.distillation import Objective, RowScore, accepted_length
+from llada.model import load_tokenizer, special_ids
+from llada.runtime import Run, autocast, end_run, start_run, sum_over_ranks
+from llada.shards import describe_tokenizer, is_prepared, load_rows, read_manifest
+from llada.teacher_rows import KIND
+from llada.teacher_stream import RULES, AlignedBatch, AlignmentStream, Windows
+from llada.train_config import TrainConfig
+from llada.training import LossParts, fit, load_trainable
+
+LOSS_TYPES = ("auto", "ce", "kl", "hybrid", "lk")
+WINDOW_WEIGHTS = ("uniform", "decay", "streak")
+
+
+@dataclass(kw_only=True)
+class Config(TrainConfig):
+    """Flags of alignment."""
+
+    model_name_or_path: str = flag(help="Checkpoint to align.", aliases=["model_name"])
+    train_data_path: str = flag(help="Folder made by precompute_teacher.py.", aliases=["data_path"])
+    eval_data_path: str | None = flag(None, help="The same for validation.")
+    loss_type: str = flag("auto", help="ce, kl, hybrid, lk; auto: kl with a teacher.", choices=LOSS_TYPES)
+    positions: str = flag("windows", help="What is masked and scored.", choices=RULES)
+    alpha: float = flag(0.5, help="Hybrid: weight of the cross-entropy.")
+    beta: float = flag(0.5, help="Hybrid: weight of the KL.")
+    temperature: float = flag(1.0, help="Of both distributions in the KL.")
+    temperature_squared: bool = flag(False, help="Multiply the KL with T^2.")
+    window_length: int = flag(8, help="Masks of a window.", aliases=["gamma"])
+    window_weights: str = flag(
+        "uniform",
+        help="Weight of the k-th mask: all alike; exp(-(k - 1) / --window_decay); or the probability that "
+        "all before it are accepted (streak).",
+        choices=WINDOW_WEIGHTS,
+    )
+    window_decay: float = flag(4.0, help="With --window_weights decay.")
+    learning_rate: float = flag(2.5e-5, help="Peak learning rate.", aliases=["lr"])
+    weight_decay: float = flag(0.1, help="AdamW weight decay, on matrices only.", aliases=["l2"])
+    warmup_steps: int = flag(50, help="Steps of linear warm-up from 0.")
+    lr_scheduler_type: str = flag(
+        "linear", help="Shape after the warm-up.", choices=["constant", "linear", "cosine", "wsd"]
+    )
+    gradient_accumulation_steps: int = flag(
+        1, help="Forwards per step and rank, each of --batch_size / ranks; multiplies --batch_size."
+    )
+    local_rank: int = flag(-1, help="Accepted for old launchers; torchrun tells the rank.")
+    log_level: str = flag(
+        "WARNING", help="Of the libraries.", choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+    )
+
+    def check(self) -> None:
+        """ValueError for numbers out of range."""
+        for name in ("temperature", "window_length", "window_decay", "gradient_accumulation_steps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name} {getattr(self, name)} must be above 0")
+        for name in ("alpha", "beta"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)} must not be negative")
+        if self.loss_type == "hybrid" and self.alpha + self.beta == 0:
+            raise ValueError("--loss_type hybrid with --alpha 0 and --beta 0 has no loss")
+
+    def objective(self, has_teacher: bool) -> Objective:
+        """The loss of a row; ValueError if it needs a teacher and there is none."""
+        kind = self.loss_type
+        if kind == "auto":
+            kind = "kl" if has_teacher else "ce"
+        if kind != "ce" and not has_teacher:
+            raise ValueError(
+                f"--loss_type {kind} needs a teacher, and --train_data_path {self.train_data_path} has none; "
+                "make one with alignment/precompute_teacher.py, or use --loss_type ce"
+            )
+        alpha, beta = {"ce": (1.0, 0.0), "hybrid": (self.alpha, self.beta)}.get(kind, (0.0, 1.0))
+        return Objective(alpha, beta, self.temperature, self.temperature_squared, is_lk=kind == "lk")
+
+    def windows(self) -> Windows:
+        """The windows that the flags describe."""
+        if self.window_weights == "decay":
+            return Windows(self.window_length, self.window_decay)
+        return Windows(self.window_length)
+
+
+def load_aligned(
+    path: str, tokenizer: PreTrainedTokenizerBase, config: Config, run: Run, *, prepared: Path
+) -> Dataset:
+    """Rows with a teacher, or conversations without; ValueError if another tokenizer made them."""
+    if not is_prepared(path) or read_manifest(path)["fingerprint"]["kind"] != KIND:
+        return load_conversations([path], tokenizer, prepared=prepared, max_length=config.max_length, run=run)
+    found, own = read_manifest(path)["fingerprint"], describe_tokenizer(tokenizer, with_template=False)
+    if found["tokenizer"] != own:
+        raise ValueError(
+            f"{path} was made for tokenizer {found['tokenizer']}, this model's is {own}: run "
+            "precompute_teacher.py again with --tokenizer set to this model"
+        )
+    if found["max_length"] > config.max_length:
+        raise ValueError(
+            f"{path} has rows of up to {found['max_length']} tokens, --max_length is {config.max_length}"
+        )
+    return load_rows(path)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The loss, and the numbers that go with it.
+
+    Attributes:
+        forbidden_ids: the mask, and columns of the head that no token has.
+        window_length: G, of the windows that acceptance is measured on; 0 for other rules.
+    """
+
+    objective: Objective
+    forbidden_ids: torch.Tensor
+    uses_streaks: bool
+    window_length: int
+
+    def score(self, batch: AlignedBatch, total_count: float) -> RowScore:
+        """The losses of a micro-batch's rows, divided by the global count."""
+        return RowScore(
+            self.objective,
+            targets=batch.targets,
+            weights=batch.weights / total_count,
+            teacher=batch.teacher,
+            has_teacher=batch.has_teacher,
+            teacher_weights=batch.teacher_weights / total_count,
+            starts_window=batch.places == 1,
+            forbidden_ids=self.forbidden_ids.to(batch.rows.device),
+            uses_streaks=self.uses_streaks,
+        )
+
+    def loss(self, model: torch.nn.Module, batch: AlignedBatch, total_count: float) -> LossParts:
+        """A micro-batch's share of the loss, with acceptance and tau to be logged."""
+        score = self.score(batch, total_count)
+        loss = forward(model, batch, score)
+        return LossParts(loss.detach(), [lambda: loss], self.means(batch, score))
+
+    def means(self, batch: AlignedBatch, score: RowScore) -> dict[str, tuple[float, float]]:
+        """name -> (sum, number): acceptance by place; with windows also tau, sampled and greedy."""
+        found = {}
+        for k in range(1, (self.window_length or 1) + 1):
+            here = batch.has_teacher & (batch.places == k) if self.window_length else batch.has_teacher
+            name = f"acceptance/{k}" if self.window_length else "acceptance"
+            found[name] = (float(score.alpha[here].sum()), float(here.sum()))
+        if self.window_length:
+            starts = batch.places == 1
+            for name, values in (("tau", score.alpha), ("tau_greedy", score.matches.float())):
+                lengths = accepted_length(values, starts)
+                found[name] = (float(lengths.sum()), float(len(lengths) if batch.has_teacher.any() else 0))
+        return found
+
+    @torch.no_grad()
+    def validate(
+        self, model: torch.nn.Module, stream: AlignmentStream, config: Config, run: Run
+    ) -> dict[str, float]:
+        """{"eval_loss", "eval_tau", ...} over a stream's records under noise that never changes."""
+        was_training = model.training
+        model.eval()
+        total, count, sums = 0.0, 0.0, {}
+        for batch in stream.validation(config.eval_limit):
+            batch = batch.to(run.device)
+            score = self.score(batch, 1.0)
+            with autocast(run.device, config.dtype):
+                total += float(forward(model, batch, score))
+            count += batch.count
+            for name, pair in self.means(batch, score).items():
+                sums[name] = tuple(map(sum, zip(sums.get(name, (0.0, 0.0)), pair, strict=True)))
+        model.train(was_training)
+        flat = sum_over_ranks([total, count, *(number for pair in sums.values() for number in pair)])
+        found = {"loss": flat[0] / flat[1]}
+        for name, value, number in zip(sums, flat[2::2], flat[3::2], strict=True):
+            if number:
+                found[name] = value / number
+        return {f"eval_{name}": value for name, value in found.items()}
+
+
+def forward(model: torch.nn.Module, batch: AlignedBatch, score: RowScore) -> torch.Tensor:
+    """The sum of the rows' losses."""
+    return model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, rows=batch.rows, score=score
+    ).loss
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs alignment with the given flags."""
+    config = parse(Config, argv, description=__doc__)
+    config.check()
+    logging.getLogger().setLevel(config.log_level)
+    run = start_run(config.device, output_dir=config.output_dir)
+    if config.gradient_accumulation_steps > 1:
+        if config.micro_batch_size is None:
+            config.micro_batch_size = max(1, config.batch_size // run.world_size)
+        config.batch_size *= config.gradient_accumulation_steps
+        config.gradient_accumulation_steps = 1  # so that the written config.yaml says the same
+    tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, chat=True)
+    model = load_trainable(config.model_name_or_path, config)
+    ids = special_ids(model.config, tokenizer)
+    data_dir = Path(config.output_dir, "data")  # for conversations that have to be tokenised
+    rows = load_aligned(config.train_data_path, tokenizer, config, run, prepared=data_dir / "train")
+    config.resolve(run, len(rows))
+    make_stream = partial(AlignmentStream, config=config, run=run, ids=ids, windows=config.windows())
+    stream = make_stream(rows, rule=config.positions)
+    spare = range(len(tokenizer), model.config.embedding_size)
+    alignment = Alignment(
+        config.objective(stream.has_teacher),
+        torch.tensor([ids.mask, *spare]),
+        uses_streaks=config.window_weights == "streak" and config.positions == "windows",
+        window_length=config.window_length if config.positions == "windows" else 0,
+    )
+    validate = None
+    if config.eval_data_path is not None:
+        held_out = load_aligned(
+            config.eval_data_path, tokenizer, config, run, prepared=data_dir / "validation"
+        )
+        validate = partial(
+            validation_numbers, alignment=alignment, config=config, run=run,
+            make_stream=partial(make_stream, held_out),
+        )  # fmt: skip
+    names = ("positions", "loss_type", "alpha", "beta", "temperature", "temperature_squared", "window_length",
+             "window_weights", "window_decay")  # fmt: skip
+    fit(
+        model, tokenizer, config, run, stream=stream, loss=alignment.loss, validate=validate,
+        fingerprint={"train_data_path": f"{len(rows)} rows, {stream.num_tokens} tokens",
+                     **{name: getattr(config, name) for name in names}},
+    )  # fmt: skip
+    end_run()
+
+
+def validation_numbers(
+    model: torch.nn.Module,
+    *,
+    alignment: Alignment,
+    make_stream: Callable[..., AlignmentStream],
+    config: Config,
+    run: Run,
+) -> dict[str, float]:
+    """The held-out loss under the run's own rule; acceptance and tau always on draft windows."""
+    found = alignment.validate(model, make_stream(rule=config.positions), config, run)
+    windows = make_stream(rule="windows")
+    if config.positions != "windows" and windows.has_teacher:
+        on_windows = Alignment(alignment.objective, alignment.forbidden_ids, False, config.window_length)
+        found = {**on_windows.validate(model, windows, config, run), "eval_loss": found["eval_loss"]}
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Train a small autoregressive model on conversations: a teacher and verifier of the student's own size.
+
+A transformers Llama of a size in configs/models, from scratch, or any causal checkpoint, continued. The loss
+is the cross-entropy of the answers' tokens, each from those before it, averaged over an answer. Meant for
+trials and for the quickstart; a real teacher is a checkpoint that you have already.
+
+Run:
+    python alignment/train_teacher.py --config_name 1m --tokenizer_name runs/sft \\
+        --train_data_path sft.jsonl --eval_data_path sft_validation.jsonl --output_dir runs/teacher \\
+        --max_length 128 --max_steps 1000
+
+The same command continues an interrupted run.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from llada.batches import Example, MaskedBatch, Noised
+from llada.config import flag, parse
+from llada.data import load_conversations
+from llada.losses import validation_loss
+from llada.model import SpecialIds, load_tokenizer, new_config, resolve_checkpoint
+from llada.runtime import end_run, start_run
+from llada.stream import MaskedStream
+from llada.train_config import TrainConfig
+from llada.training import fit
+
+
+@dataclass(kw_only=True)
+class Config(TrainConfig):
+    """Flags of teacher training."""
+
+    train_data_path: str = flag(help="Conversations: raw, or made by prepare_sft.py.")
+    eval_data_path: str | None = flag(None, help="The same for validation.")
+    tokenizer_name: str = flag(help="Tokenizer folder; the student's, for a shared vocabulary.")
+    config_name: str | None = flag(None, help="From scratch: a size in configs/models.")
+    model_name_or_path: str | None = flag(None, help="Causal checkpoint to continue.")
+
+
+class AnswerStream(MaskedStream):
+    """Every answer token is asked for, once and always: there is no noise in causal training."""
+
+    def noise(self, record_id: int, epoch: int, *, longest: int, step: int, place: int) -> list[Noised]:
+        return [self._asked(record_id, epoch)]
+
+    def _fixed_noise(self, record_id: int, stratum: int, num_records: int) -> Noised:
+        return self._asked(record_id, 0)
+
+    def _asked(self, record_id: int, epoch: int) -> Noised:
+        example = self.example_of(record_id, epoch, 0)
+        return Noised(example, example.maskable, example.weight, record_id)
+
+
+def example_of(rows: Dataset, record_id: int, _: int, __: int) -> Example:
+    """One conversation; its answer tokens weigh 1 / their number."""
+    row = rows[record_id]
+    in_answer = row["in_answer"].astype(bool)
+    return Example(row["input_ids"], in_answer, weight=1.0 / in_answer.sum(), count=1.0)
+
+
+def causal_loss(model: torch.nn.Module, batch: MaskedBatch, total_count: float) -> torch.Tensor:
+    """Mean over records of the mean nll of an answer's tokens given all before, in nats per answer token.
+
+    L = sum_j weight_j * -log p(x_j | x_<j) / total_count,   weight_j = 1 / answer length
+    """
+    input_ids = batch.input_ids.flatten().index_copy(0, batch.rows, batch.targets).view_as(batch.input_ids)
+    logits = model(input_ids=input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    before = logits.flatten(0, 1).index_select(0, batch.rows - 1)  # row j - 1 predicts token j
+    nll = torch.nn.functional.cross_entropy(before.float(), batch.targets, reduction="none")
+    return (nll * batch.weights).sum() / total_count
+
+
+def new_teacher(
+    config_name: str, tokenizer: PreTrainedTokenizerBase, *, seed: int, max_length: int
+) -> LlamaForCausalLM:
+    """A randomly initialised Llama with the shape of a named LLaDA size."""
+    shape = new_config(config_name, tokenizer, max_length=max_length)
+    ends = [i for i in (shape.eot_token_id, shape.eos_token_id) if i is not None]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=shape.d_model,
+                intermediate_size=shape.mlp_hidden_size,
+                num_hidden_layers=shape.n_layers,
+                num_attention_heads=shape.n_heads,
+                num_key_value_heads=shape.n_kv_heads,
+                rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+                rms_norm_eps=shape.rms_norm_eps,
+                max_position_embeddings=shape.max_sequence_length,
+                tie_word_embeddings=shape.weight_tying,
+                vocab_size=shape.embedding_size,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=ends,
+                pad_token_id=shape.pad_token_id,
+            )
+        )
+
+
+def load_causal(config: Config, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
+    """The model to train: new, or from a checkpoint, in float32."""
+    if config.config_name is not None:
+        return new_teacher(config.config_name, tokenizer, seed=config.seed, max_length=config.max_length)
+    path = resolve_checkpoint(config.model_name_or_path)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains the teacher with the given flags."""
+    config = parse(Config, argv, description=__doc__)
+    if (config.model_name_or_path is None) == (config.config_name is None):
+        raise ValueError("give either --config_name (from scratch) or --model_name_or_path (continue)")
+    if config.use_lora or config.shard != "none" or config.recompute != "none" or config.compile:
+        raise ValueError(
+            "a small teacher is trained whole: --use_lora, --shard, --compile and recomputing are for LLaDA"
+        )
+    run = start_run(config.device, output_dir=config.output_dir)
+    tokenizer = load_tokenizer(config.tokenizer_name, chat=True)
+    model = load_causal(config, tokenizer).train()
+    # causal training has no masks; an id is needed where a stream would put one
+    ids = SpecialIds(
+        mask=tokenizer.pad_token_id, eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id, eot=None
+    )
+    load = partial(load_conversations, tokenizer=tokenizer, max_length=config.max_length, run=run)
+    data_dir = Path(config.output_dir, "data")
+    rows = load([config.train_data_path], prepared=data_dir / "train").with_format("numpy")
+    config.resolve(run, len(rows))
+    stream = AnswerStream.over(rows, partial(example_of, rows), config, run, ids)
+    validate = None
+    if config.eval_data_path is not None:
+        held_out = load([config.eval_data_path], prepared=data_dir / "validation").with_format("numpy")
+        asked = AnswerStream.over(held_out, partial(example_of, held_out), config, run, ids)
+        validate = partial(validation_loss, stream=asked, config=config, run=run, loss=causal_loss)
+    fit(
+        model, tokenizer, config, run, stream=stream, loss=causal_loss, validate=validate,
+        fingerprint={"train_data_path": f"{len(rows)} rows, {stream.lengths.sum()} tokens"},
+    )  # fmt: skip
+    end_run()
+
+
+if __name__ == "__main__":
+    main()

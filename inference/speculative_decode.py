@@ -1,0 +1,324 @@
+"""Answer prompts with an autoregressive model (the verifier), faster with the drafts of a LLaDA model.
+
+The answers are the verifier's own: exactly its distribution when sampling, its greedy output at temperature
+0. Every prompt is decoded twice, with drafts and plainly, and the report compares speed and (at temperature
+0, and with --acceptance match) the tokens. --no_compare leaves plain decoding out.
+
+Prompts as for generate.py: --prompt, or a file with a prompt or a conversation in each record. With
+--is_instruct each model sees them in its own chat format. The drafter's canvas is [its prompt, the answer so
+far, --draft_length masks], the answer in its own tokens; where the two tokenizers differ, --bridge says how.
+Prompts are decoded one after the other. Under torchrun the processes share them out. A killed run goes on
+where it stopped when the same command is given again.
+
+The output has one line for each prompt: {"id", "prompt", "completion", "acceptance_length", "is_equal", ...}.
+
+Run:
+    python inference/speculative_decode.py --drafter runs/alignment --verifier runs/teacher/final \\
+        --is_instruct --prompt "What is 3 + 4?" --draft_length 8
+    python inference/speculative_decode.py --drafter runs/alignment --verifier checkpoints/SmolLM2-135M \\
+        --is_instruct --bridge vocabulary --temperature 0.8 \\
+        --prompts_file data/samples/prompts.jsonl --output_path runs/speculative.jsonl
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from llada.bridge import BRIDGES, Bridge
+from llada.causal_lm import end_ids, load_causal_lm, prompt_ids
+from llada.checkpoint import write_atomically
+from llada.config import flag, parse
+from llada.model import load_model, load_tokenizer, special_ids
+from llada.prompts import checkpoint_files, prompt_of
+from llada.records import read_records
+from llada.request_log import RequestLog
+from llada.runtime import barrier, end_run, start_run
+from llada.speculative import SpeculativeDecoder, SpeculativeStats, ends_with
+from llada.speculative_settings import SpeculativeSettings
+
+
+@dataclass(kw_only=True)
+class Config(SpeculativeSettings):
+    """Flags of this script."""
+
+    model_name_or_path: str = flag(
+        help="The drafter: LLaDA checkpoint or run folder, LoRA adapter folder, or hub name.",
+        aliases=["drafter"],
+    )
+    verifier: str = flag(help="Folder or hub name of the autoregressive model that decides.")
+    verifier_gguf_file: str | None = flag(None, help="Name of a GGUF file in the verifier's folder.")
+    bridge: str = flag(
+        "none",
+        help="none: both have one vocabulary. vocabulary: drafts of tokens that both have. text: drafted "
+        "text is tokenised again (accepted by match only).",
+        choices=BRIDGES,
+    )
+    prompt: str | None = flag(None, help="A prompt; its answer goes to the terminal.")
+    prompts_file: str | None = flag(None, help="File of prompts.", aliases=["dataset_path"])
+    output_path: str | None = flag(None, help="JSONL file of answers; needed with --prompts_file.")
+    report_path: str | None = flag(None, help="JSON file that receives the report.")
+    max_samples: int | None = flag(None, help="Only the first so many prompts of the file.")
+    is_instruct: bool = flag(False, help="Use the chat templates, each model its own.")
+    compare: bool = flag(True, help="Decode plainly, too, and compare.")
+    adapter_path: str | None = flag(None, help="LoRA adapter to put on the drafter.")
+    dtype: str = flag(
+        "auto",
+        help="Of both models; auto: as saved, float32 from a GGUF.",
+        choices=["auto", "float32", "bfloat16", "float16", "float64"],
+    )
+    device: str | None = flag(None, help="cpu, cuda, ...; default the GPU of this process, else the CPU.")
+
+
+# Flags that change neither an answer nor which prompts have one: a killed run may go on with others.
+FREE = ("output_path", "report_path", "max_samples", "prompt", "prompts_file")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt of the input."""
+
+    index: int  # its number in the input, which keys its random draws
+    where: str
+    name: Any  # the record's id
+    shown: Any  # as given, for the output
+    verifier_ids: list[int]
+    drafter_ids: list[int]
+
+
+def read_items(
+    config: Config, drafter_tokenizer: PreTrainedTokenizerBase, verifier_tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Item]:
+    """The prompts in both models' tokens; ValueError names file and line."""
+    if (config.prompt is None) == (config.prompts_file is None):
+        raise ValueError("give either --prompt TEXT or --prompts_file FILE")
+    if config.prompts_file is not None and config.output_path is None:
+        raise ValueError("--prompts_file needs --output_path FILE.jsonl for the answers")
+    records: Iterator[tuple[str, dict[str, Any]]] = iter([("--prompt", {"prompt": config.prompt})])
+    if config.prompts_file is not None:
+        records = read_records(config.prompts_file, text_documents="line")
+    for index, (where, record) in enumerate(records):
+        if config.max_samples is not None and index >= config.max_samples:
+            break
+        prompt, drafter_ids = prompt_of(record, where, drafter_tokenizer, chat=config.is_instruct)
+        if config.is_instruct and isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        shown = next((record[k] for k in ("prompt", "text", "question", "messages") if k in record), record)
+        verifier_ids = prompt_ids(prompt, verifier_tokenizer)
+        yield Item(index, where, record.get("id", index), shown, verifier_ids, drafter_ids)
+
+
+def answer(decoder: SpeculativeDecoder, item: Item, ends: Sequence[int], *, compare: bool) -> dict[str, Any]:
+    """What there is to note of a prompt's two answers."""
+    done = {"record_id": item.index, "is_done": ends_with(ends)}
+    seconds = {}
+    found: dict[str, tuple[list[int], SpeculativeStats]] = {}
+    kinds = ["speculative", "plain"] if compare else ["speculative"]
+    for kind in kinds if item.index % 2 == 0 else kinds[::-1]:  # neither profits from coming second
+        started = time.perf_counter()
+        if kind == "plain":
+            found[kind] = decoder.decode_plain(item.verifier_ids, **done)
+        else:
+            found[kind] = decoder.decode(item.verifier_ids, item.drafter_ids, **done)
+        seconds[kind] = time.perf_counter() - started
+    tokens, stats = found["speculative"]
+    fields: dict[str, Any] = {
+        "token_ids": tokens,
+        "acceptance_length": stats.acceptance_length,
+        "seconds": seconds["speculative"],
+        "statistics": asdict(stats),
+    }
+    if compare:
+        plain = found["plain"][0]
+        fields |= {"plain_seconds": seconds["plain"], "plain_tokens": len(plain)}
+        if decoder.rule == "match":
+            fields |= {"is_equal": tokens == plain}
+            if tokens != plain:
+                fields["difference"] = decoder.explain_difference(
+                    item.verifier_ids, tokens, plain, record_id=item.index
+                )
+    return fields
+
+
+def report(config: Config, results: Sequence[dict[str, Any]], rule: str) -> dict[str, Any]:
+    """The figures over all prompts."""
+    total = SpeculativeStats()
+    for result in results:
+        total += SpeculativeStats(**result["statistics"])
+    seconds = sum(result["seconds"] for result in results)
+    figures: dict[str, Any] = {
+        "prompts": len(results),
+        "tokens": total.tokens,
+        "acceptance": rule,
+        "acceptance_length": total.acceptance_length,
+        "acceptance_by_position": total.acceptance_by_position,
+        "drafts_by_position": total.reached,
+        "verifier_forwards": total.verifier_forwards,
+        "draft_forwards": total.draft_forwards,
+        "draft_share_of_time": total.draft_seconds / total.seconds,
+        "tokens_per_second": total.tokens / seconds,
+    }
+    if config.compare:
+        plain_seconds = sum(result["plain_seconds"] for result in results)
+        plain_rate = sum(result["plain_tokens"] for result in results) / plain_seconds
+        figures |= {
+            "plain_tokens_per_second": plain_rate,
+            "speed_up": figures["tokens_per_second"] / plain_rate,
+        }
+        if rule == "match":
+            differences = [result["difference"] for result in results if not result["is_equal"]]
+            ties = sum(difference["is_rounding"] for difference in differences)
+            figures |= {"equal": len(results) - len(differences), "ties": ties}
+    return figures
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Prints the report."""
+    print(
+        f"{figures['prompts']} prompts, {figures['tokens']} tokens; acceptance by {figures['acceptance']}\n"
+        f"acceptance length: {figures['acceptance_length']:.3f} tokens for each forward of the verifier"
+    )
+    shares = zip(figures["acceptance_by_position"], figures["drafts_by_position"], strict=True)
+    shown = " ".join(f"{k}:{share:.2f}" for k, (share, n) in enumerate(shares, start=1) if n)
+    print(f"acceptance by position, given all before it: {shown}")
+    print(
+        f"forwards: {figures['verifier_forwards']} verifier, {figures['draft_forwards']} drafter "
+        f"({figures['draft_share_of_time']:.0%} of the time)"
+    )
+    rate = f"tokens/s: {figures['tokens_per_second']:.1f} with drafts"
+    if "speed_up" in figures:
+        rate += f", {figures['plain_tokens_per_second']:.1f} plain: speed-up {figures['speed_up']:.2f}"
+    print(rate)
+    if "equal" in figures:
+        wrong = figures["prompts"] - figures["equal"] - figures["ties"]
+        print(
+            f"equal to plain decoding: {figures['equal']} of {figures['prompts']}; part at a tie within "
+            f"rounding: {figures['ties']}; wrong: {wrong}",
+            flush=True,
+        )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two models at work, and their tokenizers."""
+
+    decoder: SpeculativeDecoder
+    bridge: Bridge
+    drafter_tokenizer: PreTrainedTokenizerBase
+    verifier_tokenizer: PreTrainedTokenizerBase
+    ends: list[int]  # the verifier's tokens that end an answer
+
+
+def load(config: Config, device: torch.device) -> Pair:
+    """Both models; ValueError for what cannot be loaded or does not go together."""
+    drafter_tokenizer = load_tokenizer(config.model_name_or_path, chat=config.is_instruct)
+    drafter = load_model(
+        config.model_name_or_path, dtype=config.dtype, adapter_path=config.adapter_path, device=device
+    )
+    drafter.config.eot_token_id = special_ids(drafter.config, drafter_tokenizer).eot
+    verifier, verifier_tokenizer = load_causal_lm(
+        config.verifier,
+        flag="--verifier",
+        gguf_file=config.verifier_gguf_file,
+        dtype=config.dtype,
+        device=device,
+    )
+    bridge = Bridge(
+        config.bridge,
+        drafter.config,
+        drafter_tokenizer,
+        verifier_tokenizer,
+        num_outputs=verifier.config.get_text_config().vocab_size,
+    )
+    decoder = SpeculativeDecoder(drafter, verifier, bridge, config)
+    ends = end_ids(verifier, verifier_tokenizer, bridge.vocabulary.target.closing)
+    return Pair(decoder, bridge, drafter_tokenizer, verifier_tokenizer, ends)
+
+
+def verifier_files(config: Config) -> list[list[Any]]:
+    """Name, size and time of the verifier's files: other ones give other answers."""
+    if config.verifier_gguf_file is None:
+        return checkpoint_files(config.verifier)
+    found = Path(config.verifier, config.verifier_gguf_file)
+    return [[found.name, found.stat().st_size, found.stat().st_mtime_ns]] if found.is_file() else []
+
+
+def warm_up(pair: Pair, item: Item, config: Config) -> None:
+    """Decodes a few tokens both ways: what is only slow the first time belongs to neither side."""
+    limits = {
+        "record_id": 0,
+        "max_new_tokens": min(8, config.max_new_tokens),
+        "is_done": ends_with(pair.ends),
+    }
+    pair.decoder.decode_plain(item.verifier_ids, **limits)
+    pair.decoder.decode(item.verifier_ids, item.drafter_ids, **limits)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Answers the prompts and reports."""
+    config = parse(Config, argv, description=__doc__)
+    config.check()
+    config.rule(config.bridge)
+    run = start_run(config.device)
+    pair = load(config, run.device)
+    items = list(read_items(config, pair.drafter_tokenizer, pair.verifier_tokenizer))
+    for item in items:
+        try:
+            pair.decoder.check_lengths(len(item.verifier_ids), len(item.drafter_ids), config.max_new_tokens)
+        except ValueError as error:
+            raise ValueError(f"{item.where}: {error}") from error
+    if run.is_main and config.bridge != "none":
+        vocabulary = pair.bridge.vocabulary
+        covered = int(vocabulary.is_mapped.sum())
+        print(f"{covered} of the drafter's tokens are also the verifier's ({vocabulary.coverage:.0%})")
+
+    parts = None if config.output_path is None else f"{config.output_path}.parts"
+    flags = {name: value for name, value in asdict(config).items() if name not in FREE}
+    files = checkpoint_files(config.model_name_or_path, config.adapter_path)
+    settings = {"flags": flags, "files": files + verifier_files(config)}
+    answers = RequestLog(parts, settings, run.rank)
+    keys = [answers.key("speculate", [i.index, i.verifier_ids, i.drafter_ids]) for i in items]
+    mine = [n for n in range(run.rank, len(items), run.world_size) if answers.get(keys[n]) is None]
+    barrier()  # nobody starts before all have read which answers are there
+    if mine:
+        warm_up(pair, items[mine[0]], config)
+    for n in tqdm(mine, desc="answers", unit="prompt", disable=not run.is_main or len(mine) < 2):
+        fields = answer(pair.decoder, items[n], pair.ends, compare=config.compare)
+        kept = [i for i in fields.pop("token_ids") if i not in pair.ends]
+        text = pair.verifier_tokenizer.decode(kept, skip_special_tokens=True)
+        answers.put(keys[n], {"completion": text, **fields})
+    barrier()
+    if run.is_main:
+        answers = RequestLog(parts, settings, run.rank) if parts else answers
+        finish(config, items, [answers.get(key) for key in keys], pair.decoder.rule)
+        if parts is not None:
+            shutil.rmtree(parts)
+    end_run()
+
+
+def finish(config: Config, items: list[Item], results: list[dict[str, Any]], rule: str) -> None:
+    """Writes and prints answers and report."""
+    figures = report(config, results, rule)
+    if config.output_path is None:
+        print(results[0]["completion"])
+    else:
+        lines = ({"id": i.name, "prompt": i.shown, **r} for i, r in zip(items, results, strict=True))
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_atomically(Path(config.output_path), text)
+        print(f"{len(items)} answers -> {config.output_path}", flush=True)
+    show(figures)
+    if config.report_path is not None:
+        write_atomically(Path(config.report_path), json.dumps(figures, indent=2) + "\n")
+    wrong = figures["prompts"] - figures.get("equal", len(items)) - figures.get("ties", 0)
+    assert wrong <= 0, f"{wrong} answers differ from plain decoding by more than rounding; please report this"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Records before and after noise, and micro-batches of them.
+
+Shapes: B sequences of a micro-batch, L positions (the longest of them), M masked tokens of the micro-batch.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass
+class Example:
+    """One record before noise.
+
+    Attributes:
+        input_ids: [L] the clean tokens x_0.
+        maskable: [L] bool, the tokens that may be masked and are scored.
+        weight: factor on every token's loss: 1 for pretraining, 1 / answer length for SFT.
+        count: what the record adds to the global normaliser: its tokens in pretraining, 1 in SFT.
+    """
+
+    input_ids: np.ndarray
+    maskable: np.ndarray
+    weight: float
+    count: float
+
+    def part(self, start: int, end: int) -> "Example":
+        """Some of its tokens, with their share of the count."""
+        input_ids = self.input_ids[start:end]
+        if len(input_ids) == len(self.input_ids):
+            return self
+        count = self.count * len(input_ids) / len(self.input_ids)
+        return Example(input_ids, self.maskable[start:end], self.weight, count)
+
+
+@dataclass
+class MaskedBatch:
+    """A micro-batch after noise, ready for `LLaDAModelLM.forward`.
+
+    Attributes:
+        input_ids: [B, L] noised tokens x_t, padded on the right.
+        attention_mask: [B, L] 1 = token, 0 = padding; None when all rows are full.
+        rows: [M] flat positions b * L + i of the masked tokens.
+        targets: [M] their clean tokens.
+        weights: [M] float32 loss weights before the division by the global count.
+        count: what this micro-batch adds to the global normaliser.
+        record_ids: the records, for messages.
+        num_tokens: tokens the model reads, padding excluded.
+        num_pairs: (query, key) pairs of its attention: the squared lengths of its records, added up.
+        document_borders: [D + 1] where rows hold several records: the flat positions where each begins, and
+            B * L; see `modelling_final.documents_llada`.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    rows: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    count: float
+    record_ids: list[int]
+    num_tokens: int
+    num_pairs: int
+    document_borders: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> "MaskedBatch":
+        """The same batch with its tensors on `device`."""
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return MaskedBatch(**{**vars(self), **moved})
+
+
+@dataclass
+class Noised:
+    """One record after noise: `weight` already holds the 1 / p_mask (or L / l) of this draw."""
+
+    example: Example
+    is_masked: np.ndarray
+    weight: float
+    record_id: int
+
+
+def collate(rows: list[list[Noised]], *, mask_id: int, pad_id: int, packed: bool = False) -> MaskedBatch:
+    """Stacks rows of noised records, padded on the right to the longest row.
+
+    Args:
+        packed: rows may hold several records, which do not see one another. Rows are then filled to a
+            multiple of 64 tokens, and borders to a multiple of 64, so that kernels meet few different shapes.
+    """
+    items = [item for row in rows for item in row]
+    lengths = [[len(item.example.input_ids) for item in row] for row in rows]
+    longest = max(map(sum, lengths))
+    length = -(-longest // 64) * 64 if packed else longest
+    x_0 = np.full((len(rows), length), pad_id, dtype=np.int64)
+    is_masked = np.zeros((len(rows), length), dtype=bool)
+    attended = np.zeros((len(rows), length), dtype=np.int64)
+    weights = np.zeros((len(rows), length), dtype=np.float32)
+    borders = []
+    for b, row in enumerate(rows):
+        start = 0
+        for item, size in zip(row, lengths[b], strict=True):
+            place = (b, slice(start, start + size))
+            x_0[place], is_masked[place], attended[place] = item.example.input_ids, item.is_masked, 1
+            weights[place] = item.weight
+            borders.append(b * length + start)
+            start += size
+        if start < length:
+            borders.append(b * length + start)  # padding sees itself only
+    sizes = [len(item.example.input_ids) for item in items if item.record_id >= 0]
+    if packed:
+        borders += [len(rows) * length] * (64 - len(borders) % 64)
+    return MaskedBatch(
+        input_ids=torch.from_numpy(np.where(is_masked, mask_id, x_0)),
+        attention_mask=None if packed or attended.all() else torch.from_numpy(attended),
+        rows=torch.from_numpy(np.flatnonzero(is_masked)),
+        targets=torch.from_numpy(x_0[is_masked]),
+        weights=torch.from_numpy(weights[is_masked]),
+        count=float(sum(item.example.count for item in items)),
+        record_ids=[item.record_id for item in items if item.record_id >= 0],
+        num_tokens=sum(sizes),
+        num_pairs=sum(size**2 for size in sizes),
+        document_borders=torch.tensor(borders, dtype=torch.int32) if packed else None,
+    )

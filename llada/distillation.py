@@ -1,0 +1,233 @@
+"""Losses that pull a student towards a teacher's distributions: tensors in, float32 numbers out.
+
+The teacher's distribution at a position is known for some tokens (the top k, or all of them); everything else
+is one bucket, "rest": the teacher's tail, and its tokens that the student does not have. The student's
+distribution is cut into the same categories. So no loss asks how the rest is shared out inside, a top-k KL is
+a lower bound of the full one, and the two are equal with k = all.
+
+R rows (positions), K known tokens a row, E columns of the student's head.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+LK_DECAY = 3.0  # lambda = exp(-3 alpha). Source: LK losses, arXiv 2602.23881
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """The teacher's distribution at R positions, in the student's vocabulary.
+
+    Attributes:
+        ids: [R, K] long, the student's ids of the known tokens, -1 = none; None: column v is token v.
+        log_probs: [R, K] float32; -inf for what is not known.
+        log_rest: [R] float32, log-probability of all other tokens together.
+    """
+
+    ids: Tensor | None
+    log_probs: Tensor
+    log_rest: Tensor
+
+
+class TeacherSource(Protocol):
+    """The teacher's distributions of a micro-batch, read when they are needed."""
+
+    def take(self, start: int, stop: int, device: torch.device) -> TeacherRows:
+        """Rows start to stop of those that have a distribution."""
+
+
+def categories(logits: Tensor, teacher: TeacherRows) -> tuple[Tensor, Tensor]:
+    """(log p, log q), each [R, K + 1]: the known tokens, then the rest; both normalised, in float32.
+
+    A token that the teacher does not know is in the student's rest, one that the student cannot say in the
+    teacher's. Where the student has nothing left for a rest, the teacher's is dropped: it cannot be learned.
+
+    Args:
+        logits: [R, E] of the student, any floating type; -inf rules a token out.
+    """
+    log_q = logits.float().log_softmax(-1)
+    num_columns = log_q.shape[-1]
+    ids = teacher.ids
+    if ids is None:
+        ids = torch.arange(teacher.log_probs.shape[-1], device=logits.device).expand_as(teacher.log_probs)
+    known = log_q.gather(1, ids.clamp(0, num_columns - 1))
+    has_id = (ids >= 0) & (ids < num_columns)
+    is_known = has_id & (teacher.log_probs > -torch.inf) & (known > -torch.inf)
+    in_rest = torch.ones(log_q.shape[0], num_columns + 1, dtype=torch.bool, device=logits.device)
+    in_rest = in_rest.scatter_(1, ids.where(is_known, num_columns), False)[:, :-1]  # one column of nobody
+    rest, has_rest = _log_sum(log_q.masked_fill(~in_rest, -torch.inf))
+    log_q = torch.cat([known.masked_fill(~is_known, -torch.inf), rest[:, None]], dim=1)
+
+    log_p = teacher.log_probs.float()
+    impossible, _ = _log_sum(log_p.masked_fill(is_known, -torch.inf))
+    log_rest = torch.logaddexp(teacher.log_rest.float(), impossible).masked_fill(~has_rest, -torch.inf)
+    log_p = torch.cat([log_p.masked_fill(~is_known, -torch.inf), log_rest[:, None]], dim=1)
+    return log_p - log_p.logsumexp(-1, keepdim=True), log_q
+
+
+def _log_sum(log_x: Tensor) -> tuple[Tensor, Tensor]:
+    """(logsumexp over the last dimension, is there anything to sum); without it -inf, and no NaN gradient."""
+    has_any = (log_x > -torch.inf).any(-1)
+    total = log_x.masked_fill(~has_any[:, None], 0.0).logsumexp(-1)
+    return total.masked_fill(~has_any, -torch.inf), has_any
+
+
+def temper(log_probs: Tensor, temperature: float) -> Tensor:
+    """log of p^(1/T) / sum p^(1/T): a softmax at temperature T, from its log-probabilities at 1."""
+    if temperature == 1.0:
+        return log_probs
+    scaled = log_probs / temperature
+    return scaled - scaled.logsumexp(-1, keepdim=True)
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) = sum_v p_v (log p_v - log q_v) of each row, in nats; 0 log 0 = 0."""
+    has_mass = log_p > -torch.inf
+    difference = log_p.masked_fill(~has_mass, 0.0) - log_q.masked_fill(~has_mass, 0.0)
+    return (log_p.exp() * difference).sum(-1)
+
+
+def acceptance(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """alpha = sum_v min(p_v, q_v) over the known tokens: the probability that a draft from q is accepted.
+
+    With a top-k teacher a lower bound, for of what happens inside the rest nothing is counted.
+    Source: Leviathan et al., arXiv 2211.17192.
+    """
+    return torch.minimum(log_p, log_q)[..., :-1].exp().sum(-1)
+
+
+def lk_loss(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """lambda KL(p || q) + (1 - lambda) (1 - alpha), lambda = exp(-3 alpha): KL first, acceptance in the end.
+
+    1 - alpha is the total variation distance. Source: LK losses, arXiv 2602.23881.
+    """
+    alpha = acceptance(log_p, log_q)
+    share = torch.exp(-LK_DECAY * alpha.detach())
+    return share * kl_divergence(log_p, log_q) + (1 - share) * (1 - alpha)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised at a row: alpha * cross-entropy + beta * (KL or LK loss).
+
+    Attributes:
+        alpha, beta: weights of the two.
+        temperature: both distributions are tempered with it before the KL.
+        times_t2: multiply the KL with T^2, which keeps its gradient's size. Source: Hinton et al., 1503.02531
+        is_lk: the LK loss instead of the KL; always at temperature 1, for drafts are accepted at 1.
+    """
+
+    alpha: float
+    beta: float
+    temperature: float = 1.0
+    times_t2: bool = False
+    is_lk: bool = False
+
+    def distance(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """[R] how far the student is from the teacher."""
+        if self.is_lk:
+            return lk_loss(log_p, log_q)
+        scale = self.temperature**2 if self.times_t2 else 1.0
+        return scale * kl_divergence(temper(log_p, self.temperature), temper(log_q, self.temperature))
+
+
+def streak_weights(alpha: Tensor, starts_window: Tensor, carried: float) -> tuple[Tensor, float]:
+    """w_k = prod_{i<k} alpha_i within each window: the probability that position k of a draft matters at all.
+
+    Args:
+        alpha: [R] acceptance of consecutive rows.
+        starts_window: [R] bool, rows that are the first of their window.
+        carried: the product at the end of the rows before these.
+
+    Returns: [R] weights without gradient, and the product to carry on.
+    """
+    weights, product = [], carried
+    for value, first in zip(alpha.detach().tolist(), starts_window.tolist(), strict=True):
+        product = 1.0 if first else product
+        weights.append(product)
+        product *= value
+    return torch.tensor(weights, device=alpha.device), product
+
+
+def accepted_length(alpha: Tensor, starts_window: Tensor) -> Tensor:
+    """tau = 1 + sum_k prod_{i<=k} alpha_i of each window: tokens a step of speculative decoding, predicted.
+
+    The one is the verifier's own token. Args as in `streak_weights`; returns [windows].
+    """
+    if not alpha.numel():
+        return alpha.new_zeros(0)
+    before, _ = streak_weights(alpha, starts_window, 1.0)
+    window = starts_window.long().cumsum(0) - 1
+    return alpha.new_ones(int(window[-1]) + 1).index_add(0, window, before * alpha)
+
+
+class RowScore:
+    """The losses of a micro-batch's rows, chunk by chunk: a `score` of `LLaDAModelLM.forward`.
+
+    Attributes:
+        alpha: [M] acceptance of each row, 0 without a teacher; filled as the chunks come.
+        matches: [M] bool, whether both models' most likely token is the same.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        *,
+        targets: Tensor,
+        weights: Tensor,
+        teacher: TeacherSource,
+        has_teacher: Tensor,
+        teacher_weights: Tensor,
+        starts_window: Tensor,
+        forbidden_ids: Tensor,
+        uses_streaks: bool,
+    ) -> None:
+        """Args, for M rows in order:
+        targets: [M] long; weights: [M] float32, of the cross-entropy.
+        teacher: gives the distributions of the rows that have one.
+        has_teacher: [M] bool; teacher_weights: [M] float32, of the KL or LK loss, 0 without a teacher.
+        starts_window: [M] bool, rows that are the first of their window.
+        forbidden_ids: columns that are never an answer: the mask, and those of no token.
+        uses_streaks: also multiply every row's weights with `streak_weights`.
+        """
+        self._objective, self._targets, self._weights = objective, targets, weights
+        self._teacher, self._has_teacher, self._teacher_weights = teacher, has_teacher, teacher_weights
+        self._starts_window, self._forbidden_ids = starts_window, forbidden_ids
+        self._uses_streaks, self._streak = uses_streaks, 1.0
+        self._num_before = torch.nn.functional.pad(has_teacher.long().cumsum(0), (1, 0)).tolist()
+        self.alpha = torch.zeros(targets.shape, device=targets.device)
+        self.matches = torch.zeros(targets.shape, dtype=torch.bool, device=targets.device)
+
+    def __call__(self, logits: Tensor, chunk: slice) -> Tensor:
+        logits = logits.index_fill(-1, self._forbidden_ids, -torch.inf)
+        losses = logits.new_zeros(logits.shape[0])
+        if self._objective.alpha:
+            nll = torch.nn.functional.cross_entropy(logits, self._targets[chunk], reduction="none")
+            losses = losses + self._objective.alpha * self._weights[chunk] * nll
+        first, last = self._num_before[chunk.start], self._num_before[chunk.stop]
+        if last > first:
+            distance = self._distance(logits, chunk, self._teacher.take(first, last, logits.device))
+            losses = losses + self._objective.beta * self._teacher_weights[chunk] * distance
+        if self._uses_streaks:
+            weights, self._streak = streak_weights(
+                self.alpha[chunk], self._starts_window[chunk], self._streak
+            )
+            losses = losses * weights
+        return losses
+
+    def _distance(self, logits: Tensor, chunk: slice, teacher: TeacherRows) -> Tensor:
+        """[rows of the chunk] distance to the teacher, 0 for rows without; notes acceptance and matches."""
+        rows = self._has_teacher[chunk].nonzero()[:, 0]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._objective.beta != 0):
+            log_p, log_q = categories(logits[rows], teacher)
+            distance = log_p.new_zeros(rows.shape)
+            if self._objective.beta:
+                distance = self._objective.distance(log_p, log_q)
+        best = log_p[:, :-1].argmax(-1)
+        best = best if teacher.ids is None else teacher.ids.gather(1, best[:, None])[:, 0]
+        self.alpha[chunk.start + rows] = acceptance(log_p, log_q).detach()
+        self.matches[chunk.start + rows] = logits[rows].argmax(-1) == best
+        return logits.new_zeros(logits.shape[0]).index_add(0, rows, distance)

@@ -1,0 +1,145 @@
+"""What a run has done so far: tokens, time per phase, useful FLOPs and memory, over all its resumes."""
+
+import math
+import resource
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+# Dense bf16 FLOP/s of GPUs whose name contains the key (vendors' data sheets), for MFU.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
+PHASES = ("data", "forward_backward", "optimizer")
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of this GPU; None for a CPU or a GPU that is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate for key, rate in PEAK_FLOPS.items() if key in name), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on a GPU since the last call; on a CPU, the process ever."""
+    if device.type != "cuda":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    most = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return most
+
+
+class Phases:
+    """Seconds spent in each phase of the steps since they were last read.
+
+    `mark(name)` gives the time since the mark before it to `name`. On a GPU a mark is an event in its queue,
+    so that nothing waits.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
+        self.mark("start")
+
+    def mark(self, name: str) -> None:
+        """Ends the phase `name` here."""
+        if self._on_gpu:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter()
+        self._marks.append((name, now))
+
+    def read(self) -> dict[str, float]:
+        """{phase: seconds} since the last call; waits for the GPU."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        seconds = dict.fromkeys(PHASES, 0.0)
+        for (_, before), (name, now) in zip(self._marks, self._marks[1:], strict=False):
+            passed = before.elapsed_time(now) / 1e3 if self._on_gpu else now - before
+            seconds[name] = seconds.get(name, 0.0) + passed
+        self._marks = self._marks[-1:]
+        return seconds
+
+
+@dataclass
+class Progress:
+    """Totals of a run, and rates since they were last logged.
+
+    Attributes:
+        results: what goes to results.json; carried over a resume.
+        device: this rank's.
+        world_size: ranks, for rates per device.
+    """
+
+    results: dict[str, float]
+    device: torch.device
+    world_size: int
+    phases: Phases = field(init=False)
+    _window: dict[str, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.phases = Phases(self.device)
+        self._tokens_seen = self.results.get("num_tokens", 0.0)
+        self._seconds = self.results.get("seconds", 0.0)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._window = {"tokens": 0.0, "flops": 0.0, **dict.fromkeys(PHASES, 0.0)}
+
+    def note_step(self, tokens: float, flops: float) -> None:
+        """One more step, of so many tokens and useful FLOPs over all ranks."""
+        self._tokens_seen += tokens
+        self._window["tokens"] += tokens
+        self._window["flops"] += flops
+
+    def note_skipped(self) -> None:
+        """One more step that changed nothing, since its loss or gradient was not finite."""
+        self.results["num_skipped_steps"] = self.results.get("num_skipped_steps", 0) + 1
+
+    def note_validation(self, values: Mapping[str, float]) -> None:
+        """Held-out numbers, `eval_loss` among them; the first ones are kept as NAME_before."""
+        for name, value in values.items():
+            self.results.setdefault(f"{name}_before", value)
+            self.results[name] = value
+        loss = values["eval_loss"]
+        self.results["best_eval_loss"] = min(loss, self.results.get("best_eval_loss", math.inf))
+
+    def _read_phases(self) -> None:
+        seconds = self.phases.read()
+        for name in PHASES:
+            self._window[name] += seconds[name]
+            self._seconds += seconds[name]
+
+    def rates(self) -> dict[str, float]:
+        """What is logged beside the loss, since the last call.
+
+        `tokens_per_second` of all ranks, and per device `tflops_per_second` and `mfu` (useful FLOPs only, see
+        llada.footprint; mfu where the device's peak is known); `share_data`, `share_forward_backward` and
+        `share_optimizer`, this rank's time per phase; `peak_memory_gb` in 1e9 bytes; `num_tokens` so far.
+        """
+        self._read_phases()
+        window = self._window
+        total = max(sum(window[name] for name in PHASES), 1e-9)
+        found = {"tokens_per_second": window["tokens"] / total, "num_tokens": self._tokens_seen}
+        if window["flops"]:
+            rate = window["flops"] / total / self.world_size
+            found["tflops_per_second"] = rate / 1e12
+            peak = peak_flops(self.device)
+            if peak is not None:
+                found["mfu"] = rate / peak
+        found |= {f"share_{name}": window[name] / total for name in PHASES}
+        found["peak_memory_gb"] = peak_memory(self.device) / 1e9
+        self._clear()
+        return found
+
+    def as_results(self, step: int) -> dict[str, float]:
+        """Everything to write into results.json after `step` steps."""
+        self._read_phases()
+        return {
+            **self.results,
+            "steps": step,
+            "num_tokens": self._tokens_seen,
+            "seconds": round(self._seconds, 1),
+        }

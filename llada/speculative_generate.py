@@ -1,0 +1,95 @@
+"""Speculative decoding as a way of decoding of transformers' `generate`.
+
+B prompts, P columns of the padded prompts, G columns of the longest answer, V outputs of the verifier.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from llada.bridge import Bridge
+from llada.speculative import SpeculativeDecoder, SpeculativeStats
+from llada.speculative_settings import SpeculativeSettings
+from llada.verifying import ROW_BY_ROW
+from modelling_final import LLaDAModelLM
+
+
+def speculative_generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    drafter: LLaDAModelLM,
+    bridge: Bridge,
+    speculation: SpeculativeSettings,
+    drafter_prompts: Sequence[Sequence[int]] | None = None,
+    statistics: SpeculativeStats | None = None,
+    **model_inputs: object,
+) -> GenerateDecoderOnlyOutput | Tensor:
+    """Speculative decoding as `generate`'s way of decoding, with all of its logits processors and criteria.
+
+        verifier.generate(**inputs, max_new_tokens=200, custom_generate=speculative_generate,
+                          drafter=llada, bridge=bridge, speculation=SpeculativeSettings(draft_length=8))
+
+    Args:
+        speculation: how to draft and accept; do_sample, temperature, top-k, top-p and lengths are those of
+            `generate`. Row i of the batch has the random draws of record i.
+        drafter_prompts: each prompt in the drafter's tokens; default: the verifier's text, tokenised again.
+        statistics: adds up what it took.
+        model_inputs: what `generate` has prepared; of these the attention mask is read.
+
+    Returns: [B, P + G] long, or an output object with return_dict_in_generate.
+
+    Raises:
+        ValueError: beams, a cache handed in, or what `SpeculativeDecoder` refuses.
+    """
+    if (generation_config.num_beams or 1) > 1:
+        raise ValueError(f"num_beams {generation_config.num_beams}: drafts are verified for one beam only")
+    cache = model_inputs.get("past_key_values")
+    if cache is not None and cache.get_seq_length():
+        raise ValueError("past_key_values: speculative decoding keeps its own cache; give the whole text")
+    temperature = 1.0 if generation_config.temperature is None else generation_config.temperature
+    settings = replace(speculation, temperature=float(temperature) if generation_config.do_sample else 0.0)
+    mask = model_inputs.get("attention_mask")
+    answers, limit = [], generation_config.max_length - input_ids.shape[1]
+    for row, tokens in enumerate(input_ids):
+        padding = tokens[:0] if mask is None else tokens[~mask[row].bool()]
+        prompt = tokens[len(padding) :].tolist()  # generate asks for padding on the left
+        processors = _of_row(logits_processor, row, len(input_ids), padding)
+        decoder = SpeculativeDecoder(drafter, model, bridge, settings, processors=processors)
+
+        def is_done(answer: list[int], row: int = row) -> bool:
+            text = torch.cat([input_ids[row], input_ids.new_tensor(answer)])
+            return bool(stopping_criteria(text.expand(len(input_ids), -1), None)[row])
+
+        drafter_prompt = bridge.canvas_prompt(prompt) if drafter_prompts is None else drafter_prompts[row]
+        answer, stats = decoder.decode(
+            prompt, drafter_prompt, record_id=row, max_new_tokens=limit, is_done=is_done
+        )
+        answers.append(answer)
+        if statistics is not None:
+            statistics += stats
+    width = max(map(len, answers))
+    pad = generation_config._pad_token_tensor  # EOS where the model names no padding, as for all of generate
+    padded = [answer + [int(pad or 0)] * (width - len(answer)) for answer in answers]
+    sequences = torch.cat([input_ids, torch.tensor(padded, device=input_ids.device)], dim=1)
+    if generation_config.return_dict_in_generate:
+        return GenerateDecoderOnlyOutput(sequences=sequences)
+    return sequences
+
+
+def _of_row(processors: LogitsProcessorList, row: int, num_rows: int, padding: Tensor) -> LogitsProcessorList:
+    """`generate`'s processors as one row of its batch meets them: they may count rows and padding."""
+    if all(type(processor) in ROW_BY_ROW for processor in processors):
+        return processors
+
+    def process(tokens: Tensor, scores: Tensor) -> Tensor:
+        text = torch.cat([padding[None], tokens], dim=1).expand(num_rows, -1)
+        return processors(text, scores.repeat(num_rows, 1))[row][None]
+
+    return LogitsProcessorList([process])

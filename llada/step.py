@@ -1,0 +1,135 @@
+"""The arithmetic of one training step: accumulate, clip, check, update."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from llada.guards import MAX_SKIPPED_IN_A_ROW, gather_records
+from llada.progress import Progress
+from llada.runtime import Run, autocast, sum_over_ranks
+from llada.sharding import gradient_sync, whole
+from llada.train_config import TrainConfig, learning_rate
+
+
+class Batch(Protocol):
+    """What the loop needs of a micro-batch."""
+
+    count: float
+    record_ids: list[int]
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    def to(self, device: torch.device) -> "Batch": ...
+
+
+@dataclass
+class LossParts:
+    """A micro-batch's share of a loss whose gradient comes in several forward and backward passes.
+
+    Attributes:
+        value: the share of the loss itself, to be logged; without a graph.
+        parts: each is called once, in order, and gives a scalar; the gradients of all together are the
+            gradient of `value`. Every rank must have as many.
+        means: name -> (sum, count), to be logged: all sums of a step, over micro-batches and ranks, divided
+            by all counts. Every micro-batch must name the same ones.
+    """
+
+    value: torch.Tensor
+    parts: Sequence[Callable[[], torch.Tensor]]
+    means: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+Loss = Callable[[torch.nn.Module, Batch, float], torch.Tensor | LossParts]
+"""(model, micro-batch, count of the global batch) -> this micro-batch's share of the loss."""
+
+
+class Trainer:
+    """The arithmetic of one step."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: TrainConfig,
+        run: Run,
+        loss: Loss,
+        state: Progress,
+    ) -> None:
+        self._config, self._run, self._loss, self._optimizer = config, run, loss, optimizer
+        self._state, self._num_skipped_in_a_row = state, 0
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._model = model
+        # Sharded weights are gathered in the right precision already.
+        self._dtype = config.dtype if config.shard == "none" else "float32"
+
+    def step(self, step: int, batches: list[Batch], count: float) -> dict[str, float]:
+        """Forward, backward and update for one global batch whose counts sum to `count` over all ranks."""
+        rate = learning_rate(step, self._config)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        losses: list[torch.Tensor] = []
+        sums: dict[str, tuple[float, float]] = {}
+        for i, batch in enumerate(batches):
+            loss, means = self._forward_backward(batch, count, last=i == len(batches) - 1)
+            losses.append(loss)
+            for name, (total, number) in means.items():
+                before = sums.get(name, (0.0, 0.0))
+                sums[name] = (before[0] + total, before[1] + number)
+        max_norm = self._config.max_grad_norm or math.inf
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(self._parameters, max_norm))
+        flat = [number for pair in sums.values() for number in pair]
+        loss_value, *flat = sum_over_ranks([float(sum(losses)), *flat])
+        self._state.phases.mark("forward_backward")
+        if math.isfinite(loss_value) and math.isfinite(grad_norm):
+            self._optimizer.step()
+            self._num_skipped_in_a_row = 0
+        else:
+            self._skip_or_stop(step, batches, losses, f"loss {loss_value}, gradient norm {grad_norm}")
+        self._optimizer.zero_grad(set_to_none=True)
+        self._state.phases.mark("optimizer")
+        means = {
+            name: total / number
+            for name, total, number in zip(sums, flat[::2], flat[1::2], strict=True)
+            if number
+        }
+        return {"loss": loss_value, "grad_norm": grad_norm, "learning_rate": rate} | means
+
+    def _forward_backward(
+        self, batch: Batch, count: float, *, last: bool
+    ) -> tuple[torch.Tensor, Mapping[str, tuple[float, float]]]:
+        """The micro-batch's share of the loss, its gradients added, and its sums to log."""
+        # Gradients are averaged over ranks; the loss is already divided by the global count.
+        always = self._config.reduce_always
+        with gradient_sync(self._model, last=last or always):
+            with autocast(self._run.device, self._dtype):
+                loss = self._loss(self._model, batch.to(self._run.device), count)
+            if isinstance(loss, torch.Tensor):
+                (loss * self._run.world_size).backward()
+                return loss.detach(), {}
+        for k, part in enumerate(loss.parts):
+            with gradient_sync(self._model, last=always or (last and k == len(loss.parts) - 1)):
+                with autocast(self._run.device, self._dtype):
+                    value = part()
+                (value * self._run.world_size).backward()
+        return loss.value, loss.means
+
+    def _skip_or_stop(self, step: int, batches: list[Batch], losses: list[torch.Tensor], found: str) -> None:
+        """What --on_nonfinite asks for. Loss and norm are those of all ranks, so all of them come here."""
+        broken = [batch for batch, loss in zip(batches, losses, strict=True) if not loss.isfinite()]
+        suspects = gather_records([record for batch in broken for record in batch.record_ids])
+        if not suspects:  # the losses are finite, a gradient is not
+            suspects = gather_records([record for batch in batches for record in batch.record_ids])
+        message = f"step {step}: {found}; nothing was updated; records: {suspects}"
+        self._num_skipped_in_a_row += 1
+        if self._config.on_nonfinite == "stop" or self._num_skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise FloatingPointError(
+                f"{message}. Lower --learning_rate, look at the records, or leave such steps out with "
+                f"--on_nonfinite skip (at most {MAX_SKIPPED_IN_A_ROW} in a row)"
+            )
+        self._state.note_skipped()
+        if self._run.is_main:
+            print(f"{message}; skipped ({self._state.results['num_skipped_steps']} so far)", flush=True)

@@ -1,0 +1,349 @@
+"""Two tokenizers side by side: which token of one is which of the other, and where both start a token.
+
+Tokens are compared by the bytes that they decode to, never by their spelling or number: `Ġthe`, `▁the` and a
+byte-level id are one token if they all write " the". Special tokens have no bytes and are compared by role
+(beginning, end of turn, end of text, headers, ...). What has no counterpart belongs to an explicit "other".
+
+N rows, S source columns (at least the source's ids), T target ids, n tokens of a text.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+OTHER = -1
+"""The number that stands for "no counterpart"."""
+
+# role -> the spellings it has in well-known tokenizers; the first column is LLaDA's.
+ROLE_SPELLINGS = {
+    "bos": ("<|startoftext|>", "<BOS>", "<bos>", "<s>", "<|begin_of_text|>"),
+    "eos": ("<|endoftext|>", "<EOS>", "<eos>", "</s>", "<|end_of_text|>"),
+    "eot": ("<|eot_id|>", "<eot_id>", "<|im_end|>", "<end_of_turn>", "<|end|>"),
+    "start_header": ("<|start_header_id|>", "<start_id>"),
+    "end_header": ("<|end_header_id|>", "<end_id>"),
+}
+ROLE_OF_SPELLING = {spelling: role for role, spellings in ROLE_SPELLINGS.items() for spelling in spellings}
+# What a tokenizer calls its own, where no spelling above says more.
+ROLE_ATTRIBUTES = ("bos", "eos")
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """A tokenizer as bytes.
+
+    Attributes:
+        texts: bytes of each id; None for special tokens and for ids that no token has.
+        tokens: spelling of each id, None for ids that no token has.
+        ids_of_role: role -> id, for the special tokens whose role is known.
+        is_fallback: ids that write one byte only because nothing else could (`<0x41>`).
+        drops_first_space: whether decoding removes the space in front of a text (sentencepiece adds one).
+    """
+
+    texts: list[bytes | None]
+    tokens: list[str | None]
+    ids_of_role: dict[str, int]
+    is_fallback: frozenset[int]
+    drops_first_space: bool
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "TokenBytes":
+        """The table of a fast tokenizer: byte-level BPE, or sentencepiece with or without byte fallback.
+
+        Raises:
+            ValueError: a tokenizer whose tokens do not stand for bytes (WordPiece, word-level, ...).
+        """
+        kind = _Decoder.of(tokenizer)
+        vocabulary = tokenizer.get_vocab()
+        size = max(vocabulary.values()) + 1
+        texts: list[bytes | None] = [None] * size
+        tokens: list[str | None] = [None] * size
+        added = tokenizer.added_tokens_decoder
+        specials = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+        fallback = set()
+        for token, i in vocabulary.items():
+            tokens[i] = token
+            if i in specials:
+                continue
+            if i in added:
+                texts[i] = token.encode()
+                continue
+            texts[i], is_fallback = kind.text_of(token)
+            if is_fallback:
+                fallback.add(i)
+        roles = _roles(tokenizer, vocabulary)
+        return cls(texts, tokens, roles, frozenset(fallback), kind.drops_first_space)
+
+    @property
+    def closing(self) -> int | None:
+        """The token that ends an answer: end of turn, or end of text where there is none."""
+        return self.ids_of_role.get("eot", self.ids_of_role.get("eos"))
+
+    @cached_property
+    def id_of_text(self) -> dict[bytes, int]:
+        """bytes -> id: a real token before a byte-fallback one, then the lowest id."""
+        ids: dict[bytes, int] = {}
+        for i in sorted(range(len(self.texts)), key=lambda i: (i in self.is_fallback, i)):
+            if self.texts[i]:
+                ids.setdefault(self.texts[i], i)
+        return ids
+
+    @cached_property
+    def id_of_special(self) -> dict[str, int]:
+        """spelling -> id of the special tokens, and of other tokenizers' spellings of the same roles."""
+        roles = {spelling: self.ids_of_role.get(role) for spelling, role in ROLE_OF_SPELLING.items()}
+        ids = {spelling: i for spelling, i in roles.items() if i is not None}
+        own = {token: i for i, token in enumerate(self.tokens) if token and self.texts[i] is None}
+        return ids | own
+
+    def id_of_foreign(self, spelling: str) -> int | None:
+        """The id of a special token as some other tokenizer spells it, None if it is none or has no id here.
+
+        Whatever ends an answer there is what ends one here.
+        """
+        if ROLE_OF_SPELLING.get(spelling) in ("eot", "eos"):
+            return self.closing
+        return self.id_of_special.get(spelling)
+
+    def decode(self, ids: Sequence[int]) -> bytes:
+        """The bytes of a text's tokens; special tokens write nothing."""
+        return b"".join(self.texts[i] or b"" for i in ids)
+
+    def starts(self, ids: Sequence[int]) -> np.ndarray:
+        """[n + 1] where each token begins in the text's bytes, and where the text ends."""
+        return _starts([self.texts[i] for i in ids])
+
+
+@dataclass(frozen=True)
+class VocabMap:
+    """The tokens of a source vocabulary in a target vocabulary.
+
+    Attributes:
+        target_of: [source ids] long, the target id of each source id, -1 = other. Several may share one.
+        source, target: both tokenizers as bytes.
+        is_identity: every id that both have means the same in both, so ids carry over unchanged.
+    """
+
+    target_of: Tensor
+    source: TokenBytes
+    target: TokenBytes
+    is_identity: bool
+
+    @classmethod
+    def between(cls, source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> "VocabMap":
+        """The map from one tokenizer's ids to another's.
+
+        In this order: the same spelling under the same id; the token that ends an answer to the one that
+        does; the same bytes (a real token before a byte-fallback one, then the lowest id); among special
+        tokens the same spelling, then the same role.
+
+        Raises:
+            ValueError: a tokenizer whose tokens do not stand for bytes.
+        """
+        ours = TokenBytes.of(source)
+        theirs = ours if target is source else TokenBytes.of(target)
+        if ours.tokens == theirs.tokens and ours.texts == theirs.texts:
+            known = [i if token is not None else OTHER for i, token in enumerate(ours.tokens)]
+            return cls(torch.tensor(known), ours, theirs, is_identity=True)
+        role_of = {i: role for role, i in ours.ids_of_role.items()}
+        target_of = [OTHER] * len(ours.tokens)
+        is_identity = True
+        for i, (token, text) in enumerate(zip(ours.tokens, ours.texts, strict=True)):
+            if token is None:
+                continue
+            same = i < len(theirs.tokens) and (theirs.tokens[i], theirs.texts[i]) == (token, text)
+            if same:
+                target_of[i] = i
+                continue
+            is_identity &= i >= len(theirs.tokens) or theirs.tokens[i] is None
+            if text is not None:
+                target_of[i] = theirs.id_of_text.get(text, OTHER)
+            elif i == ours.closing and theirs.closing is not None:
+                target_of[i] = theirs.closing
+            else:
+                role = role_of.get(i)
+                target_of[i] = theirs.id_of_special.get(token, theirs.ids_of_role.get(role, OTHER))
+                if target_of[i] == OTHER and role in ("eot", "eos"):
+                    target_of[i] = OTHER if theirs.closing is None else theirs.closing
+        return cls(torch.tensor(target_of), ours, theirs, is_identity)
+
+    @property
+    def source_size(self) -> int:
+        """Source ids; a model's logits may have more columns, which belong to other."""
+        return self.target_of.numel()
+
+    @property
+    def target_size(self) -> int:
+        """Target ids T."""
+        return len(self.target.tokens)
+
+    @cached_property
+    def is_mapped(self) -> Tensor:
+        """[source ids] bool, the source ids that have a counterpart."""
+        return self.target_of != OTHER
+
+    @property
+    def coverage(self) -> float:
+        """The share of the source's tokens that have a counterpart."""
+        known = sum(token is not None for token in self.source.tokens)
+        return int(self.is_mapped.sum()) / known
+
+    def coverage_of(self, source_ids: Sequence[int]) -> float:
+        """The share of these tokens (of a text, counted as often as they stand there) that have one."""
+        return float(self.is_mapped[torch.as_tensor(source_ids)].float().mean())
+
+    def project(self, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Source log-probabilities as target log-probabilities and that of "other", in float32.
+
+            log p'(v) = log sum_{u: target_of(u) = v} p(u),   log p'(other) likewise over the rest
+
+        Args:
+            log_probs: [..., S], normalised over its last dimension; columns past the source's ids are other.
+
+        Returns: [..., T] (-inf where no source token lands) and [...]; together they sum to one.
+        """
+        log_probs = log_probs.float()
+        num_spare = log_probs.shape[-1] - self.source_size
+        if num_spare < 0:
+            raise ValueError(
+                f"{log_probs.shape[-1]} columns are fewer than the source tokenizer's {self.source_size} ids"
+            )
+        bucket = torch.where(self.is_mapped, self.target_of, self.target_size)
+        bucket = torch.nn.functional.pad(bucket, (0, num_spare), value=self.target_size).to(log_probs.device)
+        shape = (*log_probs.shape[:-1], self.target_size + 1)
+        index = bucket.expand(log_probs.shape)
+        # logsumexp by bucket: exponentials relative to each bucket's own maximum neither over- nor underflow
+        top = log_probs.new_full(shape, -torch.inf).scatter_reduce(-1, index, log_probs, "amax")
+        shift = top.masked_fill(top == -torch.inf, 0.0)
+        scaled = (log_probs - shift.gather(-1, index)).exp()
+        projected = torch.zeros(shape, device=log_probs.device).scatter_add(-1, index, scaled).log() + shift
+        return projected[..., :-1], projected[..., -1]
+
+    def align(self, source_ids: Sequence[int], target_ids: Sequence[int]) -> np.ndarray:
+        """Which source token begins where each target token begins: [n_target] long, -1 = none.
+
+        Both must write the same bytes. A special token belongs to a special token at the same place: the
+        first to the first, the second to the second.
+
+        Raises:
+            ValueError: the two texts differ; says from which byte on.
+        """
+        dropped = self.source.drops_first_space, self.target.drops_first_space
+        ours, theirs = self.source.texts, self.target.texts
+        return align_texts([ours[i] for i in source_ids], [theirs[i] for i in target_ids], dropped)
+
+
+def align_texts(
+    source: Sequence[bytes | None],
+    target: Sequence[bytes | None],
+    drops_first_space: tuple[bool, bool] = (False, False),
+) -> np.ndarray:
+    """`VocabMap.align` for tokens given by what they write; None is a special token.
+
+    Args:
+        drops_first_space: of the source's and the target's tokenizer.
+    """
+    ours, theirs = (b"".join(text or b"" for text in texts) for texts in (source, target))
+    shift = 0
+    if ours != theirs and drops_first_space[0] != drops_first_space[1]:
+        shift = int(ours.startswith(b" ")) - int(theirs.startswith(b" "))
+        ours, theirs = ours[max(shift, 0) :], theirs[max(-shift, 0) :]
+    if ours != theirs:
+        at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+        at = min(len(ours), len(theirs)) if at is None else at
+        raise ValueError(
+            f"the two texts differ from byte {at} on: {ours[at : at + 20]!r} in the source's tokens, "
+            f"{theirs[at : at + 20]!r} in the target's"
+        )
+    index_of = {place: i for i, place in enumerate(_places(source, max(shift, 0)))}
+    return np.array([index_of.get(place, OTHER) for place in _places(target, max(-shift, 0))], dtype=np.int64)
+
+
+def _starts(texts: Sequence[bytes | None]) -> np.ndarray:
+    return np.cumsum([0, *(len(text or b"") for text in texts)])
+
+
+def _places(texts: Sequence[bytes | None], dropped: int) -> list[tuple[int, int]]:
+    """(first byte, 0 for text or the how-many-eth special token there) of each token."""
+    places, num_special = [], 0
+    for text, start in zip(texts, _starts(texts), strict=False):
+        num_special = num_special + 1 if text is None else 0
+        places.append((max(0, int(start) - dropped), num_special))
+    return places
+
+
+def _roles(tokenizer: PreTrainedTokenizerBase, vocabulary: dict[str, int]) -> dict[str, int]:
+    """role -> id. A known spelling decides; the tokenizer's own attribute fills in what is left."""
+    roles = {}
+    for role, spellings in ROLE_SPELLINGS.items():
+        found = [vocabulary[spelling] for spelling in spellings if spelling in vocabulary]
+        if found:
+            roles[role] = found[0]
+    for role in ROLE_ATTRIBUTES:
+        i = getattr(tokenizer, f"{role}_token_id")
+        # SmolLM2 calls its <|im_end|> eos: that is a known end of turn, and stays one
+        if i is not None and i not in roles.values():
+            roles[role] = i
+    return roles
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """How a tokenizer's spellings become bytes, read from its decoder."""
+
+    is_byte_level: bool
+    space: str
+    has_byte_fallback: bool
+    drops_first_space: bool
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "_Decoder":
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        state: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {}
+        decoder = state.get("decoder") or {}
+        parts = {part["type"]: part for part in decoder.get("decoders", [decoder]) if part}
+        if "ByteLevel" in parts:
+            return cls(True, "", False, False)
+        fallback = "ByteFallback" in parts or bool(state.get("model", {}).get("byte_fallback"))
+        if "Metaspace" in parts:
+            scheme = parts["Metaspace"].get("prepend_scheme", "always")
+            return cls(False, parts["Metaspace"]["replacement"], fallback, scheme != "never")
+        if parts.get("Replace", {}).get("content") == " ":
+            space = parts["Replace"]["pattern"]["String"]
+            return cls(False, space, fallback, parts.get("Strip", {}).get("start", 0) > 0)
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path!r}: its tokens cannot be read as bytes (decoder "
+            f"{sorted(parts) or 'missing'}); byte-level BPE and sentencepiece tokenizers can"
+        )
+
+    def text_of(self, token: str) -> tuple[bytes, bool]:
+        """(bytes of an ordinary token, is it a byte-fallback token)."""
+        if self.is_byte_level:
+            # as the decoder does: a spelling with a foreign character stands for itself
+            codes = [_BYTE_OF.get(character) for character in token]
+            return (token.encode() if None in codes else bytes(codes)), False
+        if self.has_byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes([int(token[3:5], 16)]), True
+        return token.replace(self.space, " ").encode(), False
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """character -> byte of byte-level BPE: printable Latin-1 stands for itself, the rest from U+0100 on.
+
+    Source: GPT-2's tokenizer.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in set(printable)]
+    table = {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(rest)}
+    assert set(table) == set(pre_tokenizers.ByteLevel.alphabet())
+    return table
+
+
+_BYTE_OF = _byte_alphabet()

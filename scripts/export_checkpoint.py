@@ -1,0 +1,78 @@
+"""Writes a plain checkpoint folder from a saved training state, at any time, also while the run goes on.
+
+What comes out is what the run's final/ would be at that step: `from_pretrained`, generation, evaluation and
+the next stage read it. With LoRA it is an adapter folder (scripts/merge_lora.py folds it in). States of
+any number of ranks and of sharded models are read; nothing in the run's folder is changed.
+
+Run:
+    python scripts/export_checkpoint.py --run runs/pretrain --output_dir models/at_latest
+    python scripts/export_checkpoint.py --run runs/pretrain --step 5000 --dtype bfloat16 \\
+        --output_dir models/at_5000
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llada.checkpoint import find_resume, load_weights, read_meta
+from llada.config import flag, parse, read_yaml
+from llada.context import RopeScaling
+from llada.model import DTYPES, attach_lora, load_model, load_tokenizer, new_model, save_model
+
+
+@dataclass
+class Config:
+    """Flags of this script."""
+
+    run: str = flag(help="Folder of a training run: config.yaml and step-N states.")
+    output_dir: str = flag(help="New folder for the checkpoint.")
+    step: int | None = flag(None, help="Which step-N; default the latest.")
+    dtype: str = flag("float32", help="Of the weights written.", choices=list(DTYPES))
+
+
+def model_of(settings: dict) -> torch.nn.Module:
+    """The model that the run trains, before its training."""
+    path = settings.get("model_name_or_path")
+    length = settings["max_length"]
+    if path is None:
+        tokenizer = load_tokenizer(settings["tokenizer_name"])
+        return new_model(settings["config_name"], tokenizer, seed=settings["seed"], max_length=length)
+    rope = RopeScaling(settings.get("rope_scaling", "none"), settings.get("rope_factor", 1.0), length)
+    dtype = settings["dtype"] if settings["use_lora"] else "float32"
+    model = load_model(path, dtype=dtype, merge_adapter=False, rope=rope)
+    if settings["use_lora"] and not hasattr(model, "peft_config"):
+        model = attach_lora(
+            model,
+            rank=settings["lora_r"],
+            alpha=settings["lora_alpha"],
+            dropout=settings["lora_dropout"],
+            target_modules=settings["lora_target_modules"],
+            seed=settings["seed"],
+        )
+    return model
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Exports one state."""
+    config = parse(Config, argv, description=__doc__)
+    run, output_dir = Path(config.run), Path(config.output_dir)
+    if output_dir.exists():
+        raise ValueError(f"--output_dir {output_dir}: exists; give a new folder")
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"--run {run}: no config.yaml there; give the --output_dir of a training run")
+    state = run / f"step-{config.step}" if config.step is not None else find_resume(run, "auto")
+    if state is None or not (state / "meta.json").is_file():
+        saved = sorted(path.name for path in run.glob("step-*") if (path / "meta.json").is_file())
+        raise ValueError(f"--run {run}: no such state there; it has {', '.join(saved) or 'none'}")
+    settings = read_yaml(run / "config.yaml")
+    model = model_of(settings)
+    load_weights(state, model)
+    chat = "random_length_probability" not in settings  # pretraining alone adds no chat tokens
+    tokenizer = load_tokenizer(settings.get("tokenizer_name") or settings["model_name_or_path"], chat=chat)
+    save_model(model.to(DTYPES[config.dtype]), tokenizer, output_dir)
+    print(f"{output_dir}: the weights of {state} (step {read_meta(state)['step']})")
+
+
+if __name__ == "__main__":
+    main()

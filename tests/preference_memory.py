@@ -1,0 +1,74 @@
+"""Peak memory in bytes of a DPO and a KTO step with 1 and with 8 masks, activations above all.
+
+Prints {"dpo": {"1": ..., "8": ...}, "kto": ...}. A program of its own: what is measured is the process.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from conftest import load_script
+from tiny_llada import make_model
+
+from llada.answer_stream import AnswerBatch
+from llada.elbo import make_draws, plan_draws
+from llada.likelihood import Request
+
+NUM_ANSWERS, LENGTH = 8, 100
+
+
+def peak_bytes():
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def make_step(stage, num_draws):
+    """A step's loss with all its parts, for a policy and numbers in place of a reference."""
+    script = load_script({"dpo": "rlhf/train_dpo.py", "kto": "rlhf/train_elbo_kto.py"}[stage])
+    data = {"dpo": {"train_data_path": ["x"]}, "kto": {"train_dataset_path": "x"}}[stage]
+    config = script.Config(model_name_or_path="x", output_dir="x", n_mc_samples=num_draws, **data)
+    return script.make_loss(config, None, *([{}] if stage == "kto" else []))
+
+
+def make_batch(num_draws):
+    random = np.random.default_rng(0)
+    texts = random.integers(1, 30, (NUM_ANSWERS, 2, LENGTH))
+    requests = [Request(tuple(x), tuple(y), str(n)) for n, (x, y) in enumerate(texts)]
+    plans = plan_draws(requests, num_draws, 0, "memory", estimator="iid")
+    numbers = {
+        "reference": torch.zeros(NUM_ANSWERS, dtype=torch.float64),
+        "is_desirable": torch.tensor([1.0, 0.0] * (NUM_ANSWERS // 2)),
+    }
+    draws = make_draws(requests, plans, num_draws, mask_id=39, pad_id=0)
+    return AnswerBatch(
+        [draws], [], torch.full((NUM_ANSWERS,), LENGTH), numbers, 8.0, list(range(NUM_ANSWERS))
+    )
+
+
+def main():
+    model = make_model(d_model=128, n_heads=4, n_kv_heads=4, n_layers=6, mlp_hidden_size=384).train()
+    peaks = {}
+    for stage in ("dpo", "kto"):
+        peaks[stage] = {}
+        for num_draws in (8, 1, 8):  # the first is to warm up
+            model.zero_grad(set_to_none=False)
+            step, batch = make_step(stage, num_draws), make_batch(num_draws)
+            before = resident_bytes()
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            parts = step(model, batch, 8.0).parts
+            assert len(parts) == num_draws
+            for part in parts:
+                part().backward()
+            peaks[stage][num_draws] = peak_bytes() - before
+    print(json.dumps(peaks))
+
+
+if __name__ == "__main__":
+    main()

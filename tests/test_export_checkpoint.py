@@ -1,0 +1,61 @@
+"""A state of any step becomes the plain checkpoint that the run would have written there."""
+
+import pytest
+import torch
+from conftest import load_script
+from safetensors.torch import load_file
+from test_stages import launch, pretrain_flags, sft_flags
+
+export = load_script("scripts/export_checkpoint.py").main
+pretrain = load_script("pretraining/pretrain.py").main
+train_sft = load_script("sft_training/train_sft.py").main
+
+
+def weights(folder):
+    (file,) = folder.glob("*model.safetensors")
+    return load_file(file)
+
+
+def assert_same(folder, other):
+    found, expected = weights(folder), weights(other)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_pretraining_from_scratch_at_the_end_and_on_the_way(tokenizer_dir, tmp_path):
+    flags = ["--lr_scheduler_type", "constant", "--save_interval", "2"]
+    pretrain(pretrain_flags(tmp_path / "run", tokenizer_dir, tmp_path, *flags))
+    export(["--run", str(tmp_path / "run"), "--output_dir", str(tmp_path / "latest")])
+    assert_same(tmp_path / "latest", tmp_path / "run/final")
+    export(["--run", str(tmp_path / "run"), "--step", "2", "--output_dir", str(tmp_path / "two")])
+    pretrain(pretrain_flags(tmp_path / "short", tokenizer_dir, tmp_path, *flags, "--max_steps", "2"))
+    assert_same(tmp_path / "two", tmp_path / "short/final")
+    # every stage reads it
+    train_sft(sft_flags(tmp_path / "sft", tmp_path / "two", "--max_steps", "1"))
+
+
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_adapters_saved_by_two_ranks(shard, model_dir, tmp_path):
+    flags = sft_flags(tmp_path / "run", model_dir, "--use_lora", "--lora_r", "2", "--shard", shard)
+    launch(2, "sft_training/train_sft.py", [*flags, "--micro_batch_size", "2"])
+    export(["--run", str(tmp_path / "run"), "--output_dir", str(tmp_path / "out")])
+    assert_same(tmp_path / "out", tmp_path / "run/final")
+    names = {path.name for path in (tmp_path / "run/final").iterdir()}
+    assert names <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_half_precision(model_dir, tmp_path):
+    train_sft(sft_flags(tmp_path / "run", model_dir))
+    flags = ["--run", str(tmp_path / "run"), "--dtype", "bfloat16", "--output_dir", str(tmp_path / "half")]
+    export(flags)
+    assert {value.dtype for value in weights(tmp_path / "half").values()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match="exists; give a new folder"):
+        export(flags)
+
+
+def test_what_is_not_there_is_named(model_dir, tmp_path):
+    with pytest.raises(ValueError, match=r"no config\.yaml there"):
+        export(["--run", str(tmp_path), "--output_dir", str(tmp_path / "out")])
+    train_sft(sft_flags(tmp_path / "run", model_dir))
+    with pytest.raises(ValueError, match="no such state there; it has step-3"):
+        export(["--run", str(tmp_path / "run"), "--step", "7", "--output_dir", str(tmp_path / "out")])

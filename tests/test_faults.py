@@ -1,0 +1,269 @@
+"""What goes wrong in a run, and what comes of it: docs/reliability.md is the table of these."""
+
+import errno
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, load_script
+from test_training import CPU, NoTokenizer, make_config, make_stream, tiny_model, train, weights_of
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+from llada import checkpoint
+from llada.guards import MAX_SKIPPED_IN_A_ROW, LossWatch
+from llada.losses import masked_diffusion_loss
+from llada.runtime import end_run, read_metrics, start_run
+from llada.training import fit, prepare_trainable
+
+
+def train_on(folder, stream_of, **changes):
+    """`fit` over the tiny model with stream_of(ordinary stream) as its stream."""
+    config = make_config(folder, **changes)
+    model = prepare_trainable(tiny_model(), config)
+    fit(
+        model, NoTokenizer(), config, CPU, stream=stream_of(make_stream(config)), loss=masked_diffusion_loss,
+        validate=None, fingerprint={}, prefetch=False,
+    )  # fmt: skip
+    return model
+
+
+def poisoned(*steps):
+    def stream_of(stream):
+        def at(step):
+            first, *rest = stream(step)
+            if step in steps:
+                first = replace(first, weights=first.weights * math.nan)
+            return [first, *rest]
+
+        return at
+
+    return stream_of
+
+
+# a full disk
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    train(tmp_path, max_steps=4, save_interval=2, lr_scheduler_type="constant")
+    before = {path.name for path in tmp_path.glob("step-*")}
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    config = {"max_steps": 4, "save_interval": 2, "lr_scheduler_type": "constant"}
+    (tmp_path / "latest").write_text("step-2")
+    (tmp_path / "step-7.tmp").mkdir()  # what a killed run was writing
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSystemWriter, "write_data", full)
+        with pytest.raises(OSError, match=r"step-4\.tmp: .*No space left on device.* is the disk full\?"):
+            train(tmp_path, **config)
+    assert {path.name for path in tmp_path.glob("step-*")} == before  # no .tmp of this save, nor an older one
+    assert (tmp_path / "latest").read_text() == "step-2"
+    resumed = train(tmp_path, **config)
+    whole = train(tmp_path.with_name("whole"), **config)
+    assert all(torch.equal(value, weights_of(resumed)[name]) for name, value in weights_of(whole).items())
+
+
+def test_a_disk_that_fills_up_between_data_and_name_is_told_too(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "write_atomically", full)
+    with pytest.raises(OSError, match=r"step-2\.tmp: .*No space left on device"):
+        train(tmp_path, save_interval=2)
+    assert not list(tmp_path.glob("step-*"))
+
+
+# states that cannot be resumed
+
+
+def test_a_truncated_shard_names_the_states_that_are_left(tmp_path):
+    train(tmp_path, save_interval=2)
+    shard = next((tmp_path / "step-6").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"step-6: cannot be loaded: .*step-4$"):
+        train(tmp_path)
+    train(tmp_path, resume_from_checkpoint=str(tmp_path / "step-4"))
+    assert (tmp_path / "DONE").exists()
+
+
+def test_a_latest_that_names_nothing(tmp_path):
+    train(tmp_path)
+    (tmp_path / "latest").write_text("step-99")
+    with pytest.raises(ValueError, match=r"step-99: not a complete checkpoint"):
+        train(tmp_path)
+
+
+def test_all_changed_flags_are_named(tmp_path):
+    train(tmp_path)
+    with pytest.raises(ValueError, match=r"--seed was 42, now 1; --batch_size was 8, now 16"):
+        train(tmp_path, seed=1, batch_size=16)
+
+
+# two runs, and signals
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    with checkpoint.folder_lock(tmp_path):
+        before = sorted(tmp_path.iterdir())
+        message = rf"--output_dir .*: another run \(process {os.getpid()} on .*\) is writing there"
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path)
+        assert sorted(tmp_path.iterdir()) == before
+    train(tmp_path)
+    assert (tmp_path / "DONE").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_between_steps_saves_and_the_resumed_run_is_the_same(number, tmp_path):
+    def interrupted(stream):
+        def at(step):
+            if step == 3:
+                os.kill(os.getpid(), number)
+            return stream(step)
+
+        return at
+
+    train_on(tmp_path / "cut", interrupted)
+    assert (tmp_path / "cut/PREEMPTED").exists() and (tmp_path / "cut/latest").read_text() == "step-3"
+    resumed = weights_of(train(tmp_path / "cut", model=tiny_model(seed=9)))
+    assert not (tmp_path / "cut/PREEMPTED").exists()
+    whole = weights_of(train(tmp_path / "whole"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_signal_before_the_first_step_leaves_a_marker(tmp_path):
+    previous = signal.getsignal(signal.SIGHUP)
+    start_run("cpu", output_dir=str(tmp_path / "run"))
+    with pytest.raises(SystemExit) as stopped:
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(1)  # the handler runs between two instructions
+    assert stopped.value.code == 0
+    assert (tmp_path / "run/PREEMPTED").exists()
+    end_run()
+    assert signal.getsignal(signal.SIGHUP) == previous
+
+
+# numbers that are not finite, and jumps
+
+
+def test_a_poisoned_batch_stops_the_run_and_only_its_records_are_named(tmp_path):
+    first, second = make_stream(make_config(tmp_path))(2)
+    with pytest.raises(FloatingPointError) as stopped:
+        train_on(tmp_path, poisoned(2))
+    named = json.loads(re.search(r"records: (\[.*?\])", str(stopped.value)).group(1))
+    assert named == sorted(set(first.record_ids)) != sorted(set(first.record_ids + second.record_ids))
+    assert "--on_nonfinite skip" in str(stopped.value)
+
+
+def test_skipped_steps_are_counted_and_change_nothing(tmp_path):
+    model = train_on(tmp_path, poisoned(2, 4), on_nonfinite="skip", save_interval=1, save_total_limit=9)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert json.loads((tmp_path / "results.json").read_text())["num_skipped_steps"] == 2
+    losses = {entry["step"]: entry["loss"] for entry in read_metrics(tmp_path / "metrics.jsonl")}
+    assert [step for step, loss in losses.items() if math.isnan(loss)] == [3, 5]
+    # the state after a skipped step is the state before it
+    states = [tmp_path / f"step-{step}" for step in (2, 3, 4)]
+    loaded = []
+    for state in states:
+        other = prepare_trainable(tiny_model(seed=1), make_config(tmp_path))
+        optimizer = torch.optim.AdamW(other.parameters(), lr=1.0)
+        checkpoint.load_state(state, other, optimizer)
+        loaded.append(weights_of(other))
+    assert all(torch.equal(loaded[0][name], loaded[1][name]) for name in loaded[0])
+    assert not all(torch.equal(loaded[1][name], loaded[2][name]) for name in loaded[1])
+
+
+def test_a_run_in_which_nothing_is_finite_any_more_stops_in_the_end(tmp_path):
+    with pytest.raises(FloatingPointError, match=f"step {MAX_SKIPPED_IN_A_ROW - 1}: loss nan"):
+        train_on(tmp_path, poisoned(*range(99)), on_nonfinite="skip", max_steps=40)
+
+
+def test_loss_spikes_are_logged_with_their_records(tmp_path):
+    def jump(stream):
+        def at(step):
+            batches = stream(step)
+            return [replace(b, weights=b.weights * (100 if step == 60 else 1)) for b in batches]
+
+        return at
+
+    train_on(tmp_path, jump, max_steps=64, learning_rate=0.0, t_sampling="stratified", mask_count="exact")
+    (spike,) = [json.loads(line) for line in (tmp_path / "loss_spikes.jsonl").read_text().splitlines()]
+    assert spike["step"] == 61 and spike["loss_spike"] > 6 and len(spike["records"]) == 8
+
+
+def test_the_watch_resumes_where_it_was():
+    losses = [5 + math.sin(7 * i) for i in range(90)] + [50.0]
+    whole, first = LossWatch(6.0), LossWatch(6.0)
+    found = [whole.note(loss) for loss in losses]
+    for loss in losses[:70]:
+        first.note(loss)
+    second = LossWatch(6.0, **json.loads(json.dumps(first.state())))
+    assert [second.note(loss) for loss in losses[70:]] == found[70:]
+    assert [step for step, distance in enumerate(found) if distance is not None] == [90]
+    assert not any(LossWatch(0.0).note(loss) for loss in losses)
+
+
+# ranks
+
+
+def on_two_ranks(output, fault):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               str(ROOT / "tests/poisoned_run.py"), str(output), fault]  # fmt: skip
+    path = os.pathsep.join(filter(None, [str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+
+
+def test_a_nan_on_one_rank_stops_all_and_its_records_are_named(tmp_path):
+    done = on_two_ranks(tmp_path, "nan_stop")
+    assert done.returncode != 0
+    (poisoned_records,) = re.findall(r"poisoned (\[.*\])", done.stdout)
+    named = re.findall(r"FloatingPointError: step 3: .*?records: (\[.*?\])", done.stderr)
+    assert set(named) == {poisoned_records}
+
+
+def test_a_nan_on_one_rank_is_skipped_by_all(tmp_path):
+    done = on_two_ranks(tmp_path, "nan_skip")
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = re.findall(r"ends with (\S+)", done.stdout)
+    assert first == second != "nan"
+    assert json.loads((tmp_path / "results.json").read_text())["num_skipped_steps"] == 1
+
+
+def test_a_killed_rank_ends_the_job(tmp_path):
+    started = time.monotonic()
+    done = on_two_ranks(tmp_path, "kill")
+    assert done.returncode != 0 and time.monotonic() - started < 120
+    assert "Signal 9 (SIGKILL)" in done.stderr
+    assert not (tmp_path / "DONE").exists()
+
+
+# records
+
+
+def test_a_record_that_becomes_unreadable_names_its_file(model_dir, tmp_path):
+    file = tmp_path / "bad.jsonl"
+    good = (ROOT / "data/samples/sft.jsonl").read_text().splitlines()[0]
+    file.write_text(f'{good}\n{{"messages": [{{"role": "user"}}]}}\n')
+    with pytest.raises(ValueError, match=r"bad\.jsonl:2"):
+        load_script("sft_training/train_sft.py").main(
+            ["--model_name_or_path", str(model_dir), "--train_data_path", str(file), "--max_length", "256",
+             "--output_dir", str(tmp_path / "run")]
+        )  # fmt: skip
+
+
+def test_a_world_size_that_does_not_divide_the_batch():
+    run = replace(CPU, world_size=3)
+    with pytest.raises(
+        ValueError, match=r"--batch_size 8 must be a multiple of --micro_batch_size 2 x 3 ranks"
+    ):
+        make_config("x", batch_size=8, micro_batch_size=2).resolve(run, 40)

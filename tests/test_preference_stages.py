@@ -1,0 +1,348 @@
+"""DPO and ELBO-KTO as they are run: exact starts, splits that do not matter, resumes, and what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, load_script
+from safetensors.torch import load_file
+
+from llada.bref import mask_sizes
+from llada.runtime import read_metrics
+
+DPO, KTO, BREF = "rlhf/train_dpo.py", "rlhf/train_elbo_kto.py", "rlhf/precompute_bref.py"
+SAMPLES = ROOT / "data/samples"
+
+
+def run(script, *flags):
+    load_script(script).main([str(flag) for flag in flags])
+
+
+def dpo_flags(model_dir, folder, *more):
+    return [
+        "--model_name_or_path", model_dir, "--train_data_path", SAMPLES / "preference.jsonl",
+        "--apply_chat_template", "--output_dir", folder, "--max_length", 256, "--batch_size", 4,
+        "--micro_batch_size", 2, "--learning_rate", 3e-3, "--n_mc_samples", 2, "--log_interval", 1, *more,
+    ]  # fmt: skip
+
+
+def kto_flags(model_dir, bref, folder, *more):
+    return [
+        "--model_name_or_path", model_dir, "--train_dataset_path", bref, "--output_dir", folder,
+        "--batch_size", 4, "--micro_batch_size", 2, "--learning_rate", 3e-3, "--n_mc_samples", 4,
+        "--logging_steps", 1, "--warmup_ratio", 0, *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bref(model_dir, tmp_path_factory):
+    """The sample answers with B_ref for K = 1, 2, 4."""
+    file = tmp_path_factory.mktemp("bref") / "train.jsonl"
+    run(BREF, "--model_path", model_dir, "--dataset", SAMPLES / "kto.jsonl", "--k_vals", "1,2,4",
+        "--output_file", file, "--max_length", 256, "--batch_size", 2)  # fmt: skip
+    return file
+
+
+def records_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def write(file, records):
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+def curve(folder, name="loss"):
+    return [entry[name] for entry in read_metrics(folder / "metrics.jsonl") if name in entry]
+
+
+def weights(folder, name="model"):
+    return load_file(folder / "final" / f"{name}.safetensors")
+
+
+def assert_same_weights(one, other, *, rtol=0.0, atol=0.0):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=rtol, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [[], ["--use_lora", "--lora_r", "2"], ["--lora_r", "2", "--lora_dropout", "0.3", "--loss_type", "ipo"]],
+    ids=["copy", "adapters off", "dropout"],
+)
+def test_dpo_starts_at_its_reference_exactly(model_dir, tmp_path, extra):
+    run(DPO, *dpo_flags(model_dir, tmp_path, "--max_steps", 3,
+                        "--eval_data_path", SAMPLES / "preference.jsonl", *extra))  # fmt: skip
+    first, *_, last = (entry for entry in read_metrics(tmp_path / "metrics.jsonl") if "eval_loss" in entry)
+    at_reference = 25.0 if "ipo" in extra else 0.6931471805599453
+    assert first["eval_loss"] == pytest.approx(at_reference, rel=1e-15)
+    assert first["eval_rewards/margins"] == first["eval_rewards/chosen"] == 0.0
+    # the step before the first update sees the reference itself, too
+    assert curve(tmp_path, "rewards/margins")[0] == 0.0
+    assert curve(tmp_path)[0] == pytest.approx(at_reference, rel=1e-15)
+    assert last["eval_loss"] < first["eval_loss"] and last["eval_rewards/margins"] > 0
+    names = {name for entry in read_metrics(tmp_path / "metrics.jsonl") for name in entry}
+    assert {f"rewards/{part}" for part in ("chosen", "rejected", "accuracies", "margins")} <= names
+    assert {"logps/chosen", "logps/rejected", "elbo/std"} <= names
+
+
+def test_references_given_loaded_and_computed_before_are_one(model_dir, tmp_path):
+    extra = ["--max_steps", 3, "--beta", 0.3]
+    run(DPO, *dpo_flags(model_dir, tmp_path / "copy", *extra))
+    run(DPO, *dpo_flags(model_dir, tmp_path / "named", *extra, "--ref_model_name_or_path", model_dir))
+    assert_same_weights(weights(tmp_path / "copy"), weights(tmp_path / "named"))
+    # with one epoch's masks for all, what was computed before is what is computed on the way
+    run(DPO, *dpo_flags(model_dir, tmp_path / "before", *extra, "--precompute_ref_log_probs"))
+    assert curve(tmp_path / "before", "rewards/margins")[0] == pytest.approx(0.0, abs=1e-4)
+    assert curve(tmp_path / "before")[:2] == pytest.approx(curve(tmp_path / "copy")[:2], rel=1e-4)
+
+
+def test_an_adapter_that_training_starts_from_is_in_the_reference(model_dir, tmp_path):
+    run(DPO, *dpo_flags(model_dir, tmp_path / "first", "--max_steps", 3, "--lora_r", 2))
+    again = dpo_flags(model_dir, tmp_path / "second", "--max_steps", 1, "--sft_adapter", tmp_path / "first")
+    run(DPO, *again)
+    assert curve(tmp_path / "second", "rewards/margins") == [0.0]
+
+
+@pytest.mark.parametrize("stage", ["dpo", "kto", "kto ema"])
+def test_neither_micro_batches_nor_draws_at_once_matter(stage, model_dir, bref, tmp_path):
+    folders = []
+    for micro in (1, 4):
+        folder = tmp_path / str(micro)
+        extra = ["--max_steps", 4, "--micro_batch_size", micro]
+        if stage == "dpo":
+            run(DPO, *dpo_flags(model_dir, folder, *extra))
+        else:
+            mode = "ema" if stage == "kto ema" else "global_mean"
+            run(KTO, *kto_flags(model_dir, bref, folder, *extra, "--z0_mode", mode))
+        folders.append(folder)
+    assert curve(folders[0]) == pytest.approx(curve(folders[1]), rel=1e-4)
+    assert_same_weights(*map(weights, folders), rtol=1e-3, atol=1e-4)
+
+
+def torchrun(script, *flags):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*command, ROOT / script, *map(str, flags)], check=True, env=environment,
+                   capture_output=True, timeout=200)  # fmt: skip
+
+
+def test_two_ranks_are_one_process(model_dir, bref, tmp_path):
+    extra = ["--max_steps", 3, "--micro_batch_size", 1]
+    run(DPO, *dpo_flags(model_dir, tmp_path / "dpo1", *extra, "--use_lora", "--lora_r", 2))
+    torchrun(DPO, *dpo_flags(model_dir, tmp_path / "dpo2", *extra, "--use_lora", "--lora_r", 2))
+    assert curve(tmp_path / "dpo2") == pytest.approx(curve(tmp_path / "dpo1"), rel=1e-4)
+    one, two = (weights(tmp_path / name, "adapter_model") for name in ("dpo1", "dpo2"))
+    assert_same_weights(one, two, rtol=1e-3, atol=1e-4)
+    extra += ["--eval_dataset_path", bref]
+    run(KTO, *kto_flags(model_dir, bref, tmp_path / "kto1", *extra))
+    torchrun(KTO, *kto_flags(model_dir, bref, tmp_path / "kto2", *extra))  # --fsdp shards by default
+    for name in ("loss", "kl", "eval_loss", "eval_rewards/margins"):
+        found, expected = curve(tmp_path / "kto2", name), curve(tmp_path / "kto1", name)
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert_same_weights(weights(tmp_path / "kto1"), weights(tmp_path / "kto2"), rtol=1e-3, atol=1e-4)
+
+
+def kill_after(command, folder, steps):
+    """Starts the command and kills it without warning once it has logged some steps."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    metrics = folder / "metrics.jsonl"
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= steps:
+            break
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not (folder / "DONE").exists(), "the run ended before it could be killed"
+
+
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_killed_and_resumed_equals_uninterrupted(stage, model_dir, bref, tmp_path):
+    def flags(folder):
+        if stage == "dpo":
+            return dpo_flags(model_dir, folder, "--max_steps", 60, "--save_interval", 4, "--lora_r", 2)
+        return kto_flags(model_dir, bref, folder, "--max_steps", 60, "--save_steps", 4, "--z0_mode", "ema")
+
+    script = {"dpo": DPO, "kto": KTO}[stage]
+    run(script, *flags(tmp_path / "whole"))
+    killed = tmp_path / "killed"
+    kill_after([sys.executable, str(ROOT / script), *map(str, flags(killed))], killed, 11)
+    run(script, *flags(killed))
+    names = ("loss", "rewards/chosen", "logps/rejected")
+    for name in names:
+        assert curve(killed, name) == curve(tmp_path / "whole", name)
+    assert len(curve(killed)) == 60
+    file = "adapter_model" if stage == "dpo" else "model"
+    assert_same_weights(weights(tmp_path / "whole", file), weights(killed, file))
+
+
+def test_bref_records(bref):
+    records = records_of(bref)
+    assert [record["index"] for record in records] == list(range(8))
+    for record, raw in zip(records, records_of(SAMPLES / "kto.jsonl"), strict=True):
+        assert {name: record[name] for name in raw} == raw
+        assert set(record["B_ref"]) == {"1", "2", "4"} and all(b < 0 for b in record["B_ref"].values())
+        assert record["l_values"] == mask_sizes(int(record["seed"]), record["completion_length"], 4)
+        assert isinstance(record["seed"], str) and record["labels"] == int(record["label"])
+        assert record["text_length"] == record["prompt_length"] + record["completion_length"]
+        assert len(record["masked_idx_sums"]) == len(record["mask_hashes"]) == 4
+
+
+def test_bref_goes_on_after_a_kill_and_does_not_depend_on_the_processes(model_dir, bref, tmp_path):
+    flags = ["--model_path", model_dir, "--dataset", SAMPLES / "kto.jsonl", "--k_vals", "1,2,4",
+             "--max_length", 256, "--batch_size", 2]  # fmt: skip
+    file = tmp_path / "two.jsonl"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / BREF, *map(str, flags), "--output_file", file, "--num_gpus", "2"]
+    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=200)
+    assert file.read_bytes() == bref.read_bytes()
+
+    script, file, scored = load_script(BREF), tmp_path / "killed.jsonl", []
+    whole = script.score
+
+    def score(*arguments):
+        scored.append(1)
+        if len(scored) == 3:
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    script.score = score
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(BREF, *flags, "--output_file", file)
+        assert not file.exists()
+        run(BREF, *flags, "--output_file", file)
+    finally:
+        script.score = whole
+    assert len(scored) == 3 + 2  # two batches were kept
+    assert file.read_bytes() == bref.read_bytes()
+    assert not (tmp_path / "killed.jsonl.parts").exists()
+
+
+@pytest.mark.parametrize("mode", ["zero", "global_mean", "loo_mean", "ema", "kl_mismatched"])
+def test_kto_starts_at_half_of_lambda(mode, model_dir, bref, tmp_path):
+    extra = ["--max_steps", 3, "--batch_size", 8, "--z0_mode", mode, "--kto_lambda_D", 1, "--kto_lambda_U", 3]
+    run(KTO, *kto_flags(model_dir, bref, tmp_path, *extra, "--eval_dataset_path", bref))
+    assert curve(tmp_path)[0] == pytest.approx((4 * 0.5 + 4 * 1.5) / 8, rel=1e-5)
+    first, *_, last = curve(tmp_path, "eval_loss")
+    assert last < first
+    names = {name for entry in read_metrics(tmp_path / "metrics.jsonl") for name in entry}
+    assert {"abs_beta_r/mean", "abs_beta_s/mean", "abs_r_hat_z0/mean", "resp_len/mean", "kl"} <= names
+    assert {"abs_beta_s/frac>6", "abs_beta_s/frac>8", "rewards/chosen", "logps/rejected"} <= names
+
+
+def test_kto_ratios_are_zero_to_the_last_bit_in_equal_batches(model_dir, tmp_path):
+    flags = ["--model_path", model_dir, "--dataset", SAMPLES / "kto.jsonl", "--k_vals", "1,4",
+             "--max_length", 256, "--batch_size", 1]  # fmt: skip
+    run(BREF, *flags, "--output_file", tmp_path / "b.jsonl")
+    for num_draws in (1, 4):
+        extra = ["--max_steps", 1, "--micro_batch_size", 1, "--n_mc_samples", num_draws]
+        run(KTO, *kto_flags(model_dir, tmp_path / "b.jsonl", tmp_path / str(num_draws), *extra))
+        assert curve(tmp_path / str(num_draws), "abs_beta_r/mean") == [0.0]
+        assert curve(tmp_path / str(num_draws)) == [0.5]
+
+
+def test_shares_of_the_records(model_dir, bref, tmp_path, capsys):
+    run(KTO, *kto_flags(model_dir, bref, tmp_path / "a", "--max_steps", 1, "--n_D", 0.5, "--n_U", 0.01))
+    assert "used: 2 desirable, 1 undesirable" in capsys.readouterr().out
+    run(KTO, *kto_flags(model_dir, bref, tmp_path / "b", "--max_steps", 1, "--n_U", 0.0))
+    assert "used: 4 desirable, 0 undesirable" in capsys.readouterr().out
+
+
+def test_published_records_are_accepted(model_dir, bref, tmp_path):
+    # the published program's records: no hashes, no fingerprint, EOS padding, 4096 tokens
+    file = tmp_path / "ours.jsonl"
+    run(BREF, "--model_path", model_dir, "--dataset", SAMPLES / "kto.jsonl", "--k_vals", "2", "--eos",
+        "padded", "--max_length", 256, "--output_file", file)  # fmt: skip
+    made = records_of(file)
+    assert all(record["completion_length"] < other["completion_length"]
+               for record, other in zip(made, records_of(bref), strict=True))  # fmt: skip
+    extra = ["--n_mc_samples", 2, "--max_steps", 1]
+    run(KTO, *kto_flags(model_dir, file, tmp_path / "padded", *extra))
+    assert curve(tmp_path / "padded", "abs_beta_r/mean")[0] < 1e-5
+    published = [
+        {name: value for name, value in record.items() if name not in ("mask_hashes", "fingerprint")}
+        for record in made[:2]
+    ]
+    # rows of 4096 tokens are slow here: the fill is the same but for its length
+    script = load_script(KTO)
+    settings = sys.modules["llada.bref_records"].PUBLISHED
+    assert settings == {"eos": "padded", "max_length": 4096}
+    settings["max_length"] = 256
+    try:
+        extra += ["--batch_size", 2]
+        script.main([str(f) for f in kto_flags(
+            model_dir, write(tmp_path / "p.jsonl", published), tmp_path / "published", *extra)])  # fmt: skip
+    finally:
+        settings["max_length"] = 4096
+    assert curve(tmp_path / "published", "abs_beta_r/mean")[0] < 1e-5
+
+
+def test_what_kto_refuses(model_dir, bref, tmp_path):
+    records = records_of(bref)
+
+    def refuses(message, *extra, file=bref):
+        with pytest.raises(ValueError, match=message):
+            run(KTO, *kto_flags(model_dir, file, tmp_path / "x", "--max_steps", 1, *extra))
+
+    refuses("--z0_mode global_mean with a batch of one record: z0 would be the record's own r",
+            "--batch_size", 0, "--micro_batch_size", 1)  # fmt: skip
+    refuses("--n_mc_samples 3: .*train.jsonl:1 has B_ref for K = 1, 2, 4", "--n_mc_samples", 3)
+    refuses("--max_length 128: .* has B_ref for max_length 256", "--max_length", 128)
+    refuses("--eos none: .* has B_ref for eos 'one'", "--eos", "none")
+    refuses("dtype was 'float32', is 'bfloat16'", "--dtype", "bfloat16")
+    refuses("--n_D 0.0 --n_U 0.0: shares", "--n_D", 0, "--n_U", 0)
+    changed = [{**records[0], "mask_hashes": records[1]["mask_hashes"]}, *records[1:]]
+    refuses(r"c.jsonl:1: masked_idx_sums or mask_hashes differ", file=write(tmp_path / "c.jsonl", changed))
+    other = [*records[:-1], {**records[-1], "fingerprint": {**records[0]["fingerprint"], "model": "0"}}]
+    refuses(r"o.jsonl:8: B_ref was made differently", file=write(tmp_path / "o.jsonl", other))
+    refuses("no 'seed'; make the file with", file=SAMPLES / "kto.jsonl")
+
+
+def test_another_model_is_refused_unless_it_is_named_as_the_reference(model_dir, bref, tmp_path):
+    run(KTO, *kto_flags(model_dir, bref, tmp_path / "first", "--max_steps", 1))
+    flags = kto_flags(tmp_path / "first", bref, tmp_path / "second", "--max_steps", 1)
+    with pytest.raises(ValueError, match=r"model was '.*', is '"):
+        run(KTO, *flags)
+    run(KTO, *flags, "--ref_model_name_or_path", model_dir)
+
+
+def test_what_precompute_refuses(model_dir, tmp_path):
+    flags = ["--model_path", model_dir, "--dataset", SAMPLES / "kto.jsonl", "--output_file", tmp_path / "o"]
+    with pytest.raises(ValueError, match="--k_vals '1,x': give positive numbers"):
+        run(BREF, *flags, "--k_vals", "1,x")
+    with pytest.raises(ValueError, match="the model's mask token has id"):
+        run(BREF, *flags, "--k_vals", "1", "--mask_id", "3")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_eight_draws_take_the_memory_of_one():
+    # large blocks go straight back to the system, so that the peak of one step is not hidden by the last one
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }
+    program = [sys.executable, str(ROOT / "tests/preference_memory.py")]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for stage, peaks in json.loads(done.stdout.splitlines()[-1]).items():
+        assert peaks["1"] > 30 * 2**20, stage  # activations, not small change
+        assert peaks["8"] <= 1.15 * peaks["1"], stage
+
+
+def test_dry_runs(model_dir, bref, tmp_path, capsys):
+    run(DPO, *dpo_flags(model_dir, tmp_path / "x", "--dry_run"))
+    run(KTO, *kto_flags(model_dir, bref, tmp_path / "x", "--dry_run"))
+    assert capsys.readouterr().out.count("8 rows") == 2
+    assert not (tmp_path / "x").exists()
