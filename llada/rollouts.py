@@ -6,12 +6,10 @@ number of the rollout, prompt, candidate), so it is the same on any number of ra
 Shapes: N completions of this rank, G of a group, T terms.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,37 +17,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llada.checkpoint import write_atomically
 from llada.grpo import GroupBatch, Objective, group_advantages
 from llada.masking import generator
 from llada.policy_terms import Answer, TermBuilder, Terms
 from llada.prompts import Prompt
 from llada.rewards import Reward, compute_rewards
+from llada.rollout_files import Completion, RolloutFiles
 from llada.runtime import Run, autocast, sum_over_ranks
 from llada.stream import records_of
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 
 ReferenceModel = Callable[[torch.nn.Module], AbstractContextManager[torch.nn.Module]]
 """policy -> a context in which the reference is there."""
-
-
-@dataclass
-class Completion:
-    """An answer, what it earned, and what is remembered of the policy that gave it."""
-
-    place: int  # of its group in the global batch
-    prompt: int  # index of the prompt in its file
-    candidate: int
-    answer: list[int]  # token ids, the closing EOS or EoT included
-    text: str
-    has_ended: bool
-    steps: int  # forwards
-    trace: list[dict[str, Any]] | None
-    reward: float | None = None
-    rewards: dict[str, float | None] = field(default_factory=dict)
-    advantage: float = 0.0
-    old: list[float] | None = None  # log-likelihood of each of its terms under the policy that gave it
-    ref: list[float] | None = None
 
 
 @dataclass
@@ -153,7 +132,7 @@ class RolloutStream:
     scale_rewards: str
     seed: int
     run: Run
-    output_dir: Path
+    files: RolloutFiles
     dtype: str
     reference: ReferenceModel | None = None
     log_completions: bool = True
@@ -162,14 +141,17 @@ class RolloutStream:
         self._rollout = -1
         self._completions: list[Completion] = []
         self._metrics: dict[str, float] = {}
-        self._log_is_cut = False
         self._by_index = {prompt.index: prompt for prompt in self.prompts}
 
     def __call__(self, step: int) -> list[GroupBatch]:
         """This rank's share of a step, as one batch."""
         rollout, iteration = divmod(step, self.num_iterations)
         if rollout != self._rollout:
-            self._completions = self._make(rollout) if iteration == 0 else self._load(rollout)
+            if iteration == 0:
+                self._completions = self._make(rollout)
+            else:
+                _, places = self._prompts_of(rollout)
+                self._completions = self.files.load(rollout, places, self.num_generations)
             self._rollout = rollout
             self._metrics = self._measure()
         return [self._batch(rollout)]
@@ -199,10 +181,10 @@ class RolloutStream:
             completion.advantage = advantage
         if self.num_iterations > 1 or self.reference is not None:
             self._remember(completions, rollout)
-        if self.num_iterations > 1:
-            self._save(completions, rollout)
+        if self.num_iterations > 1:  # several steps learn from it, and a run may be stopped between them
+            self.files.save(completions, rollout, num_iterations=self.num_iterations)
         if self.log_completions:
-            self._log(completions, rollout * self.num_iterations)
+            self.files.log(completions, rollout * self.num_iterations, self._by_index)
         return completions
 
     def _remember(self, completions: list[Completion], rollout: int) -> None:
@@ -273,65 +255,6 @@ class RolloutStream:
             )
         }
         return means | {"reward_std": _global_std(rewards)}
-
-    def _log(self, completions: list[Completion], step: int) -> None:
-        """Appends to completions.jsonl (a file for each further rank); a resumed run repeats no line."""
-        name = "completions.jsonl" if self.run.is_main else f"completions.rank{self.run.rank}.jsonl"
-        path = self.output_dir / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not self._log_is_cut:
-            self._log_is_cut = True
-            if path.exists():
-                kept = [
-                    line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) < step
-                ]
-                write_atomically(path, "".join(line + "\n" for line in kept))
-        with open(path, "a", encoding="utf-8") as file:
-            for c in completions:
-                line = {
-                    "step": step,
-                    "id": self._by_index[c.prompt].record.get("id", c.prompt),
-                    "candidate": c.candidate,
-                    "completion": c.text,
-                    "rewards": c.rewards,
-                    "reward": c.reward,
-                    "advantage": c.advantage,
-                }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-    def _save(self, completions: list[Completion], rollout: int) -> None:
-        """Keeps a rollout that several steps learn from: a run may be stopped between them."""
-        folder = self.output_dir / "rollouts"
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps([asdict(completion) for completion in completions])
-        write_atomically(folder / f"{rollout}-rank{self.run.rank}.json", text)
-        states = [int(path.name.removeprefix("step-")) for path in self.output_dir.glob("step-*[0-9]")]
-        oldest = min(states, default=rollout * self.num_iterations) // self.num_iterations
-        for path in folder.glob(f"*-rank{self.run.rank}.json"):
-            if int(path.name.partition("-")[0]) < min(oldest, rollout):
-                path.unlink()
-
-    def _load(self, rollout: int) -> list[Completion]:
-        """This rank's completions of a rollout that an interrupted run made, on any number of ranks."""
-        files = sorted((self.output_dir / "rollouts").glob(f"{rollout}-rank*.json"))
-        found = [Completion(**values) for file in files for values in json.loads(file.read_text())]
-        unique = {(c.place, c.candidate): c for c in found}
-        _, places = self._prompts_of(rollout)
-        wanted = [(place, candidate) for place in places for candidate in range(self.num_generations)]
-        missing = [key for key in wanted if key not in unique]
-        if missing:
-            raise ValueError(
-                f"{self.output_dir}/rollouts: {len(missing)} completions of rollout {rollout} are not there, "
-                "which the saved state is in the midst of; resume from a state at the end of one, or anew"
-            )
-        return [unique[key] for key in wanted]
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf  # the half-written last line of a killed run
 
 
 def _global_std(rewards: np.ndarray) -> float:

@@ -46,6 +46,7 @@ from llada.policy_terms import ESTIMATORS, TermBuilder
 from llada.prompts import Prompt, prompt_file, read_prompts
 from llada.reference import load_frozen
 from llada.reward_flags import RewardFlags
+from llada.rollout_files import RolloutFiles
 from llada.rollouts import ReferenceModel, RolloutStream, Sampler
 from llada.runtime import Run, end_run, start_run, sum_over_ranks
 from llada.sampler_flags import SamplerFlags, sampler_settings
@@ -306,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
         scale_rewards=config.scale_rewards,
         seed=config.seed,
         run=run,
-        output_dir=Path(config.output_dir),
+        files=RolloutFiles(Path(config.output_dir), run),
         dtype=config.dtype,
         reference=make_reference(config, run),
         log_completions=config.log_completions,

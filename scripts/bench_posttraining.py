@@ -1,0 +1,189 @@
+"""What post-training gains on sudoku, from one half-trained SFT checkpoint: GRPO three ways, DPO, ELBO-KTO.
+
+For every method and seed: train (for DPO and KTO on preferences made from the checkpoint's own answers), then
+solve the held-out puzzles, whose solutions occur in no training puzzle, at temperature 0. The interval of a
+gain is a bootstrap over seeds and puzzles, each puzzle compared with itself before training. CPU minutes are
+those of all processes of a run, preferences included, evaluation not. Finished runs are not repeated.
+
+Run:
+    python scripts/make_quickstart_data.py --output_dir runs/bench/data --num_heldout 500
+    python scripts/bench_posttraining.py --checkpoint runs/half/final --data runs/bench/data \\
+        --output_dir runs/bench/posttraining --seeds 1 2 3
+
+The table is printed and written to --output_dir/table.md; docs/results.md holds one.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llada.config import flag, parse, read_yaml
+from llada.masking import generator
+from llada.rewards import score
+
+ROOT = Path(__file__).resolve().parent.parent
+NUM_RESAMPLES = 10_000
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Flags of the benchmark."""
+
+    checkpoint: str = flag(help="The SFT checkpoint that every run starts from.")
+    data: str = flag(help="Folder of make_quickstart_data.py: prompts.jsonl and heldout.jsonl.")
+    output_dir: str = flag(help="Folder of the runs and of the table.")
+    methods_file: str = flag(
+        str(ROOT / "configs/bench_posttraining.yaml"), help="Flags of every method, and what all share."
+    )
+    methods: list[str] | None = flag(None, help="Only these; default all of the file.")
+    seeds: list[int] = flag([1, 2, 3], help="Each method runs once for each.")
+    task: str = flag("mini_sudoku", help="Puzzles of the data that count.")
+    max_heldout: int | None = flag(None, help="Only the first so many held-out puzzles.")
+
+
+@dataclass
+class Bench:
+    """The commands of the benchmark and their results."""
+
+    config: Config
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.config.output_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sections = read_yaml(self.config.methods_file)
+        self.shared = sections.pop("shared", {})
+        self.preferences = sections.pop("preferences", {})
+        self.heldout_flags = sections.pop("heldout", {})
+        self.sections = sections
+        unknown = [name for name in self.config.methods or [] if name not in sections]
+        if unknown:
+            raise ValueError(f"--methods {unknown}: {self.config.methods_file} has {', '.join(sections)}")
+        self.prompts = self._only_task("prompts.jsonl", None)
+        self.heldout = self._only_task("heldout.jsonl", self.config.max_heldout)
+
+    def _only_task(self, name: str, limit: int | None) -> Path:
+        """A file with the records of --task alone."""
+        lines = Path(self.config.data, name).read_text(encoding="utf-8").splitlines()
+        chosen = [line for line in lines if json.loads(line)["task"] == self.config.task][:limit]
+        if not chosen:
+            raise ValueError(f"--data {self.config.data}: {name} has no puzzle of --task {self.config.task}")
+        path = self.folder / name
+        path.write_text("".join(line + "\n" for line in chosen), encoding="utf-8")
+        return path
+
+    def run(self, script: str, flags: dict[str, object], folder: Path) -> float:
+        """Runs a script unless it has finished before; its CPU seconds."""
+        mark = folder / "cpu_seconds.json"
+        if mark.is_file():
+            return json.loads(mark.read_text())
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, str(ROOT / script), *_arguments(flags)]
+        print(f"== {folder.relative_to(self.folder)}", flush=True)
+        before = _children_seconds()
+        with open(folder / "log.txt", "wb") as log:
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
+        if done.returncode != 0:
+            tail = (folder / "log.txt").read_text(errors="replace").splitlines()[-20:]
+            raise SystemExit("\n".join([f"failed: {' '.join(command)}", *tail]))
+        seconds = round(_children_seconds() - before, 1)
+        mark.write_text(json.dumps(seconds))
+        return seconds
+
+    def solved(self, checkpoint: Path | str, folder: Path) -> np.ndarray:
+        """[puzzles] whether the checkpoint solves each held-out puzzle."""
+        answers = folder / "heldout_answers.jsonl"
+        if not answers.is_file():
+            flags = {"model_name_or_path": checkpoint, "prompts_file": self.heldout, "output_path": answers}
+            self.run("inference/generate.py", {**flags, **self.heldout_flags}, folder / "heldout")
+        records = [json.loads(line) for line in self.heldout.read_text(encoding="utf-8").splitlines()]
+        by_id = {entry["id"]: entry for entry in map(json.loads, answers.open(encoding="utf-8"))}
+        return np.array([score(by_id[record["id"]]["completion"], record) for record in records])
+
+    def train(self, method: str, seed: int) -> tuple[Path, float]:
+        """The run's folder and its CPU seconds, preferences included."""
+        section = dict(self.sections[method])
+        script = section.pop("script")
+        uses = section.pop("uses", None)
+        folder, seconds = self.folder / method / f"seed-{seed}", 0.0
+        flags = {**self.shared, **section, "model_name_or_path": self.config.checkpoint, "seed": seed}
+        if uses is None:
+            flags["train_data_path"] = self.prompts
+        else:
+            made = self.folder / "preferences" / f"seed-{seed}"
+            wanted = {"model_name_or_path": self.config.checkpoint, "prompts_file": self.prompts}
+            wanted |= {"output_dir": made, "seed": seed}
+            seconds += self.run("rlhf/make_preferences.py", {**self.preferences, **wanted}, made)
+            flags["train_data_path"] = made / uses
+        seconds += self.run(script, {**flags, "output_dir": folder / "run"}, folder)
+        return folder, seconds
+
+
+def _children_seconds() -> float:
+    """CPU seconds, user and system, of all finished child processes."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _arguments(flags: dict[str, object]) -> list[str]:
+    arguments = []
+    for name, value in flags.items():
+        values = value if isinstance(value, list) else [value]
+        arguments += [f"--{name}", *(str(v).lower() if isinstance(v, bool) else str(v) for v in values)]
+    return arguments
+
+
+def interval(gains: np.ndarray) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of `gains` [seeds, puzzles], resampling both."""
+    random = generator(0, "bootstrap")
+    num_seeds, num_puzzles = gains.shape
+    means = np.empty(NUM_RESAMPLES)
+    for i in range(NUM_RESAMPLES):
+        rows = random.integers(num_seeds, size=num_seeds)
+        columns = random.integers(num_puzzles, size=num_puzzles)
+        means[i] = gains[rows].mean(axis=0)[columns].mean()
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def table_row(method: str, before: np.ndarray, after: np.ndarray, minutes: list[float]) -> str:
+    """A line of the table: [puzzles] before, [seeds, puzzles] after."""
+    gains = 100 * (after - before)
+    low, high = interval(gains)
+    each = ", ".join(f"{100 * row.mean():.1f}" for row in after)
+    return (
+        f"| {method} | {100 * before.mean():.1f} | {100 * after.mean():.1f} ({each}) | "
+        f"{gains.mean():+.1f} [{low:+.1f}, {high:+.1f}] | {np.mean(minutes):.1f} |"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs what is not there yet, and makes the table."""
+    config = parse(Config, argv, description=__doc__)
+    bench = Bench(config)
+    before = bench.solved(config.checkpoint, bench.folder / "before")
+    lines = [
+        f"Held-out {config.task}: {len(before)} puzzles, {len(config.seeds)} seeds, percent solved.",
+        "",
+        "| method | before | after (each seed) | gain [95 %] | CPU minutes |",
+        "|---|---|---|---|---|",
+    ]
+    for method in config.methods or bench.sections:
+        after, minutes = [], []
+        for seed in config.seeds:
+            folder, seconds = bench.train(method, seed)
+            after.append(bench.solved(folder / "run" / "final", folder))
+            minutes.append(seconds / 60)
+        lines.append(table_row(method, before, np.stack(after), minutes))
+        print(lines[-1], flush=True)
+    text = "\n".join(lines) + "\n"
+    (bench.folder / "table.md").write_text(text, encoding="utf-8")
+    print(f"\n{text}")
+
+
+if __name__ == "__main__":
+    main()
