@@ -193,9 +193,12 @@ def load_model(
     if adapter_path is None and Path(path, "adapter_config.json").is_file():
         adapter_path = path
         path = resolve_checkpoint(LoraConfig.from_pretrained(adapter_path).base_model_name_or_path)
-    # An adapter trained on stretched positions carries the config that says so.
-    has_config = adapter_path is not None and Path(resolve_checkpoint(adapter_path), "config.json").is_file()
-    config = rope.apply(load_config(adapter_path if has_config else path))
+    config = load_config(path)
+    if adapter_path is not None and Path(resolve_checkpoint(adapter_path), "config.json").is_file():
+        stretched = load_config(adapter_path)  # an adapter trained on stretched positions says so there
+        for name in ("rope_theta", "rope_parameters", "max_sequence_length"):
+            setattr(config, name, getattr(stretched, name))
+    config = rope.apply(config)
     model, report = LLaDAModelLM.from_pretrained(
         path,
         config=config,

@@ -197,7 +197,7 @@ def test_many_nodes(tools):
     ("flags", "variables", "message"),
     [
         ([], {"NNODES": "2"}, "NNODES=2 needs MASTER_ADDR"),
-        (["--output_dir", "x"], {}, "the folder comes from PRETRAIN_OUTPUT or SFT_OUTPUT"),
+        (["--output_dir", "x"], {}, "the folder comes from PRETRAIN_OUTPUT, SFT_OUTPUT"),
         ([], {"SFT_ARGS": "--run_name 'half a quote"}, "unmatched single quote"),
     ],
 )

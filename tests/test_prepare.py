@@ -109,6 +109,7 @@ def test_debug_configs_prepare_the_samples(tmp_path, monkeypatch):
 
 def test_example_lines_of_the_format_page_are_accepted(tmp_path, tokenizer_folder):
     page = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    page = page.partition("## Conversations")[2].partition("\n## ")[0]
     lines = [line.split("`")[-2] for line in page.splitlines() if line.startswith("| ") and "`{" in line]
     assert len(lines) == 8
     lines += [line for line in page.splitlines() if line.startswith('{"conversations"')]
