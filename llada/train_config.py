@@ -39,7 +39,8 @@ class TrainConfig:
     )
     micro_batch_size: int | None = flag(
         None,
-        help="Sequences per forward on a device, rest accumulated; default --batch_size / ranks.",
+        help="Sequences per forward on a device, rest accumulated; default --batch_size / ranks, or one "
+        "packed row.",
         aliases=["local_batch", "per_device_train_batch_size", "micro_train_batch_size"],
     )
     learning_rate: float = flag(4e-4, help="Peak learning rate.", aliases=["lr"])
@@ -152,7 +153,7 @@ class TrainConfig:
     def resolve(self, run: Run, num_records: int) -> None:
         """Fills --micro_batch_size and --max_steps, and checks the numbers against each other."""
         if self.micro_batch_size is None:
-            self.micro_batch_size = max(1, self.batch_size // run.world_size)
+            self.micro_batch_size = 1 if self.packing else max(1, self.batch_size // run.world_size)
         unit = self.micro_batch_size * run.world_size
         if self.batch_size <= 0 or (self.batch_size % unit and not self.packing):
             raise ValueError(

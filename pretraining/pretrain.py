@@ -35,7 +35,7 @@ from llada.data import load_corpus
 from llada.footprint import flops_counter
 from llada.losses import masked_diffusion_loss, validation_loss
 from llada.masking import generator
-from llada.model import load_tokenizer, new_model, special_ids
+from llada.model import load_config, load_tokenizer, new_model, special_ids
 from llada.runtime import end_run, start_run
 from llada.stream import MaskedStream
 from llada.train_config import TrainConfig
@@ -97,6 +97,9 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("give either --model_name_or_path (continue) or --config_name (from scratch)")
     if config.config_name is not None and config.tokenizer_name is None:
         raise ValueError("--config_name starts from scratch and needs --tokenizer_name")
+    rope = RopeScaling(config.rope_scaling, config.rope_factor, config.max_length)
+    if config.model_name_or_path is not None:
+        rope.apply(load_config(config.model_name_or_path))  # says now what does not fit
     if config.dry_run:
         preflight.report(
             config,
@@ -117,7 +120,6 @@ def main(argv: list[str] | None = None) -> None:
         model = new_model(config.config_name, tokenizer, seed=config.seed, max_length=config.max_length)
         model = prepare_trainable(model, config)
     else:
-        rope = RopeScaling(config.rope_scaling, config.rope_factor, config.max_length)
         model = load_trainable(config.model_name_or_path, config, rope=rope)
     ids = special_ids(model.config, tokenizer)
 

@@ -76,14 +76,20 @@ class Config(PolicyConfig):
         choices=["stratified", "iid", "complementary"],
     )
     l_sampling: str = flag(
-        "uniform",
-        help="Law of the mask sizes l; inv_sqrt draws small ones more often, for a gradient with less noise.",
-        choices=SIZE_LAWS,
+        "auto",
+        help="Law of the mask sizes: uniform, or small ones more often (inv_sqrt), with less noise, which is "
+        "the default of --estimator stratified.",
+        choices=["auto", *SIZE_LAWS],
     )
     precompute_ref_log_probs: bool = flag(
         False, help="Score the data under the reference once, under masks that all epochs share, and drop it."
     )
     dataset_probs: float = flag(1.0, help="Accepted; several files are read one after the other.")
+
+    def settle(self, run: Run) -> None:
+        super().settle(run)
+        if self.l_sampling == "auto":
+            self.l_sampling = "inv_sqrt" if self.estimator == "stratified" else "uniform"
 
     def terms(self) -> tuple[list[str], list[float]]:
         """Losses and weights, older spellings included."""

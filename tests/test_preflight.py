@@ -190,6 +190,12 @@ def test_report_of_pretraining_at_64_ranks(tokenizer_dir, tmp_path, capsys, monk
     assert lines["weights"] == f"{4 * total / 8 / GB:.3f} GB"
     with pytest.raises(ValueError, match=r"--batch_size 96 must be a multiple of .* x 64 ranks = 128"):
         pretrain.main([*flags, "--batch_size", "96"])
+    # packed, documents are counted and no number has to divide another
+    pretrain.main([*flags, "--batch_size", "96", "--packing"])
+    lines = printed(capsys)
+    assert "96 records in about" in lines["batch"] and lines["batch"].endswith(
+        "64 ranks x 2 x 1 micro-batches"
+    )
     monkeypatch.setenv("RANK", "1")
     pretrain.main([*flags, "--batch_size", "96"])  # rank 0 alone looks
     assert capsys.readouterr().out == ""
