@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
@@ -122,6 +123,8 @@ def encode(
         if answer is None or not len(answer.positions):
             counts["no_text"] += 1
             continue
+        if np.isnan(answer.distributions.log_probs).any() or np.isnan(answer.distributions.log_rest).any():
+            raise ValueError(f"{where}: the teacher's logits for this answer hold NaN or inf")
         fitted = fit_length(answer, where, max_length=config.max_length, long=config.long)
         counts["dropped"] += fitted is None
         counts["truncated"] += fitted is not None and fitted is not answer

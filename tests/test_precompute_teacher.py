@@ -214,6 +214,18 @@ def test_a_bad_file_leaves_nothing_usable(tokenizer_dir, tmp_path):
     assert [file.name for file in (tmp_path / "rows").iterdir()] == ["manifest.json"]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("more", [(), ("--top_k", "0"), ("--responses", "generate", "--temperature", "0")])
+def test_a_teacher_without_numbers_leaves_nothing_usable(more, value, teacher_dir, tokenizer_dir, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(teacher_dir)
+    torch.nn.init.constant_(model.lm_head.weight[7], value)
+    shutil.copytree(teacher_dir, tmp_path / "ar")
+    model.save_pretrained(tmp_path / "ar")
+    with pytest.raises(ValueError, match=r"sft\.jsonl:1: the teacher's logits for this answer hold NaN"):
+        precompute.main(flags(tmp_path / "rows", tokenizer_dir, "--teacher", str(tmp_path / "ar"), *more))
+    assert [file.name for file in (tmp_path / "rows").iterdir()] == ["manifest.json"]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
