@@ -32,14 +32,14 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from llada.causal_lm import causal_lm_files, load_causal_lm
 from llada.config import flag, parse
 from llada.messages import to_messages, to_prompt
 from llada.model import DTYPES, load_tokenizer
-from llada.prompts import checkpoint_files
 from llada.records import files_of, read_records
 from llada.shards import Columns, Item, describe_inputs, describe_tokenizer, read_manifest, write_shards
 from llada.teacher_json import TeacherFile, read_teacher_records
-from llada.teacher_model import Question, TeacherModel, load_teacher
+from llada.teacher_model import Question, TeacherModel
 from llada.teacher_rows import KIND, LONG, Student, TeacherAnswer, as_columns, count, fit_length
 from llada.teacher_server import ServerTeacher
 
@@ -168,8 +168,12 @@ def from_files(config: Config, student: Student) -> None:
 def from_model(config: Config, student: Student) -> None:
     """Rows from an autoregressive checkpoint."""
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model, tokenizer = load_teacher(
-        config.teacher, gguf_file=config.teacher_gguf_file, dtype=config.teacher_dtype, device=device
+    model, tokenizer = load_causal_lm(
+        config.teacher,
+        flag="--teacher",
+        gguf_file=config.teacher_gguf_file,
+        dtype=config.teacher_dtype,
+        device=device,
     )
     teacher = TeacherModel(
         model, tokenizer, student, top_k=config.top_k, temperature=config.temperature,
@@ -177,7 +181,8 @@ def from_model(config: Config, student: Student) -> None:
     )  # fmt: skip
     if not teacher.vocabulary.is_identity:
         print(f"{teacher.vocabulary.coverage:.1%} of the teacher's tokens are tokens of the student too")
-    source = {"teacher": checkpoint_files(config.teacher), "responses": config.responses}
+    files = causal_lm_files(config.teacher, config.teacher_gguf_file)
+    source = {"teacher": files, "responses": config.responses}
     if config.responses == "generate":
         source |= {name: getattr(config, name) for name in ("temperature", "max_new_tokens", "seed")}
 

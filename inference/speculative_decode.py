@@ -33,7 +33,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from llada.bridge import BRIDGES, Bridge
-from llada.causal_lm import end_ids, load_causal_lm, prompt_ids
+from llada.causal_lm import causal_lm_files, end_ids, load_causal_lm, prompt_ids
 from llada.checkpoint import write_atomically
 from llada.config import flag, parse
 from llada.model import load_model, load_tokenizer, special_ids
@@ -242,14 +242,6 @@ def load(config: Config, device: torch.device) -> Pair:
     return Pair(decoder, bridge, drafter_tokenizer, verifier_tokenizer, ends)
 
 
-def verifier_files(config: Config) -> list[list[Any]]:
-    """Name, size and time of the verifier's files: other ones give other answers."""
-    if config.verifier_gguf_file is None:
-        return checkpoint_files(config.verifier)
-    found = Path(config.verifier, config.verifier_gguf_file)
-    return [[found.name, found.stat().st_size, found.stat().st_mtime_ns]] if found.is_file() else []
-
-
 def warm_up(pair: Pair, item: Item, config: Config) -> None:
     """Decodes a few tokens both ways: what is only slow the first time belongs to neither side."""
     limits = {
@@ -282,7 +274,8 @@ def main(argv: list[str] | None = None) -> None:
     parts = None if config.output_path is None else f"{config.output_path}.parts"
     flags = {name: value for name, value in asdict(config).items() if name not in FREE}
     files = checkpoint_files(config.model_name_or_path, config.adapter_path)
-    settings = {"flags": flags, "files": files + verifier_files(config)}
+    files += causal_lm_files(config.verifier, config.verifier_gguf_file)
+    settings = {"flags": flags, "files": files}
     answers = RequestLog(parts, settings, run.rank)
     keys = [answers.key("speculate", [i.index, i.verifier_ids, i.drafter_ids]) for i in items]
     mine = [n for n in range(run.rank, len(items), run.world_size) if answers.get(keys[n]) is None]

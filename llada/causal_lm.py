@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from llada.chat import encode_texts, render_template
 from llada.messages import Message
 from llada.model import DTYPES
+from llada.prompts import checkpoint_files
 
 
 def load_causal_lm(
@@ -50,6 +52,14 @@ def load_causal_lm(
         keys = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         raise ValueError(f"{flag} {path}: {len(keys)} weights missing or misshapen: {keys[:3]}")
     return model.to(device).eval(), tokenizer
+
+
+def causal_lm_files(path: str, gguf_file: str | None) -> list[list[Any]]:
+    """Name, size and time of such a model's files: other ones give other answers."""
+    if gguf_file is None:
+        return checkpoint_files(path)
+    found = Path(path, gguf_file)
+    return [[found.name, found.stat().st_size, found.stat().st_mtime_ns]] if found.is_file() else []
 
 
 def prompt_ids(prompt: str | Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llada.chat import encode_texts, render_prompt, render_template
 from llada.masking import generator
 from llada.messages import Message
-from llada.model import DTYPES
 from llada.teacher_rows import Student, TeacherAnswer, align_answer, from_logits
 from llada.vocabulary import OTHER, VocabMap
 
@@ -36,20 +35,6 @@ class _Spoken:
     teacher_prompt: list[int]
     teacher_answer: list[int]
     index: np.ndarray
-
-
-def load_teacher(
-    path: str, *, gguf_file: str | None, dtype: str, device: torch.device
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer; ValueError if transformers cannot read them."""
-    source = {"gguf_file": gguf_file} if gguf_file else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **source)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES.get(dtype, dtype), **source)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--teacher {path}: transformers cannot read it ({reason})") from error
-    return model.to(device).eval(), tokenizer
 
 
 class TeacherModel:

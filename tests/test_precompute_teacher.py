@@ -12,6 +12,7 @@ from conftest import ROOT, load_script
 from test_vocabulary import bytes_only
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from llada.causal_lm import load_causal_lm
 from llada.model import load_tokenizer
 from llada.shards import load_rows, read_manifest
 from llada.teacher_rows import (
@@ -179,6 +180,22 @@ def test_a_stopped_run_goes_on(teacher_dir, tokenizer_dir, tmp_path, monkeypatch
         run(tmp_path / "cut", tokenizer_dir, *options, "--top_k", "8")
 
 
+def test_a_teacher_in_a_gguf_file(teacher_dir, tokenizer_dir, tmp_path, monkeypatch):
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf/model.gguf").write_bytes(b"GGUF")
+
+    def load(path, *, gguf_file, **options):  # reading such a file is transformers' affair
+        return load_causal_lm(teacher_dir, **options)
+
+    monkeypatch.setattr(precompute, "load_causal_lm", load)
+    options = ("--teacher", str(tmp_path / "gguf"), "--teacher_gguf_file", "model.gguf")
+    rows, _ = run(tmp_path / "rows", tokenizer_dir, *options)
+    assert len(rows) > 0
+    (tmp_path / "gguf/model.gguf").write_bytes(b"GGUF, another one")
+    with pytest.raises(ValueError, match="was prepared differently: teacher was"):
+        run(tmp_path / "rows", tokenizer_dir, *options)
+
+
 def test_validation_rows(teacher_dir, tokenizer_dir, tmp_path):
     precompute.main(
         flags(tmp_path, tokenizer_dir, "--teacher", str(teacher_dir), "--validation_input",
@@ -233,7 +250,7 @@ def test_a_teacher_without_numbers_leaves_nothing_usable(more, value, teacher_di
         (("--server", "y", "--top_k", "0"), "a server gives the most likely tokens only"),
         (("--top_k", "-1"), "--top_k -1 must not be negative"),
         (("--limit", "0"), "--limit 0 must be at least 1"),
-        (("--teacher", "no/such"), "--teacher no/such: transformers cannot read it"),
+        (("--teacher", "no/such"), "--teacher no/such: transformers cannot read"),
     ],
 )
 def test_wrong_flags(more, message, tokenizer_dir, tmp_path):
