@@ -116,6 +116,7 @@ class RolloutStream:
     Attributes:
         num_groups: prompts of a global batch, a multiple of the number of ranks.
         num_iterations: steps that learn from a rollout before the next one is made.
+        negative_weight: factor of advantages below 0.
         reference: None without a KL term.
         dtype: precision of matrix products, as in training.
         log_completions: write completions.jsonl.
@@ -134,6 +135,7 @@ class RolloutStream:
     run: Run
     files: RolloutFiles
     dtype: str
+    negative_weight: float = 1.0
     reference: ReferenceModel | None = None
     log_completions: bool = True
 
@@ -177,6 +179,7 @@ class RolloutStream:
             scale=self.scale_rewards,
             batch_std=_global_std(rewards),
         )
+        advantages = np.where(advantages < 0, self.negative_weight * advantages, advantages)
         for completion, advantage in zip(completions, advantages.tolist(), strict=True):
             completion.advantage = advantage
         if self.num_iterations > 1 or self.reference is not None:
