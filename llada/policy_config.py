@@ -42,8 +42,8 @@ class PolicyConfig(TrainConfig):
     )
     eos: str = flag(
         "one",
-        help="What ends an answer: its end-of-turn token and one EOS, nothing, or ELBO-KTO's attended EOS "
-        "padding up to --max_length.",
+        help="What ends an answer: its end-of-turn token and one EOS, these and EOS that count up to "
+        "--max_length, nothing, or ELBO-KTO's attended EOS padding up to --max_length.",
         choices=EOS,
     )
     long: str = flag(

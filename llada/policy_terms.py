@@ -216,6 +216,15 @@ class TermBuilder:
             return self._steps(answers)
         return self._elbo(answers) if self.estimator == "elbo" else self._tokens(answers)
 
+    def lengths(self, answers: Sequence[Answer]) -> Tensor:
+        """[N] float64: terms of each completion, those that `num_steps` leaves out included."""
+        count = {
+            "elbo": lambda answer: 1,
+            "trajectory": lambda answer: len(answer.trace),
+            "diffu": lambda answer: len(self._filled(answer.answer)),
+        }[self.estimator]
+        return torch.tensor([count(answer) for answer in answers], dtype=torch.float64)
+
     def _filled(self, answer: Sequence[int]) -> tuple[int, ...]:
         padding = self.settings.gen_length - len(answer) if self.eos_padding else 0
         return (*answer, *[self.ids.eos] * padding)

@@ -3,6 +3,7 @@
 Where an answer ends is a policy, because the likelihood of an answer depends on it (`EOS`):
 
     one     the answer, its end-of-turn token and one EOS, as SFT learns it; padding is not attended
+    filled  the same, and EOS that count up to --max_length: for models trained with --eos_padding
     none    the answer's own tokens only
     padded  ELBO-KTO's published recipe: prompt and answer tokenised as one text, no end-of-turn token, cut at
             --max_length and filled up to it with EOS that is attended and never masked
@@ -20,7 +21,7 @@ from llada.chat import encode_rows, encode_texts, refuse_mask_token, render_temp
 from llada.messages import Labelled, Pair, Text, to_labelled, to_pair
 from llada.records import read_records
 
-EOS = ("one", "none", "padded")
+EOS = ("one", "filled", "none", "padded")
 LONG = ("error", "drop", "truncate")
 _BATCH = 256
 
@@ -111,6 +112,8 @@ def _segmented_rows(
         context, answer = row["input_ids"][:start], row["input_ids"][start:]
         while encoding.eos == "none" and answer and answer[-1] in specials:
             answer.pop()
+        if encoding.eos == "filled":
+            answer += [tokenizer.eos_token_id] * (encoding.max_length - len(context) - len(answer))
         yield context, answer
 
 

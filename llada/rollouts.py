@@ -116,6 +116,7 @@ class RolloutStream:
     Attributes:
         num_groups: prompts of a global batch, a multiple of the number of ranks.
         num_iterations: steps that learn from a rollout before the next one is made.
+        negative_weight: factor of advantages below 0.
         reference: None without a KL term.
         dtype: precision of matrix products, as in training.
         log_completions: write completions.jsonl.
@@ -134,6 +135,7 @@ class RolloutStream:
     run: Run
     files: RolloutFiles
     dtype: str
+    negative_weight: float = 1.0
     reference: ReferenceModel | None = None
     log_completions: bool = True
 
@@ -177,6 +179,7 @@ class RolloutStream:
             scale=self.scale_rewards,
             batch_std=_global_std(rewards),
         )
+        advantages = np.where(advantages < 0, self.negative_weight * advantages, advantages)
         for completion, advantage in zip(completions, advantages.tolist(), strict=True):
             completion.advantage = advantage
         if self.num_iterations > 1 or self.reference is not None:
@@ -204,29 +207,52 @@ class RolloutStream:
                     completion.ref = values
 
     def _terms(self, completions: Sequence[Completion], rollout: int) -> Terms:
-        return self.terms_of(
-            [
-                # A group shares its masks: what its completions have in common then cancels.
-                Answer(self._by_index[c.prompt].token_ids, c.answer, f"{rollout}/{c.prompt}", c.trace)
-                for c in completions
-            ]
-        )
+        return self.terms_of(self._answers(completions, rollout))
+
+    def _answers(self, completions: Sequence[Completion], rollout: int) -> list[Answer]:
+        return [
+            # A group shares its masks: what its completions have in common then cancels.
+            Answer(self._by_index[c.prompt].token_ids, c.answer, f"{rollout}/{c.prompt}", c.trace)
+            for c in completions
+        ]
 
     def _batch(self, rollout: int) -> GroupBatch:
         completions = self._completions
-        terms = self._terms(completions, rollout)
-        lengths = torch.zeros(len(completions), dtype=torch.float64).index_add_(0, terms.owners, terms.shares)
+        lengths = self.terms_of.lengths(self._answers(completions, rollout))
         weights, count = self.objective.weights(lengths, longest=self.sampler.settings.gen_length)
+        advantages = [c.advantage for c in completions]
+        chosen = list(range(len(completions)))
+        if completions[0].old is None and completions[0].ref is None:
+            chosen, advantages = self._needed()
+        completions = [completions[i] for i in chosen]
         return GroupBatch(
-            terms=terms,
-            advantages=torch.tensor([c.advantage for c in completions], dtype=torch.float64),
-            weights=weights,
+            terms=self._terms(completions, rollout),
+            advantages=torch.tensor(advantages, dtype=torch.float64),
+            weights=weights[chosen],
             old=_flat([c.old for c in completions]),
             ref=_flat([c.ref for c in completions]),
             count=count,
             record_ids=[c.prompt for c in completions],
             means={name: (value, 1.0) for name, value in self._metrics.items()},
         )
+
+    def _needed(self) -> tuple[list[int], list[float]]:
+        """(completions without which the gradient on policy would be another, their advantages).
+
+        One with advantage 0 is not needed. Equal completions of a prompt share their masks, so one of them
+        stands for all, with the sum of their advantages. Every rank gets as many.
+        """
+        sums: dict[object, float] = {}
+        first: dict[object, int] = {}
+        for i, c in enumerate(self._completions):
+            name = (c.prompt, *c.answer) if c.trace is None else i
+            sums[name] = sums.get(name, 0.0) + c.advantage
+            first.setdefault(name, i)
+        chosen = [first[name] for name, total in sums.items() if total != 0]
+        counts = [0.0] * self.run.world_size
+        counts[self.run.rank] = float(len(chosen))
+        missing = int(max(1.0, *sum_over_ranks(counts))) - len(chosen)
+        return chosen + [0] * missing, [total for total in sums.values() if total != 0] + [0.0] * missing
 
     def _measure(self) -> dict[str, float]:
         """What is logged of a rollout, the same on every rank; names as in TRL."""

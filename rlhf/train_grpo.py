@@ -57,8 +57,8 @@ from llada.training import fit
 RESUME_MUST_AGREE = (
     "estimator", "num_generations", "num_iterations", "n_mc_samples", "mask_plan", "l_sampling",
     "eos_padding", "trajectory_steps", "order_term", "p_mask_prompt", "beta", "epsilon", "epsilon_high",
-    "loss_type", "scale_rewards", "advantages", "reward_funcs", "reward_weights", "gen_length",
-    "block_length", "steps", "temperature", "remasking", "method", "apply_chat_template",
+    "loss_type", "scale_rewards", "advantages", "negative_weight", "reward_funcs", "reward_weights",
+    "gen_length", "block_length", "steps", "temperature", "remasking", "method", "apply_chat_template",
 )  # fmt: skip
 
 
@@ -142,6 +142,11 @@ class Config(RewardFlags, SamplerFlags, OlderFlags, PolicyConfig):
     advantages: str = flag(
         "leave_one_out", help="What a reward is compared with in its group.", choices=BASELINES
     )
+    negative_weight: float = flag(
+        1.0,
+        help="Factor of advantages below 0. elbo pushes a bad answer down under masks that never led to it, "
+        "which can harm a good model: then give less; 0 learns from what beat its group alone.",
+    )
     log_completions: bool = flag(True, help="Write every completion to completions.jsonl.")
     save_best: bool = flag(True, help="Keep the weights with the best held-out accuracy in best/.")
     stop_accuracy: float | None = flag(None, help="Stop at this held-out accuracy (0 to 1).")
@@ -163,6 +168,8 @@ class Config(RewardFlags, SamplerFlags, OlderFlags, PolicyConfig):
             )
         if self.num_iterations < 1:
             raise ValueError(f"--num_iterations {self.num_iterations} must be at least 1")
+        if self.negative_weight < 0:
+            raise ValueError(f"--negative_weight {self.negative_weight} must be at least 0")
         for name in ("stop_accuracy", "patience"):
             if getattr(self, name) and self.eval_data_path is None:
                 raise ValueError(f"--{name} needs --eval_data_path")
@@ -305,6 +312,7 @@ def main(argv: list[str] | None = None) -> None:
         num_iterations=config.num_iterations,
         baseline=config.advantages,
         scale_rewards=config.scale_rewards,
+        negative_weight=config.negative_weight,
         seed=config.seed,
         run=run,
         files=RolloutFiles(Path(config.output_dir), run),

@@ -5,9 +5,15 @@ solve the held-out puzzles, whose solutions occur in no training puzzle, at temp
 gain is a bootstrap over seeds and puzzles, each puzzle compared with itself before training. CPU minutes are
 those of all processes of a run, preferences included, evaluation not. Finished runs are not repeated.
 
-Run:
-    python scripts/make_quickstart_data.py --output_dir runs/bench/data --num_heldout 500
-    python scripts/bench_posttraining.py --checkpoint runs/half/final --data runs/bench/data \\
+Run, after the main job's first stages (bash scripts/quickstart.sh):
+    from=runs/quickstart
+    python scripts/make_quickstart_data.py --num_heldout 500 --num_prompts 12000 \\
+        --output_dir runs/bench/data
+    python sft_training/train_sft.py --model_name_or_path $from/pretraining \\
+        --train_data_path $from/data/sft.jsonl --max_length 96 --eos_padding --batch_size 64 \\
+        --max_steps 450 --learning_rate 2e-3 --lr_scheduler_type constant --warmup_steps 50 \\
+        --output_dir runs/bench/half
+    python scripts/bench_posttraining.py --checkpoint runs/bench/half/final --data runs/bench/data \\
         --output_dir runs/bench/posttraining --seeds 1 2 3
 
 The table is printed and written to --output_dir/table.md; docs/results.md holds one.
@@ -108,7 +114,7 @@ class Bench:
         """The run's folder and its CPU seconds, preferences included."""
         section = dict(self.sections[method])
         script = section.pop("script")
-        uses = section.pop("uses", None)
+        uses, precompute = section.pop("uses", None), section.pop("precompute", None)
         folder, seconds = self.folder / method / f"seed-{seed}", 0.0
         flags = {**self.shared, **section, "model_name_or_path": self.config.checkpoint, "seed": seed}
         if uses is None:
@@ -119,6 +125,10 @@ class Bench:
             wanted |= {"output_dir": made, "seed": seed}
             seconds += self.run("rlhf/make_preferences.py", {**self.preferences, **wanted}, made)
             flags["train_data_path"] = made / uses
+        if precompute is not None:
+            wanted = {"model_path": self.config.checkpoint, "dataset": flags["train_data_path"]}
+            flags["train_data_path"] = wanted["output_file"] = folder / "bref.jsonl"
+            seconds += self.run("rlhf/precompute_bref.py", {**precompute, **wanted}, folder / "bref")
         seconds += self.run(script, {**flags, "output_dir": folder / "run"}, folder)
         return folder, seconds
 

@@ -46,7 +46,7 @@ class Task:
     name: str
     options: dict[str, Any]
     question: Callable[[Puzzle], str]
-    thought: Callable[[Puzzle], str]
+    thought: str
     identity: Callable[[Puzzle], str]
 
 
@@ -54,21 +54,23 @@ def _grid(rows: list[list[int]]) -> str:
     return "\n".join(" ".join(map(str, row)) for row in rows)
 
 
-# A question and its answer always take the same number of tokens (an empty cell is a 0), so that a small
-# model finds the cell that belongs to an answer at a constant distance.
+# A question and its answer always take the same number of tokens (an empty cell is a 0), so that a
+# small model finds the cell that belongs to an answer at a constant distance. The thought is the same
+# for all puzzles of a task: what such a model can only guess (a count) would be noise to a stage that
+# learns from its samples.
 TASKS = [
     Task(
         "mini_sudoku",
         {"min_empty": 4, "max_empty": 8},
         lambda puzzle: "Sudoku:\n" + _grid(puzzle["metadata"]["puzzle"]),
-        lambda puzzle: f"{puzzle['metadata']['num_empty']} empty",
+        "rows, columns, boxes",
         lambda puzzle: puzzle["answer"],
     ),
     Task(
         "binary_matrix",
         {"min_n": 4, "max_n": 4},
         lambda puzzle: "Distances:\n" + _grid(puzzle["metadata"]["matrix"]),
-        lambda puzzle: f"{sum(row.count(0) for row in puzzle['metadata']['matrix'])} zeros",
+        "steps to the nearest 0",
         lambda puzzle: _grid(puzzle["metadata"]["matrix"]),
     ),
 ]
@@ -94,12 +96,12 @@ def puzzles(task: Task, *, heldout: bool, count: int, seed: int) -> Iterator[Puz
 
 def as_text(task: Task, puzzle: Puzzle) -> dict[str, str]:
     """A pretraining record."""
-    return {"text": f"{task.question(puzzle)}\n{task.thought(puzzle)}\n{puzzle['answer'].strip()}"}
+    return {"text": f"{task.question(puzzle)}\n{task.thought}\n{puzzle['answer'].strip()}"}
 
 
 def as_conversation(task: Task, puzzle: Puzzle) -> dict[str, list[dict[str, str]]]:
     """An SFT record: question, short thought, answer."""
-    answer = f"<think>{task.thought(puzzle)}</think>\n{puzzle['answer'].strip()}"
+    answer = f"<think>{task.thought}</think>\n{puzzle['answer'].strip()}"
     return {
         "messages": [
             {"role": "user", "content": task.question(puzzle)},

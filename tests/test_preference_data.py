@@ -100,12 +100,14 @@ def encoding(tokenizer, **changes):
 def test_where_an_answer_ends(tokenizer):
     found = {
         eos: encode_answers([("f:1", USER, said("4"))], encoding(tokenizer, eos=eos))[0].tokens
-        for eos in ("one", "none", "padded")
+        for eos in ("one", "filled", "none", "padded")
     }
     header = tokenizer.apply_chat_template(USER, add_generation_prompt=True, tokenize=False)
     texts = {eos: tokenizer.decode(tokens.answer) for eos, tokens in found.items()}
     assert texts["none"] == texts["padded"] == "4"
     assert texts["one"] == "4<|eot_id|><|endoftext|>"
+    filling = 64 - len(found["one"])
+    assert texts["filled"] == texts["one"] + "<|endoftext|>" * filling and len(found["filled"]) == 64
     assert all(tokenizer.decode(tokens.context) == header for tokens in found.values())
 
 

@@ -128,6 +128,27 @@ def test_a_run_stopped_within_a_rollout_goes_on_exactly(flags, tmp_path, monkeyp
         main(*flags, *more, "--output_dir", tmp_path / "lost")
 
 
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_what_is_left_out_of_a_step_does_not_change_it(flags, tmp_path, monkeypatch, name):
+    """Completions without an advantage, and copies of others, cost no forward and change nothing."""
+    more = [*ESTIMATORS[name], "--max_steps", "3", "--loss_type", "dapo", "--temperature", "0.05"]
+    script = load_script("rlhf/train_grpo.py")
+    sizes = []
+    needed = script.RolloutStream._needed
+
+    def all_of_them(stream):
+        sizes.append((len(needed(stream)[0]), len(stream._completions)))
+        return range(len(stream._completions)), [c.advantage for c in stream._completions]
+
+    main(*flags, *more, "--output_dir", tmp_path / "some")
+    monkeypatch.setattr(script.RolloutStream, "_needed", all_of_them)
+    main(*flags, *more, "--output_dir", tmp_path / "all")
+    assert any(some < count for some, count in sizes)
+    some, every = (logged(tmp_path / folder, "loss", "grad_norm") for folder in ("some", "all"))
+    for a, b in zip(some, every, strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
+
+
 def test_killed_and_resumed_equals_uninterrupted(flags, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     more = ["--max_steps", "30", "--save_interval", "4", "--estimator", "elbo"]
