@@ -5,8 +5,8 @@ solve the held-out puzzles, whose solutions occur in no training puzzle, at temp
 gain is a bootstrap over seeds and puzzles, each puzzle compared with itself before training. CPU minutes are
 those of all processes of a run, preferences included, evaluation not. Finished runs are not repeated.
 
-Run, after the main job's first stages (bash scripts/quickstart.sh):
-    from=runs/quickstart
+Run:
+    from=runs/quickstart  # after the main job
     python scripts/make_quickstart_data.py --num_heldout 500 --num_prompts 12000 \\
         --output_dir runs/bench/data
     python sft_training/train_sft.py --model_name_or_path $from/pretraining \\
