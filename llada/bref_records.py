@@ -80,7 +80,7 @@ def read_bref(
     )
     records = []
     for (where, record), item, found in zip(located, items, encoded, strict=True):
-        if found.tokens is None:
+        if found.tokens is None or not any(record["l_values"]):  # precompute_bref.py --long drop left it out
             continue
         masks = find_masks(record, len(found.tokens.answer), num_draws, where, verify=verify)
         reference = float(record["B_ref"][str(num_draws)])

@@ -258,6 +258,17 @@ def test_shares_of_the_records(model_dir, bref, tmp_path, capsys):
     assert "used: 4 desirable, 0 undesirable" in capsys.readouterr().out
 
 
+def test_training_leaves_out_what_the_reference_left_out(model_dir, bref, tmp_path, capsys):
+    lengths = sorted(record["text_length"] for record in records_of(bref))
+    file = tmp_path / "short.jsonl"
+    run(BREF, "--model_path", model_dir, "--dataset", SAMPLES / "kto.jsonl", "--k_vals", 4, "--long", "drop",
+        "--output_file", file, "--max_length", lengths[-1] - 1)  # fmt: skip
+    kept = sum(length < lengths[-1] for length in lengths)
+    assert 0 < kept < len(lengths)
+    run(KTO, *kto_flags(model_dir, file, tmp_path / "run", "--max_steps", 1))
+    assert f"{kept} records, used: " in capsys.readouterr().out
+
+
 def test_published_records_are_accepted(model_dir, bref, tmp_path):
     # the published program's records: no hashes, no fingerprint, EOS padding, 4096 tokens
     file = tmp_path / "ours.jsonl"
