@@ -25,7 +25,6 @@ import copy
 import gc
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -258,8 +257,7 @@ class Bench:
         found = {}
         for name, part in (("loss", self.forward_backward), ("step", lambda arm, _: self.update(arm))):
             part(arm, batch)
-            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            found[name] = torch.cuda.max_memory_allocated() if self.on_gpu else resident
+            found[name] = torch.cuda.max_memory_allocated() if self.on_gpu else peak_resident()
         return found
 
     def wait(self) -> None:
@@ -274,6 +272,15 @@ class Bench:
         gc.collect()
         if self.on_gpu:
             torch.cuda.empty_cache()
+
+
+def peak_resident() -> float:
+    """Peak resident bytes of this process.
+
+    Not ru_maxrss: that of a new process starts at what its parent had.
+    """
+    (line,) = (s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM:"))
+    return 1024 * float(line.split()[1])
 
 
 def compare(bench: Bench, arms: list[Arm], batch: NoisedBatch) -> dict[str, dict[str, float]]:

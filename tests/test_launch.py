@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, load_script
 
@@ -295,13 +296,18 @@ def test_sigterm_saves_and_the_same_command_continues(model_dir, tmp_path):
     assert not list(output.glob("*.tmp"))
 
     # one node, one process: the same global batches, in two micro-batches each
-    process = sft(model_dir, output, args, NUM_GPUS="1")
-    text, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, text[-3000:]
+    resumed, whole = (sft(model_dir, path, args, NUM_GPUS="1") for path in (output, tmp_path / "whole"))
+    for process in (resumed, whole):
+        text, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, text[-3000:]
     assert (output / "DONE").exists()
     assert not (output / "PREEMPTED").exists()
-    steps = [entry["step"] for entry in read_metrics(metrics) if "loss" in entry]
-    assert steps == list(range(1, 51))
+    curves = [
+        [(entry["step"], entry["loss"]) for entry in read_metrics(path / "metrics.jsonl") if "loss" in entry]
+        for path in (output, tmp_path / "whole")
+    ]
+    assert [step for step, _ in curves[0]] == list(range(1, 51))
+    assert np.array(curves[0]) == pytest.approx(np.array(curves[1]), rel=1e-6)
 
 
 def commands_of(tools: Path, launcher: str, *flags: str, **variables: str) -> list[tuple[str, list[str]]]:

@@ -136,7 +136,7 @@ def test_two_ranks_equal_one_process(extra, shard, model_dir, tmp_path):
     name = "adapter_model.safetensors" if "--use_lora" in extra else "model.safetensors"
     one, two = (load_file(tmp_path / run / "final" / name) for run in ("one", "two"))
     for key in one:
-        torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(two[key], one[key], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
