@@ -26,7 +26,7 @@ from llada.elbo import Draws, differentiate, draw_values, gradient_parts, make_d
 from llada.likelihood import Request
 from llada.masking import generator
 from llada.model import SpecialIds
-from llada.runtime import Run, sum_over_ranks
+from llada.runtime import max_over_ranks
 from llada.step_likelihood import StateBatch, batch_log_probs, collate_states, replay
 from modelling_final import LLaDAGenerationConfig
 
@@ -200,7 +200,6 @@ class TermBuilder:
     settings: LLaDAGenerationConfig
     ids: SpecialIds
     seed: int
-    run: Run
     micro_batch_size: int
     num_draws: int = 2
     mask_plan: str = "stratified"
@@ -273,11 +272,10 @@ class TermBuilder:
             owners += [n] * len(chosen)
             shares += [len(found) / len(chosen)] * len(chosen)
         size = self.micro_batch_size
-        counts = [0.0] * self.run.world_size
-        counts[self.run.rank] = float(-(-len(states) // size))
-        missing = int(max(sum_over_ranks(counts)) - counts[self.run.rank])
+        own = -(-len(states) // size)
+        most = int(max_over_ranks(own))
         # every rank takes part in as many forwards, or sharded ones would wait for ever
-        padding = size * int(counts[self.run.rank]) - len(states) + size * missing if missing else 0
+        padding = size * most - len(states) if most > own else 0
         states += states[:1] * padding
         owners += owners[:1] * padding
         shares += [0.0] * padding

@@ -23,7 +23,7 @@ from llada.policy_terms import Answer, TermBuilder, Terms
 from llada.prompts import Prompt
 from llada.rewards import Reward, compute_rewards
 from llada.rollout_files import Completion, RolloutFiles
-from llada.runtime import Run, autocast, sum_over_ranks
+from llada.runtime import Run, autocast, max_over_ranks, sum_over_ranks
 from llada.stream import records_of
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 
@@ -192,7 +192,7 @@ class RolloutStream:
 
     def _remember(self, completions: list[Completion], rollout: int) -> None:
         """Log-likelihoods under the policy and the reference, before the policy changes."""
-        terms = self._terms(completions, rollout).to(self.run.device)
+        terms = self.terms_of(self._answers(completions, rollout)).to(self.run.device)
         model = self.sampler.model
         with autocast(self.run.device, self.dtype):
             if self.num_iterations > 1:
@@ -206,9 +206,6 @@ class RolloutStream:
                 for completion, values in zip(completions, _per_owner(terms, found), strict=True):
                     completion.ref = values
 
-    def _terms(self, completions: Sequence[Completion], rollout: int) -> Terms:
-        return self.terms_of(self._answers(completions, rollout))
-
     def _answers(self, completions: Sequence[Completion], rollout: int) -> list[Answer]:
         return [
             # A group shares its masks: what its completions have in common then cancels.
@@ -218,7 +215,8 @@ class RolloutStream:
 
     def _batch(self, rollout: int) -> GroupBatch:
         completions = self._completions
-        lengths = self.terms_of.lengths(self._answers(completions, rollout))
+        answers = self._answers(completions, rollout)
+        lengths = self.terms_of.lengths(answers)
         weights, count = self.objective.weights(lengths, longest=self.sampler.settings.gen_length)
         advantages = [c.advantage for c in completions]
         chosen = list(range(len(completions)))
@@ -226,7 +224,7 @@ class RolloutStream:
             chosen, advantages = self._needed()
         completions = [completions[i] for i in chosen]
         return GroupBatch(
-            terms=self._terms(completions, rollout),
+            terms=self.terms_of([answers[i] for i in chosen]),
             advantages=torch.tensor(advantages, dtype=torch.float64),
             weights=weights[chosen],
             old=_flat([c.old for c in completions]),
@@ -249,9 +247,7 @@ class RolloutStream:
             sums[name] = sums.get(name, 0.0) + c.advantage
             first.setdefault(name, i)
         chosen = [first[name] for name, total in sums.items() if total != 0]
-        counts = [0.0] * self.run.world_size
-        counts[self.run.rank] = float(len(chosen))
-        missing = int(max(1.0, *sum_over_ranks(counts))) - len(chosen)
+        missing = max(1, int(max_over_ranks(len(chosen)))) - len(chosen)
         return chosen + [0] * missing, [total for total in sums.values() if total != 0] + [0.0] * missing
 
     def _measure(self) -> dict[str, float]:

@@ -91,6 +91,15 @@ def sum_over_ranks(values: list[float]) -> list[float]:
     return total.tolist()
 
 
+def max_over_ranks(value: float) -> float:
+    """The largest of all ranks' values."""
+    if not dist.is_initialized():
+        return float(value)
+    largest = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.item()
+
+
 def barrier() -> None:
     """Waits for all ranks; nothing to wait for in a single process."""
     if dist.is_initialized():

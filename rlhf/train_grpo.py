@@ -296,7 +296,6 @@ def main(argv: list[str] | None = None) -> None:
             settings=settings,
             ids=ids,
             seed=config.seed,
-            run=run,
             micro_batch_size=config.micro_batch_size,
             num_draws=config.n_mc_samples,
             mask_plan=config.mask_plan,

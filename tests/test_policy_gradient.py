@@ -15,14 +15,12 @@ import torch
 from llada.grpo import GroupBatch, Objective, group_advantages, grpo_loss
 from llada.model import SpecialIds
 from llada.policy_terms import Answer, TermBuilder
-from llada.runtime import Run
 from llada.step_likelihood import replay
 from modelling_final import LLaDAGenerationConfig
 
 TOKENS, LENGTH = 3, 3  # what can be drawn is 0, 1, 2
 MASK = exact_llada.MASK
 PROMPT = (1, 2)
-RUN = Run(rank=0, world_size=1, device=torch.device("cpu"))
 IDS = SpecialIds(mask=MASK, eos=0, pad=0, eot=None)
 
 
@@ -57,7 +55,7 @@ def settings_of(**changes):
 
 
 def builder_of(settings, **changes):
-    options = {"estimator": "trajectory", "ids": IDS, "seed": 0, "run": RUN, "micro_batch_size": 64}
+    options = {"estimator": "trajectory", "ids": IDS, "seed": 0, "micro_batch_size": 64}
     return TermBuilder(settings=settings, **options | changes)
 
 
