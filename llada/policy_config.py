@@ -6,7 +6,6 @@ import torch
 
 from llada.config import flag
 from llada.model import load_model
-from llada.preference_data import EOS, LONG
 from llada.runtime import Run
 from llada.train_config import TrainConfig
 from llada.training import load_trainable, prepare_trainable
@@ -39,17 +38,6 @@ class PolicyConfig(TrainConfig):
         help="Precision of the matrix products; parameters and sums stay float32. auto: bfloat16 on a GPU.",
         choices=["auto", "float32", "bfloat16"],
         aliases=["torch_dtype"],
-    )
-    eos: str = flag(
-        "one",
-        help="What ends an answer: its end-of-turn token and one EOS, these and EOS that count up to "
-        "--max_length, nothing, or ELBO-KTO's attended EOS padding up to --max_length.",
-        choices=EOS,
-    )
-    long: str = flag(
-        "error",
-        help="Answers beyond --max_length: stop, drop and count, or cut and count.",
-        choices=LONG,
     )
     apply_chat_template: bool = flag(
         False, help="Prompts and answers that are plain texts become turns; messages always use the template."

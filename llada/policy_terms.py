@@ -192,7 +192,7 @@ class TermBuilder:
         num_steps: of `trajectory`: steps scored of each completion, a random subset; 0 = all.
         order_term: of `trajectory`.
         p_mask_prompt: of `diffu`: share of the prompt's tokens that is masked too.
-        eos_padding: of `elbo` and `diffu`: an answer that has ended is filled up to the canvas with EOS
+        fills_canvas: of `elbo` and `diffu`: an answer that has ended is filled up to the canvas with EOS
             tokens that count, for models trained with --eos_padding.
     """
 
@@ -207,7 +207,7 @@ class TermBuilder:
     num_steps: int = 0
     order_term: bool = True
     p_mask_prompt: float = 0.15
-    eos_padding: bool = False
+    fills_canvas: bool = False
 
     def __call__(self, answers: Sequence[Answer]) -> Terms:
         """The terms of these completions, those of one after another."""
@@ -225,7 +225,7 @@ class TermBuilder:
         return torch.tensor([count(answer) for answer in answers], dtype=torch.float64)
 
     def _filled(self, answer: Sequence[int]) -> tuple[int, ...]:
-        padding = self.settings.gen_length - len(answer) if self.eos_padding else 0
+        padding = self.settings.gen_length - len(answer) if self.fills_canvas else 0
         return (*answer, *[self.ids.eos] * padding)
 
     def _elbo(self, answers: Sequence[Answer]) -> ElboTerms:

@@ -36,7 +36,7 @@ from llada.mask_plan import SIZE_LAWS
 from llada.messages import PAIR_KEYS
 from llada.model import load_tokenizer, special_ids
 from llada.policy_config import PolicyConfig, load_policy
-from llada.preference_data import Encoding, Tokens, load_pairs
+from llada.preference_data import EOS, LONG, Encoding, Tokens, load_pairs
 from llada.preference_losses import DPO_LOSSES, dpo_losses
 from llada.reference import Reference, make_reference, precompute_reference
 from llada.runtime import Run, autocast, end_run, start_run, sum_over_ranks
@@ -62,6 +62,17 @@ class Config(PolicyConfig):
     prompt_key: str = flag("prompt", help="Field of the prompt.")
     chosen_key: str = flag("chosen", help="Field of the preferred answer.")
     rejected_key: str = flag("rejected", help="Field of the other answer.")
+    eos: str = flag(
+        "one",
+        help="What ends an answer: its end-of-turn token and one EOS, these and EOS that count up to "
+        "--max_length, nothing, or ELBO-KTO's attended EOS padding up to --max_length.",
+        choices=EOS,
+    )
+    long: str = flag(
+        "error",
+        help="Answers beyond --max_length: stop, drop and count, or cut and count.",
+        choices=LONG,
+    )
     beta: float = flag(0.1, help="Strength of the tie to the reference.")
     loss_type: list[str] = flag(
         ["sigmoid"], help="Terms of the loss; sft is the chosen answer's own loss.", choices=DPO_LOSSES

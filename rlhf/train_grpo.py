@@ -12,7 +12,7 @@ Run:
     data=runs/quickstart/data
     python rlhf/train_grpo.py --model_name_or_path runs/quickstart/sft --reward_funcs reasoning_gym \\
         --train_data_path $data/prompts.jsonl --eval_data_path $data/heldout.jsonl \\
-        --output_dir runs/quickstart/grpo --gen_length 32 --eos_padding --batch_size 256 \\
+        --output_dir runs/quickstart/grpo --gen_length 32 --eos filled --batch_size 256 \\
         --num_generations 16 --learning_rate 1e-4 --max_steps 20 --eval_interval 10
 
     # LoRA on 8 GPUs, GSM8K, blocks of 32
@@ -56,7 +56,7 @@ from llada.training import fit
 # Beside the flags of every stage: what decides a rollout, its advantages, or its loss.
 RESUME_MUST_AGREE = (
     "estimator", "num_generations", "num_iterations", "n_mc_samples", "mask_plan", "l_sampling",
-    "eos_padding", "trajectory_steps", "order_term", "p_mask_prompt", "beta", "epsilon", "epsilon_high",
+    "eos", "trajectory_steps", "order_term", "p_mask_prompt", "beta", "epsilon", "epsilon_high",
     "loss_type", "scale_rewards", "advantages", "negative_weight", "reward_funcs", "reward_weights",
     "gen_length", "block_length", "steps", "temperature", "remasking", "method", "apply_chat_template",
 )  # fmt: skip
@@ -109,9 +109,11 @@ class Config(RewardFlags, SamplerFlags, OlderFlags, PolicyConfig):
     l_sampling: str = flag(
         "inv_sqrt", help="elbo: law of the mask sizes; inv_sqrt has less noise.", choices=SIZE_LAWS
     )
-    eos_padding: bool = flag(
-        False,
-        help="elbo, diffu: the canvas behind an answer is EOS that counts; for models trained that way.",
+    eos: str = flag(
+        "one",
+        help="elbo, diffu: what ends an answer: the end token that was sampled; or that, and EOS that count "
+        "up to the end of the canvas, for models trained with --eos_padding.",
+        choices=["one", "filled"],
     )
     trajectory_steps: int = flag(
         0, help="trajectory: score so many random steps of a completion, weighted up; 0 = all."
@@ -303,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
             num_steps=config.trajectory_steps,
             order_term=config.order_term,
             p_mask_prompt=config.p_mask_prompt,
-            eos_padding=config.eos_padding,
+            fills_canvas=config.eos == "filled",
         ),
         objective=objective,
         num_groups=num_groups,
