@@ -20,7 +20,7 @@ bench_variance = load_script("scripts/bench_variance.py")
 
 def make_bench(**flags):
     config = bench_step.Config(shape="micro", **flags)
-    return bench_step.Bench(config, config.resolve()), config
+    return bench_step.make_bench(config, config.resolve()), config
 
 
 @pytest.mark.parametrize("mask_ratio", [0.5, 1.0])
