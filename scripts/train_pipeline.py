@@ -4,7 +4,8 @@ The config file holds one section per stage, in the order in which they run; a s
 the stage's script. A stage may run several times, as NAME:VARIANT. A section without `model_name_or_path`
 gets the checkpoint of the last of pretraining and SFT before it. `{output_dir}` in a value stands for the
 top-level `output_dir`. A finished stage is not run twice (its mark in `<output_dir>/logs` holds its command);
-a failed one stops the line and shows the end of its log.
+a failed one stops the line and shows the end of its log. A section `heldout`, or heldout:NAME, holds flags of
+generate.py for held-out prompts, and `after`, the stages whose checkpoints answer them.
 
 Run:
     python scripts/train_pipeline.py --config configs/quickstart.yaml --stage all
@@ -105,7 +106,16 @@ class Pipeline:
             )
         self.output_dir = Path(config.get("output_dir", "checkpoints"))
         self.model = config.get("model") or {}
-        self.heldout = config.get("heldout")
+        self.heldout: dict[str, dict[str, Any]] = {}
+        for name, section in config.items():
+            if name.partition(":")[0] != "heldout":
+                continue
+            if not {"after", "prompts_file"} <= set(section or {}):
+                raise ValueError(
+                    f"--config {arguments.config}: section {name!r} needs `after` and `prompts_file`"
+                )
+            flags = {flag: value for flag, value in section.items() if flag != "after"}
+            self.heldout.update(dict.fromkeys(section["after"], flags))
         self.nproc = int(config.get("nproc_per_node", 1))
         self.sections = {name: dict(config[name] or {}) for name in config if script_of(name)}
 
@@ -190,7 +200,7 @@ class Pipeline:
     def heldout_command(self, stage: str) -> tuple[list[str], Path]:
         """Generation on the held-out prompts with the checkpoint of `stage`, and its output file."""
         output = self.output_dir / "heldout" / f"{stage}.jsonl"
-        flags = {name: self._fill(value) for name, value in self.heldout.items() if name != "after"}
+        flags = {name: self._fill(value) for name, value in self.heldout[stage].items()}
         flags |= {"model_name_or_path": self.flags(stage)["output_dir"], "output_path": str(output)}
         return [sys.executable, str(ROOT / STAGES["inference"].script), *as_arguments(flags)], output
 
@@ -295,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     accuracy: dict[str, dict[str, float]] = {}  # checkpoint -> task -> share solved
     for stage in pipeline.selected():
         command = pipeline.command(stage)
-        heldout = pipeline.heldout and stage in pipeline.heldout["after"]
+        heldout = pipeline.heldout.get(stage)
         if arguments.dry_run:
             print(shlex.join(command))
             if heldout:
@@ -309,7 +319,7 @@ def main(argv: list[str] | None = None) -> None:
             command, completions = pipeline.heldout_command(stage)
             completions.parent.mkdir(parents=True, exist_ok=True)
             seconds = run_once(f"heldout_{stage}", command, logs)
-            solved = accuracy_by_task(completions, Path(pipeline._fill(pipeline.heldout["prompts_file"])))
+            solved = accuracy_by_task(completions, Path(pipeline._fill(heldout["prompts_file"])))
             before = accuracy.get(flags.get("model_name_or_path"), {})
             accuracy[flags["output_dir"]] = solved
             for task, value in solved.items():

@@ -78,8 +78,27 @@ def test_every_flag_of_our_configs_exists(name, capsys):
             module.parse_arguments(command[2:])
 
 
+def test_a_stages_checkpoint_answers_the_prompts_of_its_held_out_section(tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "sft: {model_name_or_path: base, output_dir: a}\ndpo: {model_name_or_path: a, output_dir: b}\n"
+        "heldout: {after: [sft], prompts_file: all}\n"
+        "'heldout:some': {after: [dpo], prompts_file: few, steps: 4}\n"
+    )
+    _, after_sft, _, after_dpo = dry_run(capsys, "--config", str(path))
+    assert flags_of(after_sft)["--prompts_file"] == "all" and "--steps" not in after_sft
+    assert flags_of(after_sft)["--model_name_or_path"] == "a"
+    assert flags_of(after_dpo)["--prompts_file"] == "few" and flags_of(after_dpo)["--steps"] == "4"
+    assert flags_of(after_dpo)["--model_name_or_path"] == "b" and "--after" not in after_dpo
+
+
 @pytest.mark.parametrize(
-    ("text", "message"), [("sfft: {}\n", "unknown section 'sfft'"), ("sft: {}\n", "has no such section")]
+    ("text", "message"),
+    [
+        ("sfft: {}\n", "unknown section 'sfft'"),
+        ("sft: {}\n", "has no such section"),
+        ("heldout: {after: [sft]}\n", "section 'heldout' needs `after` and `prompts_file`"),
+    ],
 )
 def test_bad_sections(text, message, tmp_path):
     path = tmp_path / "c.yaml"
