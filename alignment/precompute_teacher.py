@@ -39,7 +39,7 @@ from llada.model import DTYPES, load_tokenizer
 from llada.records import files_of, read_records
 from llada.shards import Columns, Item, describe_inputs, describe_tokenizer, read_manifest, write_shards
 from llada.teacher_json import TeacherFile, read_teacher_records
-from llada.teacher_model import Question, TeacherModel
+from llada.teacher_model import NO_NUMBERS, Question, TeacherModel
 from llada.teacher_rows import KIND, LONG, Student, TeacherAnswer, as_columns, count, fit_length
 from llada.teacher_server import ServerTeacher
 
@@ -124,7 +124,7 @@ def encode(
             counts["no_text"] += 1
             continue
         if np.isnan(answer.distributions.log_probs).any() or np.isnan(answer.distributions.log_rest).any():
-            raise ValueError(f"{where}: the teacher's logits for this answer hold NaN or inf")
+            raise ValueError(NO_NUMBERS % where)
         fitted = fit_length(answer, where, max_length=config.max_length, long=config.long)
         counts["dropped"] += fitted is None
         counts["truncated"] += fitted is not None and fitted is not answer

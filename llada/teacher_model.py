@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from llada.chat import encode_texts, render_prompt, render_template
 from llada.masking import generator
 from llada.messages import Message
 from llada.teacher_rows import Student, TeacherAnswer, align_answer, from_logits
 from llada.vocabulary import OTHER, VocabMap
+
+NO_NUMBERS = "%s: the teacher's logits for this answer hold NaN or inf"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,21 @@ class _Spoken:
     teacher_prompt: list[int]
     teacher_answer: list[int]
     index: np.ndarray
+
+
+@dataclass(frozen=True)
+class _RefuseNoNumbers(LogitsProcessor):
+    """Stops a generation whose logits cannot be sampled from; names the first of its questions, by place."""
+
+    places: list[int]
+    wheres: list[str]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        is_bad = (scores.isnan() | scores.isposinf()).any(-1).tolist()
+        if any(is_bad):
+            first = min(place for place, bad in zip(self.places, is_bad, strict=True) if bad)
+            raise ValueError(NO_NUMBERS % self.wheres[first])
+        return scores
 
 
 class TeacherModel:
@@ -75,7 +92,8 @@ class TeacherModel:
             ValueError: a question whose answer the two tokenizers spell differently.
         """
         prompts = [self._prompt(question.messages) for question in questions]
-        generated = self._generate([p for p, q in zip(prompts, questions, strict=True) if q.response is None])
+        unanswered = [i for i, question in enumerate(questions) if question.response is None]
+        generated = self._generate([prompts[i] for i in unanswered], [questions[i].where for i in unanswered])
         spoken = [
             self._spoken(question, prompt, next(generated) if question.response is None else None)
             for question, prompt in zip(questions, prompts, strict=True)
@@ -101,7 +119,7 @@ class TeacherModel:
         return sorted(i for i in ends if i is not None)
 
     @torch.inference_mode()
-    def _generate(self, prompts: list[list[int]]) -> Iterator[tuple[list[int], bool]]:
+    def _generate(self, prompts: list[list[int]], wheres: list[str]) -> Iterator[tuple[list[int], bool]]:
         """(tokens of the answer without its end, did it end by itself) for each prompt, in order."""
         ends, order = self._ends(), np.argsort([len(p) for p in prompts], kind="stable")
         found: dict[int, tuple[list[int], bool]] = {}
@@ -117,6 +135,7 @@ class TeacherModel:
                     input_ids=input_ids.to(self.model.device), attention_mask=mask.to(self.model.device),
                     do_sample=self.temperature > 0, temperature=self.temperature or None, top_k=0, top_p=1.0,
                     max_new_tokens=self.max_new_tokens, eos_token_id=ends, pad_token_id=ends[0],
+                    logits_processor=[_RefuseNoNumbers(places, wheres)],
                 )  # fmt: skip
             for i, row in zip(places, sequences[:, width:].tolist(), strict=True):
                 end = next((j for j, token in enumerate(row) if token in ends), None)

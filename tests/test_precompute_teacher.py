@@ -232,7 +232,15 @@ def test_a_bad_file_leaves_nothing_usable(tokenizer_dir, tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("more", [(), ("--top_k", "0"), ("--responses", "generate", "--temperature", "0")])
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("--top_k", "0"),
+        ("--responses", "generate", "--temperature", "0"),
+        ("--responses", "generate", "--temperature", "1"),
+    ],
+)
 def test_a_teacher_without_numbers_leaves_nothing_usable(more, value, teacher_dir, tokenizer_dir, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(teacher_dir)
     torch.nn.init.constant_(model.lm_head.weight[7], value)
