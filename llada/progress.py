@@ -1,10 +1,13 @@
 """What a run has done so far: tokens, time per phase, useful FLOPs and memory, over all its resumes."""
 
 import math
+import re
 import resource
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -24,10 +27,20 @@ def peak_flops(device: torch.device) -> float | None:
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most that tensors took on a GPU since the last call; on a CPU, the process ever."""
     if device.type != "cuda":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+        return peak_resident()
     most = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     return most
+
+
+def peak_resident() -> int:
+    """The most bytes of memory that this process ever had."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    if found:
+        return 1024 * int(found[1])
+    # that of a new process starts at what its parent had; macOS counts in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Phases:

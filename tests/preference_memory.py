@@ -5,7 +5,6 @@ Prints {"dpo": {"1": ..., "8": ...}, "kto": ...}. A program of its own: what is 
 
 import json
 import os
-import re
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,9 @@ from tiny_llada import make_model
 from llada.answer_stream import AnswerBatch
 from llada.elbo import make_draws, plan_draws
 from llada.likelihood import Request
+from llada.progress import peak_resident
 
 NUM_ANSWERS, LENGTH = 8, 100
-
-
-def peak_bytes():
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
 def resident_bytes():
@@ -66,7 +61,7 @@ def main():
             assert len(parts) == num_draws
             for part in parts:
                 part().backward()
-            peaks[stage][num_draws] = peak_bytes() - before
+            peaks[stage][num_draws] = peak_resident() - before
     print(json.dumps(peaks))
 
 

@@ -7,7 +7,6 @@ import copy
 import gc
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from llada.bench.reference_losses import Loss, NoisedBatch, noise
 from llada.bench.step_shapes import Shape, bare
 from llada.masking import generator
 from llada.model import DTYPES
+from llada.progress import peak_resident
 from llada.runtime import autocast
 
 _TOLERANCE = {"float32": 1e-5, "bfloat16": 0.1}  # of loss and gradient, relative
@@ -121,15 +121,6 @@ class Bench:
         gc.collect()
         if self.on_gpu:
             torch.cuda.empty_cache()
-
-
-def peak_resident() -> float:
-    """Peak resident bytes of this process.
-
-    Not ru_maxrss: that of a new process starts at what its parent had.
-    """
-    (line,) = (s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM:"))
-    return 1024 * float(line.split()[1])
 
 
 def compare(bench: Bench, arms: list[Arm], batch: NoisedBatch) -> dict[str, dict[str, float]]:
