@@ -246,9 +246,9 @@ class RolloutStream:
             name = (c.prompt, *c.answer) if c.trace is None else i
             sums[name] = sums.get(name, 0.0) + c.advantage
             first.setdefault(name, i)
-        chosen = [first[name] for name, total in sums.items() if total != 0]
-        missing = max(1, int(max_over_ranks(len(chosen)))) - len(chosen)
-        return chosen + [0] * missing, [total for total in sums.values() if total != 0] + [0.0] * missing
+        needed = {first[name]: total for name, total in sums.items() if total != 0}
+        missing = max(1, int(max_over_ranks(len(needed)))) - len(needed)
+        return [*needed, *[0] * missing], [*needed.values(), *[0.0] * missing]
 
     def _measure(self) -> dict[str, float]:
         """What is logged of a rollout, the same on every rank; names as in TRL."""

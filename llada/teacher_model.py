@@ -89,7 +89,8 @@ class TeacherModel:
         """A row for each question, in their order; None where the teacher wrote no text.
 
         Raises:
-            ValueError: a question whose answer the two tokenizers spell differently.
+            ValueError: a question whose answer the two tokenizers spell differently, or for which the
+                teacher's logits are NaN or inf while it writes.
         """
         prompts = [self._prompt(question.messages) for question in questions]
         unanswered = [i for i, question in enumerate(questions) if question.response is None]

@@ -106,6 +106,8 @@ class Pipeline:
             )
         self.output_dir = Path(config.get("output_dir", "checkpoints"))
         self.model = config.get("model") or {}
+        self.nproc = int(config.get("nproc_per_node", 1))
+        self.sections = {name: dict(config[name] or {}) for name in config if script_of(name)}
         self.heldout: dict[str, dict[str, Any]] = {}
         for name, section in config.items():
             if name.partition(":")[0] != "heldout":
@@ -114,10 +116,13 @@ class Pipeline:
                 raise ValueError(
                     f"--config {arguments.config}: section {name!r} needs `after` and `prompts_file`"
                 )
+            unknown = [stage for stage in section["after"] if stage not in self.sections]
+            if unknown:
+                raise ValueError(
+                    f"--config {arguments.config}: section {name!r}: no section {unknown[0]!r} to come after"
+                )
             flags = {flag: value for flag, value in section.items() if flag != "after"}
             self.heldout.update(dict.fromkeys(section["after"], flags))
-        self.nproc = int(config.get("nproc_per_node", 1))
-        self.sections = {name: dict(config[name] or {}) for name in config if script_of(name)}
 
     def selected(self) -> list[str]:
         """The stages to run, in order."""

@@ -1,5 +1,6 @@
 """A judge's server that does what a test tells it to."""
 
+import contextlib
 import json
 import re
 import threading
@@ -44,14 +45,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, status, headers, value):
         data = json.dumps(value).encode()
-        try:
+        with contextlib.suppress(ConnectionError):  # the client has given up
             self.send_response(status)
             for name, text in {**headers, "Content-Length": str(len(data))}.items():
                 self.send_header(name, text)
             self.end_headers()
             self.wfile.write(data)
-        except OSError:
-            pass  # the client has given up
 
 
 def shown(body):

@@ -98,6 +98,7 @@ def test_a_stages_checkpoint_answers_the_prompts_of_its_held_out_section(tmp_pat
         ("sfft: {}\n", "unknown section 'sfft'"),
         ("sft: {}\n", "has no such section"),
         ("heldout: {after: [sft]}\n", "section 'heldout' needs `after` and `prompts_file`"),
+        ("heldout: {after: [sft], prompts_file: x}\n", "section 'heldout': no section 'sft' to come after"),
     ],
 )
 def test_bad_sections(text, message, tmp_path):

@@ -16,6 +16,7 @@ import torch
 
 from llada.bench.sampler_arms import Arm, Prompt
 from llada.model import ROOT
+from llada.progress import peak_resident
 from modelling_final import LLaDAModelLM
 
 
@@ -61,16 +62,13 @@ class PeakMemory:
         elif sys.platform == "linux":
             ctypes.CDLL(None).malloc_trim(0)  # else the arm runs in what earlier arms left behind
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-            self.start = self._status("VmRSS")
+            status = Path("/proc/self/status").read_text()
+            self.start = 1024 * int(re.search(r"VmRSS:\s+(\d+) kB", status)[1])
 
     def read(self) -> float:
         if self.device.type == "cuda":
             return (torch.cuda.max_memory_allocated() - self.start) / 2**20
-        return (self._status("VmHWM") - self.start) / 2**20 if sys.platform == "linux" else math.nan
-
-    def _status(self, name: str) -> int:
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", status)[1])
+        return (peak_resident() - self.start) / 2**20 if sys.platform == "linux" else math.nan
 
 
 @dataclass
