@@ -33,9 +33,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from llada.causal_lm import causal_lm_files, load_causal_lm
-from llada.config import flag, parse
+from llada.flags import flag, parse
 from llada.messages import to_messages, to_prompt
-from llada.model import DTYPES, load_tokenizer
+from llada.models import DTYPES, load_tokenizer
 from llada.records import files_of, read_records
 from llada.shards import Columns, Item, describe_inputs, describe_tokenizer, read_manifest, write_shards
 from llada.teacher_json import TeacherFile, read_teacher_records

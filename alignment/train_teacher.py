@@ -21,11 +21,11 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from llada.batches import Example, MaskedBatch, Noised
-from llada.config import flag, parse
 from llada.data import load_conversations
+from llada.flags import flag, parse
 from llada.losses import validation_loss
-from llada.model import SpecialIds, load_tokenizer, new_config, resolve_checkpoint
-from llada.runtime import end_run, start_run
+from llada.models import SpecialIds, load_tokenizer, new_config, resolve_checkpoint
+from llada.run import end_run, start_run
 from llada.stream import MaskedStream
 from llada.train_config import TrainConfig
 from llada.training import fit

@@ -37,10 +37,10 @@ from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import setup_logging
 
-from llada.config import read_yaml
 from llada.eval_worker import Worker, parse_model_args
+from llada.flags import read_yaml
 from llada.lm_eval_model import LLaDADist, with_flags
-from llada.runtime import end_run
+from llada.run import end_run
 
 MODEL = "llada_dist"  # registered by the import of llada.lm_eval_model
 PRESETS = Path(__file__).with_name("presets.yaml")

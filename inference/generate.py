@@ -34,13 +34,13 @@ from typing import Any, TextIO
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from llada.config import flag, parse
+from llada.flags import flag, parse
 from llada.likelihood import Request, score
-from llada.model import load_model, load_tokenizer, special_ids
-from llada.prompts import checkpoint_files, prompt_of
+from llada.models import checkpoint_files, load_model, load_tokenizer, special_ids
+from llada.prompts import prompt_of
 from llada.records import read_records
-from llada.request_log import RequestLog
-from llada.runtime import barrier, end_run, start_run
+from llada.resumable import RequestLog
+from llada.run import barrier, end_run, start_run
 from llada.sampler_flags import SamplerFlags, sampler_settings
 from llada.verifiers import final_answer
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM

@@ -35,12 +35,12 @@ from transformers import PreTrainedTokenizerBase
 from llada.bridge import BRIDGES, Bridge
 from llada.causal_lm import causal_lm_files, end_ids, load_causal_lm, prompt_ids
 from llada.checkpoint import write_atomically
-from llada.config import flag, parse
-from llada.model import load_model, load_tokenizer, special_ids
-from llada.prompts import checkpoint_files, prompt_of
+from llada.flags import flag, parse
+from llada.models import checkpoint_files, load_model, load_tokenizer, special_ids
+from llada.prompts import prompt_of
 from llada.records import read_records
-from llada.request_log import RequestLog
-from llada.runtime import barrier, end_run, start_run
+from llada.resumable import RequestLog
+from llada.run import barrier, end_run, start_run
 from llada.speculative import SpeculativeDecoder, SpeculativeStats, ends_with
 from llada.speculative_settings import SpeculativeSettings
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from llada.elbo import Draws, make_draws
 from llada.likelihood import Request
 from llada.mask_plan import MaskPlan
-from llada.runtime import Run
+from llada.run import Run
 from llada.stream import records_of
 
 

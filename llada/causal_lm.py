@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from llada.chat import encode_texts, render_template
 from llada.messages import Message
-from llada.model import DTYPES
-from llada.prompts import checkpoint_files
+from llada.models import DTYPES, checkpoint_files
 
 
 def load_causal_lm(

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from llada.runtime import STOP_SIGNALS, Run, barrier
+from llada.run import STOP_SIGNALS, Run, barrier
 
 # A single process is a normal way to train; torch warns about it at every save and load.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")

@@ -21,7 +21,7 @@ from llada.chat import encode_conversation, render_prompt
 from llada.encoding import encode_conversations, encode_documents, unigram_entropy
 from llada.messages import Message, to_messages, to_prompt
 from llada.records import OnBytes, files_of, read_records
-from llada.runtime import Run, first_rank_first
+from llada.run import Run, first_rank_first
 from llada.shards import (
     Encoder,
     Item,

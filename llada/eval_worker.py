@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from tqdm import tqdm
 
-from llada.config import flag, parse
+from llada.flags import flag, parse
 from llada.likelihood import KINDS, Request, iter_greedy, iter_scores
 from llada.mask_plan import ESTIMATORS, EXACT_TOKENS
-from llada.model import load_model, load_tokenizer, resolve_checkpoint, special_ids
-from llada.request_log import RequestLog
-from llada.runtime import start_run
+from llada.models import load_model, load_tokenizer, resolve_checkpoint, special_ids
+from llada.resumable import RequestLog
+from llada.run import start_run
 from modelling_final import LLaDAGenerationConfig
 
 log = logging.getLogger("lm_eval.llada")

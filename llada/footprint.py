@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from llada.batches import MaskedBatch
-from llada.model import LINEAR_LAYERS
+from llada.models import LINEAR_LAYERS
 from llada.train_config import TrainConfig
 from modelling_final import LLaDAConfig
 from modelling_final.loss_llada import chunk_rows

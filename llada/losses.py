@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from llada.batches import MaskedBatch
-from llada.runtime import Run, autocast, sum_over_ranks
+from llada.run import Run, autocast, sum_over_ranks
 from llada.stream import MaskedStream
 from llada.train_config import TrainConfig
 

@@ -5,7 +5,7 @@ What does have a meaning here is an alias of the flag that means it; see llada/p
 
 from dataclasses import dataclass
 
-from llada.config import flag
+from llada.flags import flag
 
 _DONE = "Accepted; "
 _OWN = _DONE + "this suite shards, saves and resumes by itself."

@@ -3,7 +3,7 @@
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
-from llada.runtime import Run
+from llada.run import Run
 
 
 def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:

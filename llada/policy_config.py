@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from llada.config import flag
-from llada.model import load_model
-from llada.runtime import Run
+from llada.flags import flag
+from llada.models import load_model
+from llada.run import Run
 from llada.train_config import TrainConfig
 from llada.training import load_trainable, prepare_trainable
 

@@ -25,8 +25,8 @@ from llada.batches import Example, MaskedBatch, Noised, collate
 from llada.elbo import Draws, differentiate, draw_values, gradient_parts, make_draws, plan_draws
 from llada.likelihood import Request
 from llada.masking import generator
-from llada.model import SpecialIds
-from llada.runtime import max_over_ranks
+from llada.models import SpecialIds
+from llada.run import max_over_ranks
 from llada.step_likelihood import StateBatch, batch_log_probs, collate_states, replay
 from modelling_final import LLaDAGenerationConfig
 

@@ -37,10 +37,10 @@ from llada.footprint import (
     memory,
 )
 from llada.messages import to_messages
-from llada.model import DTYPES, load_config, load_tokenizer, new_model, resolve_checkpoint, special_ids
+from llada.models import DTYPES, load_config, load_tokenizer, new_model, resolve_checkpoint, special_ids
 from llada.progress import PEAK_FLOPS
 from llada.records import OnBytes, files_of, read_records
-from llada.runtime import Run
+from llada.run import Run
 from llada.shards import Item, is_prepared, read_manifest
 from llada.train_config import RESUME_MUST_AGREE, TrainConfig
 from llada.training import prepare_trainable

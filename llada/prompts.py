@@ -10,9 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from llada.chat import render_prompt
 from llada.messages import to_prompt
-from llada.model import resolve_checkpoint
 from llada.records import read_records
-from llada.runtime import Run, first_rank_first
+from llada.run import Run, first_rank_first
 
 
 @dataclass(frozen=True)
@@ -118,13 +117,3 @@ def prompt_file(path: str, folder: Path, run: Run) -> str:
             folder.mkdir(parents=True, exist_ok=True)
             rows.to_json(str(file))
     return str(file)
-
-
-def checkpoint_files(*paths: str | None) -> list[list[Any]]:
-    """Name, size and time of every file of these checkpoints: changes when what they hold does."""
-    files = []
-    for path in filter(None, paths):
-        folder = Path(resolve_checkpoint(path))
-        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-            files.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
-    return files

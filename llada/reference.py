@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from llada.answer_stream import AnswerStream
 from llada.elbo import Draws, adapter_off, disable_dropout, draw_values
-from llada.model import load_model, resolve_checkpoint
+from llada.models import load_model, resolve_checkpoint
 from llada.policy_config import PolicyConfig
-from llada.runtime import Run, autocast, sum_over_ranks
+from llada.run import Run, autocast, sum_over_ranks
 from llada.sharding import parallelize
 
 Reference = Callable[[torch.nn.Module, Sequence[Draws]], Tensor]

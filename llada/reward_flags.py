@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llada.chat_client import ChatClient
-from llada.config import flag
+from llada.flags import flag
 from llada.judge import MODES, RUBRIC, Judge
 from llada.rewards import Reward, load_rewards
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from llada.checkpoint import write_atomically
 from llada.prompts import Prompt
-from llada.runtime import Run
+from llada.run import Run
 
 
 @dataclass

@@ -23,7 +23,7 @@ from llada.policy_terms import Answer, TermBuilder, Terms
 from llada.prompts import Prompt
 from llada.rewards import Reward, compute_rewards
 from llada.rollout_files import Completion, RolloutFiles
-from llada.runtime import Run, autocast, max_over_ranks, sum_over_ranks
+from llada.run import Run, autocast, max_over_ranks, sum_over_ranks
 from llada.stream import records_of
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from llada.config import flag
+from llada.flags import flag
 from modelling_final import LLaDAGenerationConfig
 
 

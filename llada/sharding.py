@@ -20,7 +20,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from llada.runtime import Run
+from llada.run import Run
 
 SHARD = ("none", "full", "hybrid")
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from transformers import LogitsProcessorList
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from llada.config import flag
+from llada.flags import flag
 
 DRAFTS = ("one_pass", "left_to_right", "confidence")
 RULES = ("auto", "block", "token", "match")

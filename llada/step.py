@@ -9,7 +9,7 @@ import torch
 
 from llada.guards import MAX_SKIPPED_IN_A_ROW, gather_records
 from llada.progress import Progress
-from llada.runtime import Run, autocast, sum_over_ranks
+from llada.run import Run, autocast, sum_over_ranks
 from llada.sharding import gradient_sync, whole
 from llada.train_config import TrainConfig, learning_rate
 

@@ -17,9 +17,9 @@ from datasets import Dataset
 from llada.batches import Example, MaskedBatch, Noised, collate
 from llada.curriculum import Curriculum
 from llada.masking import bernoulli_mask, exact_mask, generator, mask_probability, permutation
-from llada.model import SpecialIds
+from llada.models import SpecialIds
 from llada.packing import deal, pack
-from llada.runtime import Run
+from llada.run import Run
 from llada.train_config import TrainConfig
 
 _order = lru_cache(maxsize=4)(permutation)

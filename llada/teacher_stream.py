@@ -20,8 +20,8 @@ from datasets import Dataset
 
 from llada.batches import Example, MaskedBatch, Noised
 from llada.masking import generator
-from llada.model import SpecialIds
-from llada.runtime import Run
+from llada.models import SpecialIds
+from llada.run import Run
 from llada.stream import MaskedStream, row_lengths
 from llada.teacher_rows import TeacherChunks, TeacherTable
 from llada.train_config import TrainConfig

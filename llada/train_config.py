@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from llada.config import flag
-from llada.runtime import Run
+from llada.flags import flag
+from llada.run import Run
 
 # Flags that change what a step computes; a resumed run must not change them.
 RESUME_MUST_AGREE = (

@@ -16,12 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from llada import checkpoint
 from llada.blocks import wrap_blocks
-from llada.config import write_yaml
-from llada.context import NO_SCALING, RopeScaling
+from llada.flags import write_yaml
 from llada.guards import LossWatch, gather_records
-from llada.model import attach_lora, load_model, save_model
+from llada.models import NO_SCALING, RopeScaling, attach_lora, load_model, save_model
 from llada.progress import Progress
-from llada.runtime import Metrics, Run, sum_over_ranks
+from llada.run import Metrics, Run, sum_over_ranks
 from llada.sharding import full_state_dict, parallelize
 from llada.step import Batch, Loss, LossParts, Trainer
 from llada.train_config import RESUME_MUST_AGREE, TrainConfig

@@ -22,11 +22,10 @@ import torch
 from tqdm import tqdm
 
 from llada.batches import Example, MaskedBatch
-from llada.config import flag, parse
-from llada.context import ROPE_SCALING, RopeScaling
 from llada.data import load_corpus
-from llada.model import load_model, load_tokenizer, special_ids
-from llada.runtime import Run, autocast
+from llada.flags import flag, parse
+from llada.models import ROPE_SCALING, RopeScaling, load_model, load_tokenizer, special_ids
+from llada.run import Run, autocast
 from llada.stream import MaskedStream
 
 # N rows, L positions of a row, K parts of the context

@@ -14,9 +14,9 @@ Run:
 
 from dataclasses import dataclass
 
-from llada.config import flag, parse
 from llada.data import ROWS, read_manifest, tokenize_corpus
-from llada.model import load_tokenizer
+from llada.flags import flag, parse
+from llada.models import load_tokenizer
 from llada.records import TEXT_DOCUMENTS
 
 

@@ -31,14 +31,14 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from llada.checkpoint import write_atomically
-from llada.config import flag, parse
+from llada.flags import flag, parse
 from llada.masking import generator
-from llada.model import load_model, load_tokenizer, special_ids
-from llada.prompts import Prompt, checkpoint_files, read_prompts
-from llada.request_log import RequestLog
+from llada.models import checkpoint_files, load_model, load_tokenizer, special_ids
+from llada.prompts import Prompt, read_prompts
+from llada.resumable import RequestLog
 from llada.reward_flags import RewardFlags
 from llada.rewards import compute_rewards
-from llada.runtime import barrier, end_run, start_run
+from llada.run import barrier, end_run, start_run
 from llada.sampler_flags import SamplerFlags, sampler_settings
 from modelling_final import LLaDAModelLM
 

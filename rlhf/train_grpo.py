@@ -35,11 +35,11 @@ from pathlib import Path
 
 import torch
 
-from llada.config import flag, parse
 from llada.elbo import adapter_off, disable_dropout
+from llada.flags import flag, parse
 from llada.grpo import BASELINES, LOSS_TYPES, SCALES, Objective, grpo_loss
 from llada.mask_plan import SIZE_LAWS
-from llada.model import load_tokenizer, resolve_checkpoint, special_ids
+from llada.models import load_tokenizer, resolve_checkpoint, special_ids
 from llada.older_flags import OlderFlags
 from llada.policy_config import PolicyConfig, load_policy
 from llada.policy_terms import ESTIMATORS, TermBuilder
@@ -48,7 +48,7 @@ from llada.reference import load_frozen
 from llada.reward_flags import RewardFlags
 from llada.rollout_files import RolloutFiles
 from llada.rollouts import ReferenceModel, RolloutStream, Sampler
-from llada.runtime import Run, end_run, start_run, sum_over_ranks
+from llada.run import Run, end_run, start_run, sum_over_ranks
 from llada.sampler_flags import SamplerFlags, sampler_settings
 from llada.step_likelihood import check_settings
 from llada.training import fit

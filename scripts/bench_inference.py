@@ -55,9 +55,9 @@ from llada.bench.sampler_timing import (
     time_arm,
 )
 from llada.chat import render_prompt
-from llada.config import flag, parse
+from llada.flags import flag, parse
 from llada.messages import to_prompt
-from llada.model import load_model, load_tokenizer, special_ids
+from llada.models import load_model, load_tokenizer, special_ids
 from llada.records import read_records
 from llada.rewards import score
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM

@@ -27,11 +27,11 @@ import numpy as np
 import torch
 
 from llada.batches import Example, MaskedBatch, collate
-from llada.config import flag, parse
 from llada.data import load_rows
+from llada.flags import flag, parse
 from llada.losses import masked_diffusion_loss
-from llada.model import load_tokenizer, new_model
-from llada.runtime import Run, autocast, start_run
+from llada.models import load_tokenizer, new_model
+from llada.run import Run, autocast, start_run
 from llada.stream import MaskedStream, row_lengths
 from modelling_final import LLaDAModelLM
 from modelling_final.documents_llada import same_document

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llada.config import flag, parse, read_yaml
+from llada.flags import flag, parse, read_yaml
 from llada.masking import generator
 from llada.rewards import score
 

@@ -36,8 +36,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llada.config import flag, parse
-from llada.model import DTYPES, SPECIAL_TOKENS, resolve_checkpoint, save_model
+from llada.flags import flag, parse
+from llada.models import DTYPES, SPECIAL_TOKENS, resolve_checkpoint, save_model
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
 # Shapes: B sequences, L positions, R rows of the source's embedding, E rows of ours, D width.

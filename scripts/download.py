@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx  # whichever HTTP library this version of the hub client uses
 
-from llada.config import flag, parse
+from llada.flags import flag, parse
 
 PUBLISHED = {
     "base": "GSAI-ML/LLaDA-8B-Base",

@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 
 from llada.checkpoint import find_resume, load_weights, read_meta
-from llada.config import flag, parse, read_yaml
-from llada.context import RopeScaling
-from llada.model import DTYPES, attach_lora, load_model, load_tokenizer, new_model, save_model
+from llada.flags import flag, parse, read_yaml
+from llada.models import DTYPES, RopeScaling, attach_lora, load_model, load_tokenizer, new_model, save_model
 
 
 @dataclass

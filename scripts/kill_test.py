@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from llada.config import flag, parse
+from llada.flags import flag, parse
 from llada.masking import generator
-from llada.model import ROOT
-from llada.runtime import read_metrics
+from llada.models import ROOT
+from llada.run import read_metrics
 
 PREPARE = (
     ("scripts/train_tokenizer.py", "tokenizer"),

@@ -20,7 +20,7 @@ from typing import Any
 
 import reasoning_gym
 
-from llada.config import flag, parse
+from llada.flags import flag, parse
 from llada.masking import generator
 
 HELDOUT_SHARE = 0.25

@@ -28,8 +28,8 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from llada.config import flag, parse
-from llada.model import resolve_checkpoint
+from llada.flags import flag, parse
+from llada.models import resolve_checkpoint
 
 # Shapes: O outputs and I inputs of a linear layer, r rank, V vocabulary rows, D width.
 

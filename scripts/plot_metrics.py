@@ -9,8 +9,8 @@ from pathlib import Path
 
 import matplotlib
 
-from llada.config import flag, parse
-from llada.runtime import read_metrics
+from llada.flags import flag, parse
+from llada.run import read_metrics
 
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt

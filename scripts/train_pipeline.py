@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llada.config import read_yaml
+from llada.flags import read_yaml
 from llada.rewards import score
 
 ROOT = Path(__file__).resolve().parent.parent

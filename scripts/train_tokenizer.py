@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from llada.config import flag, parse
+from llada.flags import flag, parse
 from llada.messages import to_messages
-from llada.model import CHAT_TEMPLATE, SPECIAL_TOKENS
+from llada.models import CHAT_TEMPLATE, SPECIAL_TOKENS
 from llada.records import read_records
 
 NUM_BYTES = 256

@@ -14,9 +14,9 @@ Run:
 from dataclasses import dataclass
 
 from llada.chat import TURNS
-from llada.config import flag, parse
 from llada.data import LONG, read_manifest, tokenize_conversations
-from llada.model import load_tokenizer
+from llada.flags import flag, parse
+from llada.models import load_tokenizer
 
 
 @dataclass

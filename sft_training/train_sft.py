@@ -28,12 +28,12 @@ from datasets import Dataset
 from llada import preflight
 from llada.batches import Example
 from llada.chat import TURNS
-from llada.config import flag, parse
 from llada.data import LONG, load_conversations
+from llada.flags import flag, parse
 from llada.footprint import flops_counter
 from llada.losses import masked_diffusion_loss, validation_loss
-from llada.model import load_tokenizer, special_ids
-from llada.runtime import end_run, start_run
+from llada.models import load_tokenizer, special_ids
+from llada.run import end_run, start_run
 from llada.stream import MaskedStream
 from llada.train_config import TrainConfig
 from llada.training import fit, load_trainable

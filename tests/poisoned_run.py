@@ -12,7 +12,7 @@ import torch
 from test_training import NoTokenizer, make_config, make_stream, tiny_model
 
 from llada.losses import masked_diffusion_loss
-from llada.runtime import end_run, start_run
+from llada.run import end_run, start_run
 from llada.training import fit, prepare_trainable
 
 output, fault = sys.argv[1:]

@@ -16,8 +16,8 @@ from llada.bench.reference_sampler import peer_samplers, reference_sampler
 from llada.bench.sampler_arms import canvas_arm, our_arm, settings_of
 from llada.bench.sampler_floor import Gpu, sampler_floor
 from llada.bench.sampler_timing import Result, agreement
-from llada.config import read_yaml
-from llada.model import ROOT
+from llada.flags import read_yaml
+from llada.models import ROOT
 from modelling_final import LLaDAConfig
 
 bench = load_script("scripts/bench_inference.py")

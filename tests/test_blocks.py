@@ -9,7 +9,7 @@ from torch import nn
 
 from llada.blocks import wrap_blocks
 from llada.footprint import Ranks, block_bytes, count_parameters, memory
-from llada.model import attach_lora
+from llada.models import attach_lora
 from llada.train_config import TrainConfig
 from modelling_final import LLaDAConfig, LLaDAModelLM
 

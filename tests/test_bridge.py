@@ -10,7 +10,7 @@ from test_vocabulary import sentencepiece
 
 from llada.acceptance import KeyedDraws
 from llada.bridge import Bridge, GrowingText
-from llada.model import load_tokenizer
+from llada.models import load_tokenizer
 from llada.speculative import SpeculativeDecoder, SpeculativeStats, ends_with
 from llada.speculative_generate import speculative_generate
 from llada.speculative_settings import SpeculativeSettings

@@ -15,7 +15,7 @@ from chat_samples import (
 )
 
 from llada.chat import drops_system, encode_conversation, render_prompt, split_conversation
-from llada.model import CHAT_TEMPLATE
+from llada.models import CHAT_TEMPLATE
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from conftest import load_script
 from llada import denoising_view
 from llada.chat import render_prompt
 from llada.denoising_view import DenoisingView, clean, spell, wrap
-from llada.model import load_tokenizer
+from llada.models import load_tokenizer
 
 QUICK = ["--gen_length", "8", "--steps", "4", "--block_length", "4", "--device", "cpu"]
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from llada.config import flag, parse, read_yaml, write_yaml
+from llada.flags import flag, parse, read_yaml, write_yaml
 
 
 @dataclass(kw_only=True)

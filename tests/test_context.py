@@ -11,11 +11,10 @@ from safetensors.torch import load_file
 from test_stages import SAMPLES
 from tiny_llada import make_model
 
-from llada.config import parse
-from llada.context import NO_SCALING, RopeScaling
+from llada.flags import parse
 from llada.losses import validation_loss
-from llada.model import load_config, load_model
-from llada.runtime import Run
+from llada.models import NO_SCALING, RopeScaling, load_config, load_model
+from llada.run import Run
 from llada.train_config import TrainConfig
 from modelling_final import LLaDAConfig
 

@@ -20,7 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from llada.model import load_model, load_tokenizer, special_ids
+from llada.models import load_model, load_tokenizer, special_ids
 from modelling_final import LLaDAModelLM
 
 convert_ar = load_script("scripts/convert_ar.py")

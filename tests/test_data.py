@@ -18,8 +18,8 @@ from llada.data import (
     tokenize_conversations,
     tokenize_corpus,
 )
-from llada.model import CHAT_TEMPLATE, load_tokenizer
-from llada.runtime import Run
+from llada.models import CHAT_TEMPLATE, load_tokenizer
+from llada.run import Run
 
 
 @pytest.fixture

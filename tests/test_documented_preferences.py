@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import ROOT, load_script
 
-from llada.config import parse
-from llada.runtime import Run, read_metrics
+from llada.flags import parse
+from llada.run import Run, read_metrics
 
 BREF = """rlhf/precompute_bref.py --num_gpus 8 --batch_size 8 --model_path GSAI-ML/LLaDA-8B-Instruct
     --dataset data/kto-mix-14k --k_vals 1,2,4,8 --output_file data/kto-mix-14k-processed/train.jsonl

@@ -280,7 +280,7 @@ def test_a_loss_in_parts_is_one_step(tmp_path):
     from test_training import CPU, NoTokenizer, make_config, make_stream, tiny_model
 
     from llada.losses import masked_diffusion_loss
-    from llada.runtime import read_metrics
+    from llada.run import read_metrics
     from llada.training import fit
 
     def whole(model, batch, count):

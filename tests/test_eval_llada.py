@@ -19,8 +19,8 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from llada.eval_worker import Worker, _deal, cut_answer, parse_model_args
 from llada.likelihood import Request
 from llada.lm_eval_model import LLaDADist, with_flags
-from llada.model import new_model, save_model
-from llada.request_log import RequestLog
+from llada.models import new_model, save_model
+from llada.resumable import RequestLog
 
 TASKS = ROOT / "eval/tasks"
 DATA = ROOT / "data/samples/eval"

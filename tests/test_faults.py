@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from llada import checkpoint
 from llada.guards import MAX_SKIPPED_IN_A_ROW, LossWatch
 from llada.losses import masked_diffusion_loss
-from llada.runtime import end_run, read_metrics, start_run
+from llada.run import end_run, read_metrics, start_run
 from llada.training import fit, prepare_trainable
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, load_script
 
-from llada.config import parse
-from llada.runtime import read_metrics
+from llada.flags import parse
+from llada.run import read_metrics
 
 LAUNCH = ROOT / "scripts/launch"
 # What a launcher may use besides bash itself.

@@ -11,7 +11,7 @@ from tiny_llada import V, make_model
 from llada.batches import Example, Noised, collate
 from llada.losses import masked_diffusion_loss, validation_loss
 from llada.masking import mask_probability
-from llada.runtime import Run
+from llada.run import Run
 from llada.stream import MaskedStream
 from llada.train_config import TrainConfig
 

@@ -8,7 +8,7 @@ from conftest import load_script
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from llada.model import load_model
+from llada.models import load_model
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
 merge_lora = load_script("scripts/merge_lora.py")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from llada.model import (
+from llada.models import (
     SPECIAL_TOKENS,
     attach_lora,
     load_model,

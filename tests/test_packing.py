@@ -14,7 +14,7 @@ from llada.batches import Example
 from llada.curriculum import Curriculum
 from llada.losses import masked_diffusion_loss, validation_loss
 from llada.packing import deal, pack
-from llada.runtime import Run
+from llada.run import Run
 from llada.stream import MaskedStream
 from llada.train_config import TrainConfig
 
@@ -213,7 +213,7 @@ def test_rows_of_documents_are_prepared_by_the_script_too(tokenizer_dir, tmp_pat
         "--max_length", "16", "--rows", "documents", "--output_dir", str(tmp_path),
     ])  # fmt: skip
     from llada.data import load_rows
-    from llada.model import load_tokenizer
+    from llada.models import load_tokenizer
 
     eos = load_tokenizer(str(tokenizer_dir)).eos_token_id
     rows = [row["input_ids"] for row in load_rows(tmp_path / "train")]

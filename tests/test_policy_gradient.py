@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llada.grpo import GroupBatch, Objective, group_advantages, grpo_loss
-from llada.model import SpecialIds
+from llada.models import SpecialIds
 from llada.policy_terms import Answer, TermBuilder
 from llada.step_likelihood import replay
 from modelling_final import LLaDAGenerationConfig

@@ -13,7 +13,7 @@ from test_vocabulary import bytes_only
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llada.causal_lm import load_causal_lm
-from llada.model import load_tokenizer
+from llada.models import load_tokenizer
 from llada.shards import load_rows, read_manifest
 from llada.teacher_rows import (
     Distributions,

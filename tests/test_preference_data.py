@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llada.messages import PAIR_KEYS, to_labelled, to_pair
-from llada.model import load_tokenizer
+from llada.models import load_tokenizer
 from llada.preference_data import Encoding, encode_answers, load_pairs, read_labelled
 
 USER = [{"role": "user", "content": "2 + 2?"}]

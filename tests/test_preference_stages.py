@@ -12,7 +12,7 @@ from conftest import ROOT, load_script
 from safetensors.torch import load_file
 
 from llada.bref import mask_sizes
-from llada.runtime import read_metrics
+from llada.run import read_metrics
 
 DPO, KTO, BREF = "rlhf/train_dpo.py", "rlhf/train_elbo_kto.py", "rlhf/precompute_bref.py"
 SAMPLES = ROOT / "data/samples"

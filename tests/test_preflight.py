@@ -12,8 +12,8 @@ from datasets import Dataset
 from llada import preflight
 from llada.data import load_conversations
 from llada.footprint import GB, Ranks, block_bytes, count_parameters, flops_per_token, memory
-from llada.model import attach_lora, load_tokenizer
-from llada.runtime import Run
+from llada.models import attach_lora, load_tokenizer
+from llada.run import Run
 from llada.train_config import TrainConfig
 from modelling_final import LLaDAConfig, LLaDAModelLM
 

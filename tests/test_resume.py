@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, load_script
 from safetensors.torch import load_file
 
-from llada.runtime import read_metrics
+from llada.run import read_metrics
 
 SAMPLES = ROOT / "data/samples"
 NUM_STEPS = 120

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT, load_script
 from speculation import make_verifier
 
-from llada.model import load_tokenizer
+from llada.models import load_tokenizer
 
 QUICK = ["--max_new_tokens", "10", "--draft_length", "3", "--dtype", "float64"]
 

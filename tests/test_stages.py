@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, load_script
 from safetensors.torch import load_file
 
-from llada.runtime import read_metrics
+from llada.run import read_metrics
 
 pretrain = load_script("pretraining/pretrain.py")
 train_sft = load_script("sft_training/train_sft.py")

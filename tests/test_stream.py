@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from llada.batches import Example
-from llada.runtime import Run
+from llada.run import Run
 from llada.stream import MaskedStream
 
 MASK, PAD = 99, 98

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from llada.model import load_tokenizer
+from llada.models import load_tokenizer
 from llada.teacher_json import TeacherFile, read_teacher_records
 from llada.teacher_rows import Student
 from llada.vocabulary import OTHER

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, load_script
 from safetensors.torch import load_file
 
-from llada.runtime import read_metrics
+from llada.run import read_metrics
 
 REWARD = (
     "def even(prompts, completions, completion_ids, **columns):\n"

@@ -13,11 +13,11 @@ from conftest import ROOT, load_script
 from safetensors.torch import load_file
 from test_precompute_teacher import save_teacher
 
-from llada.config import parse
 from llada.distillation import Objective
+from llada.flags import parse
 from llada.masking import mask_probability
-from llada.model import load_model, load_tokenizer, special_ids
-from llada.runtime import Run, read_metrics
+from llada.models import load_model, load_tokenizer, special_ids
+from llada.run import Run, read_metrics
 from llada.shards import load_rows, write_shards
 from llada.stream import row_lengths
 from llada.teacher_rows import Distributions, TeacherAnswer, TeacherTable, as_columns, count

@@ -7,7 +7,7 @@ from chat_samples import TEXTS, small_tokenizer, write_jsonl
 from conftest import load_script
 from transformers import AutoTokenizer
 
-from llada.model import SPECIAL_TOKENS
+from llada.models import SPECIAL_TOKENS
 
 script = load_script("scripts/train_tokenizer.py")
 

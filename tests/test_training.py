@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from llada.batches import Example
 from llada.losses import masked_diffusion_loss
-from llada.runtime import Run, read_metrics
+from llada.run import Run, read_metrics
 from llada.stream import MaskedStream
 from llada.train_config import TrainConfig, learning_rate
 from llada.training import fit, make_optimizer, prepare_trainable

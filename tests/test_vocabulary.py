@@ -6,7 +6,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llada.model import load_tokenizer
+from llada.models import load_tokenizer
 from llada.vocabulary import OTHER, TokenBytes, VocabMap
 
 TEXT = "Der Preis: 17 € für “zwei” 😀\n\n Ende"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from llada.bench.sampler_arms import Arm, Prompt
-from llada.model import ROOT
+from llada.models import ROOT
 from llada.progress import peak_resident
 from modelling_final import LLaDAModelLM
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from llada.config import read_yaml
-from llada.model import DTYPES, ROOT, attach_lora
+from llada.flags import read_yaml
+from llada.models import DTYPES, ROOT, attach_lora
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
 

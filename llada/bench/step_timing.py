@@ -14,9 +14,9 @@ from torch import Tensor
 from llada.bench.reference_losses import Loss, NoisedBatch, noise
 from llada.bench.step_shapes import Shape, bare
 from llada.masking import generator
-from llada.model import DTYPES
+from llada.models import DTYPES
 from llada.progress import peak_resident
-from llada.runtime import autocast
+from llada.run import autocast
 
 _TOLERANCE = {"float32": 1e-5, "bfloat16": 0.1}  # of loss and gradient, relative
 

@@ -8,14 +8,62 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from llada.config import read_yaml
-from llada.context import NO_SCALING, RopeScaling
+from llada.flags import read_yaml
 from modelling_final import LLaDAConfig, LLaDAModelLM
+
+ROPE_SCALING = ("none", "linear", "ntk", "yarn")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How a model's positions are stretched to a longer context.
+
+    linear divides positions by `factor`; ntk raises rope_theta by factor^(d / (d - 2)), d the head's width;
+    yarn does either by frequency (arXiv 2309.00071). `factor` is the new context over the original one.
+    """
+
+    kind: str
+    factor: float
+    max_length: int
+
+    def apply(self, config: LLaDAConfig) -> LLaDAConfig:
+        """The config with stretched positions, changed in place; ValueError if the two do not fit."""
+        if self.kind == "none":
+            if self.factor != 1.0:
+                raise ValueError(f"--rope_factor {self.factor} needs --rope_scaling")
+            return config
+        if self.factor <= 1.0:
+            raise ValueError(
+                f"--rope_factor {self.factor}: must be above 1, the new context / the original one"
+            )
+        old = config.rope_parameters
+        original = old.get("original_max_position_embeddings", config.max_sequence_length)
+        if self.max_length > round(original * self.factor):
+            raise ValueError(
+                f"--rope_factor {self.factor} stretches {original} tokens to "
+                f"{round(original * self.factor)}, --max_length is {self.max_length}"
+            )
+        if self.kind == "ntk":
+            config.rope_theta *= self.factor ** (config.head_dim / (config.head_dim - 2))
+        else:
+            config.rope_parameters = {
+                "rope_type": self.kind,
+                "factor": self.factor,
+                "original_max_position_embeddings": original,
+                "rope_theta": config.rope_theta,
+            }
+        config.max_sequence_length = max(self.max_length, config.max_sequence_length)
+        return config
+
+
+NO_SCALING = RopeScaling("none", 1.0, 0)
+
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -326,3 +374,13 @@ def save_model(
         os.replace(folder, old)
     os.replace(partial, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def checkpoint_files(*paths: str | None) -> list[list[Any]]:
+    """Name, size and time of every file of these checkpoints: changes when what they hold does."""
+    files = []
+    for path in filter(None, paths):
+        folder = Path(resolve_checkpoint(path))
+        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+            files.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
+    return files
