@@ -32,16 +32,24 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from llada.causal_lm import causal_lm_files, load_causal_lm
+from llada.autoregressive.causal_lm import causal_lm_files, load_causal_lm
+from llada.autoregressive.teacher_files import TeacherFile, read_teacher_records
+from llada.autoregressive.teacher_model import NO_NUMBERS, Question, TeacherModel
+from llada.autoregressive.teacher_rows import (
+    KIND,
+    LONG,
+    Student,
+    TeacherAnswer,
+    as_columns,
+    count,
+    fit_length,
+)
+from llada.autoregressive.teacher_server import ServerTeacher
 from llada.flags import flag, parse
 from llada.messages import to_messages, to_prompt
 from llada.models import DTYPES, load_tokenizer
 from llada.records import files_of, read_records
 from llada.shards import Columns, Item, describe_inputs, describe_tokenizer, read_manifest, write_shards
-from llada.teacher_json import TeacherFile, read_teacher_records
-from llada.teacher_model import NO_NUMBERS, Question, TeacherModel
-from llada.teacher_rows import KIND, LONG, Student, TeacherAnswer, as_columns, count, fit_length
-from llada.teacher_server import ServerTeacher
 
 
 @dataclass(kw_only=True)

@@ -39,14 +39,14 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llada import preflight
+from llada.autoregressive.teacher_rows import KIND
+from llada.autoregressive.teacher_stream import RULES, AlignedBatch, AlignmentStream, Windows
 from llada.data import load_conversations
 from llada.distillation import Objective, RowScore, accepted_length
 from llada.flags import flag, parse
 from llada.models import load_tokenizer, special_ids
 from llada.run import Run, autocast, end_run, start_run, sum_over_ranks
 from llada.shards import describe_tokenizer, is_prepared, load_rows, read_manifest
-from llada.teacher_rows import KIND
-from llada.teacher_stream import RULES, AlignedBatch, AlignmentStream, Windows
 from llada.train_config import TrainConfig
 from llada.training import LossParts, fit, load_trainable
 

@@ -32,8 +32,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from llada.autoregressive.causal_lm import causal_lm_files, end_ids, load_causal_lm, prompt_ids
 from llada.bridge import BRIDGES, Bridge
-from llada.causal_lm import causal_lm_files, end_ids, load_causal_lm, prompt_ids
 from llada.checkpoint import write_atomically
 from llada.flags import flag, parse
 from llada.models import checkpoint_files, load_model, load_tokenizer, special_ids

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from llada.autoregressive.vocabulary import OTHER, TokenBytes, VocabMap
 from llada.chat import encode_texts
-from llada.vocabulary import OTHER, TokenBytes, VocabMap
 from modelling_final import LLaDAConfig
 
 BRIDGES = ("none", "vocabulary", "text")

@@ -9,12 +9,12 @@ from speculation import make_verifier
 from test_vocabulary import sentencepiece
 
 from llada.acceptance import KeyedDraws
+from llada.autoregressive.vocabulary import TokenBytes
 from llada.bridge import Bridge, GrowingText
 from llada.models import load_tokenizer
 from llada.speculative import SpeculativeDecoder, SpeculativeStats, ends_with
 from llada.speculative_generate import speculative_generate
 from llada.speculative_settings import SpeculativeSettings
-from llada.vocabulary import TokenBytes
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
 TEXT = (ROOT / "README.md").read_text()[:3000] + "\n  € für “zwei” 😀\n\n\tEnde 1234 + 99.5 = x"

@@ -12,10 +12,8 @@ from conftest import ROOT, load_script
 from test_vocabulary import bytes_only
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from llada.causal_lm import load_causal_lm
-from llada.models import load_tokenizer
-from llada.shards import load_rows, read_manifest
-from llada.teacher_rows import (
+from llada.autoregressive.causal_lm import load_causal_lm
+from llada.autoregressive.teacher_rows import (
     Distributions,
     Student,
     TeacherAnswer,
@@ -24,6 +22,8 @@ from llada.teacher_rows import (
     as_columns,
     fit_length,
 )
+from llada.models import load_tokenizer
+from llada.shards import load_rows, read_manifest
 
 precompute = load_script("alignment/precompute_teacher.py")
 SAMPLES = ROOT / "data/samples"
@@ -351,7 +351,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr("llada.teacher_server.FIRST_WAIT", 0.0)
+    monkeypatch.setattr("llada.autoregressive.teacher_server.FIRST_WAIT", 0.0)
     running = Server()
     thread = threading.Thread(target=running.serve_forever, daemon=True)
     thread.start()

@@ -13,6 +13,8 @@ from conftest import ROOT, load_script
 from safetensors.torch import load_file
 from test_precompute_teacher import save_teacher
 
+from llada.autoregressive.teacher_rows import Distributions, TeacherAnswer, TeacherTable, as_columns, count
+from llada.autoregressive.teacher_stream import AlignmentStream, Windows
 from llada.distillation import Objective
 from llada.flags import parse
 from llada.masking import mask_probability
@@ -20,8 +22,6 @@ from llada.models import load_model, load_tokenizer, special_ids
 from llada.run import Run, read_metrics
 from llada.shards import load_rows, write_shards
 from llada.stream import row_lengths
-from llada.teacher_rows import Distributions, TeacherAnswer, TeacherTable, as_columns, count
-from llada.teacher_stream import AlignmentStream, Windows
 
 precompute = load_script("alignment/precompute_teacher.py")
 train_kl = load_script("alignment/train_kl.py")

@@ -6,8 +6,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from llada.autoregressive.vocabulary import OTHER, TokenBytes, VocabMap
 from llada.models import load_tokenizer
-from llada.vocabulary import OTHER, TokenBytes, VocabMap
 
 TEXT = "Der Preis: 17 € für “zwei” 😀\n\n Ende"
 

@@ -23,11 +23,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llada.chat import encode_texts, render_prompt
-from llada.json_stream import JsonStream
-from llada.messages import to_prompt
-from llada.records import OnBytes, input_files, read_records
-from llada.teacher_rows import (
+from llada.autoregressive.teacher_rows import (
     Distributions,
     Student,
     TeacherAnswer,
@@ -35,7 +31,11 @@ from llada.teacher_rows import (
     from_candidates,
     from_logits,
 )
-from llada.vocabulary import OTHER, ROLE_OF_SPELLING, TokenBytes, VocabMap
+from llada.autoregressive.vocabulary import OTHER, ROLE_OF_SPELLING, TokenBytes, VocabMap
+from llada.chat import encode_texts, render_prompt
+from llada.json_stream import JsonStream
+from llada.messages import to_prompt
+from llada.records import OnBytes, input_files, read_records
 
 MAX_SPARE = 512  # output columns that models have beyond their tokenizer's ids (LLaDA 115, Qwen2.5 271)
 _SPELLED = re.compile("|".join(map(re.escape, sorted(ROLE_OF_SPELLING, key=len, reverse=True))))

@@ -25,10 +25,10 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from llada.autoregressive.vocabulary import OTHER, TokenBytes, VocabMap, align_texts
 from llada.chat import encode_texts, refuse_mask_token
 from llada.distillation import TeacherRows
 from llada.shards import Columns
-from llada.vocabulary import OTHER, TokenBytes, VocabMap, align_texts
 
 KIND = "teacher"
 LONG = ("error", "drop", "truncate")

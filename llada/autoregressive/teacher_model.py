@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from llada.autoregressive.teacher_rows import Student, TeacherAnswer, align_answer, from_logits
+from llada.autoregressive.vocabulary import OTHER, VocabMap
 from llada.chat import encode_texts, render_prompt, render_template
 from llada.masking import generator
 from llada.messages import Message
-from llada.teacher_rows import Student, TeacherAnswer, align_answer, from_logits
-from llada.vocabulary import OTHER, VocabMap
 
 NO_NUMBERS = "%s: the teacher's logits for this answer hold NaN or inf"
 

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from llada.autoregressive.teacher_rows import TeacherChunks, TeacherTable
 from llada.batches import Example, MaskedBatch, Noised
 from llada.masking import generator
 from llada.models import SpecialIds
 from llada.run import Run
 from llada.stream import MaskedStream, row_lengths
-from llada.teacher_rows import TeacherChunks, TeacherTable
 from llada.train_config import TrainConfig
 
 RULES = ("masked", "answer", "windows")

@@ -1,0 +1,1 @@
+"""An autoregressive model as teacher or verifier."""
