@@ -45,11 +45,11 @@ from llada.autoregressive.teacher_rows import (
     fit_length,
 )
 from llada.autoregressive.teacher_server import ServerTeacher
+from llada.data.messages import to_messages, to_prompt
+from llada.data.records import files_of, read_records
+from llada.data.shards import Columns, Item, describe_inputs, describe_tokenizer, read_manifest, write_shards
 from llada.flags import flag, parse
-from llada.messages import to_messages, to_prompt
 from llada.models import DTYPES, load_tokenizer
-from llada.records import files_of, read_records
-from llada.shards import Columns, Item, describe_inputs, describe_tokenizer, read_manifest, write_shards
 
 
 @dataclass(kw_only=True)

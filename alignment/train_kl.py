@@ -41,12 +41,12 @@ from transformers import PreTrainedTokenizerBase
 from llada import preflight
 from llada.autoregressive.teacher_rows import KIND
 from llada.autoregressive.teacher_stream import RULES, AlignedBatch, AlignmentStream, Windows
-from llada.data import load_conversations
+from llada.data.rows import load_conversations
+from llada.data.shards import describe_tokenizer, is_prepared, load_rows, read_manifest
 from llada.distillation import Objective, RowScore, accepted_length
 from llada.flags import flag, parse
 from llada.models import load_tokenizer, special_ids
 from llada.run import Run, autocast, end_run, start_run, sum_over_ranks
-from llada.shards import describe_tokenizer, is_prepared, load_rows, read_manifest
 from llada.train_config import TrainConfig
 from llada.training import LossParts, fit, load_trainable
 

@@ -21,7 +21,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from llada.batches import Example, MaskedBatch, Noised
-from llada.data import load_conversations
+from llada.data.rows import load_conversations
 from llada.flags import flag, parse
 from llada.losses import validation_loss
 from llada.models import SpecialIds, load_tokenizer, new_config, resolve_checkpoint

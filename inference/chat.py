@@ -28,12 +28,12 @@ from typing import Any, TextIO
 
 from transformers import PreTrainedTokenizerBase
 
-from llada.chat import drops_system, render_prompt
+from llada.data.chat import drops_system, render_prompt
+from llada.data.messages import Message, to_messages
+from llada.data.records import read_records
 from llada.denoising_view import DenoisingView, clean
 from llada.flags import flag, parse
-from llada.messages import Message, to_messages
 from llada.models import load_model, load_tokenizer, special_ids
-from llada.records import read_records
 from llada.run import start_run
 from llada.sampler_flags import SamplerFlags, sampler_settings
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM

@@ -34,11 +34,11 @@ from typing import Any, TextIO
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from llada.data.prompts import prompt_of
+from llada.data.records import read_records
 from llada.flags import flag, parse
 from llada.likelihood import Request, score
 from llada.models import checkpoint_files, load_model, load_tokenizer, special_ids
-from llada.prompts import prompt_of
-from llada.records import read_records
 from llada.resumable import RequestLog
 from llada.run import barrier, end_run, start_run
 from llada.sampler_flags import SamplerFlags, sampler_settings

@@ -9,9 +9,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llada.bref import PUBLISHED, find_masks
-from llada.messages import to_labelled
-from llada.preference_data import Encoding, Tokens, encode_answers
-from llada.records import read_records
+from llada.data.answers import Encoding, Tokens, encode_answers
+from llada.data.messages import to_labelled
+from llada.data.records import read_records
 
 
 @dataclass(frozen=True)

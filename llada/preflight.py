@@ -24,8 +24,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from llada.checkpoint import check_meta, find_resume, read_meta
-from llada.data import load_conversations, load_corpus
-from llada.encoding import encode_conversations, encode_documents
+from llada.data.messages import to_messages
+from llada.data.records import OnBytes, files_of, read_records
+from llada.data.rows import encode_conversations, encode_documents, load_conversations, load_corpus
+from llada.data.shards import Item, is_prepared, read_manifest
 from llada.footprint import (
     ADAMW_BYTES,
     FLOAT32,
@@ -36,12 +38,9 @@ from llada.footprint import (
     flops_per_token,
     memory,
 )
-from llada.messages import to_messages
 from llada.models import DTYPES, load_config, load_tokenizer, new_model, resolve_checkpoint, special_ids
 from llada.progress import PEAK_FLOPS
-from llada.records import OnBytes, files_of, read_records
 from llada.run import Run
-from llada.shards import Item, is_prepared, read_manifest
 from llada.train_config import RESUME_MUST_AGREE, TrainConfig
 from llada.training import prepare_trainable
 from modelling_final import LLaDAConfig, LLaDAModelLM
@@ -140,7 +139,7 @@ def _sampled(
 
 
 def _mixture(parts: list[Rows], weights: Sequence[float] | None) -> Rows:
-    """All parts once, or as `llada.data.interleave` mixes them: until each has been seen in full."""
+    """All parts once, or as `llada.data.rows.interleave` mixes them: until each has been seen in full."""
     if weights:
         if len(weights) != len(parts):
             raise ValueError(f"--data_weights has {len(weights)} numbers for {len(parts)} data sets")

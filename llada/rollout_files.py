@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llada.checkpoint import write_atomically
-from llada.prompts import Prompt
+from llada.data.prompts import Prompt
 from llada.run import Run
 
 

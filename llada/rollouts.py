@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from llada.data.prompts import Prompt
 from llada.grpo import GroupBatch, Objective, group_advantages
 from llada.masking import generator
 from llada.policy_terms import Answer, TermBuilder, Terms
-from llada.prompts import Prompt
 from llada.rewards import Reward, compute_rewards
 from llada.rollout_files import Completion, RolloutFiles
 from llada.run import Run, autocast, max_over_ranks, sum_over_ranks

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from llada.batches import Example, MaskedBatch
-from llada.data import load_corpus
+from llada.data.rows import load_corpus
 from llada.flags import flag, parse
 from llada.models import ROPE_SCALING, RopeScaling, load_model, load_tokenizer, special_ids
 from llada.run import Run, autocast

@@ -14,10 +14,10 @@ Run:
 
 from dataclasses import dataclass
 
-from llada.data import ROWS, read_manifest, tokenize_corpus
+from llada.data.records import TEXT_DOCUMENTS
+from llada.data.rows import ROWS, read_manifest, tokenize_corpus
 from llada.flags import flag, parse
 from llada.models import load_tokenizer
-from llada.records import TEXT_DOCUMENTS
 
 
 @dataclass

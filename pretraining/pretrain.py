@@ -29,7 +29,7 @@ from datasets import Dataset
 from llada import preflight
 from llada.batches import Example
 from llada.curriculum import Curriculum
-from llada.data import load_corpus
+from llada.data.rows import load_corpus
 from llada.flags import flag, parse
 from llada.footprint import flops_counter
 from llada.losses import masked_diffusion_loss, validation_loss

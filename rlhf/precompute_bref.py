@@ -33,13 +33,13 @@ from transformers import PreTrainedTokenizerBase
 
 from llada.bref import base_seed, draw_masks, fingerprint, mask_checks, mask_sizes, plan_of, prefix_means
 from llada.checkpoint import write_atomically
+from llada.data.answers import EOS, LONG, Encoded, Encoding, Tokens, encode_answers, read_labelled
+from llada.data.messages import Labelled
+from llada.data.records import input_files
 from llada.elbo import draw_values, make_draws
 from llada.flags import flag, parse
 from llada.likelihood import Request
-from llada.messages import Labelled
 from llada.models import load_model, load_tokenizer, resolve_checkpoint
-from llada.preference_data import EOS, LONG, Encoded, Encoding, Tokens, encode_answers, read_labelled
-from llada.records import input_files
 from llada.resumable import RequestLog
 from llada.run import Run, autocast, barrier, end_run, start_run
 

@@ -35,6 +35,7 @@ from pathlib import Path
 
 import torch
 
+from llada.data.prompts import Prompt, prompt_file, read_prompts
 from llada.elbo import adapter_off, disable_dropout
 from llada.flags import flag, parse
 from llada.grpo import BASELINES, LOSS_TYPES, SCALES, Objective, grpo_loss
@@ -43,7 +44,6 @@ from llada.models import load_tokenizer, resolve_checkpoint, special_ids
 from llada.older_flags import OlderFlags
 from llada.policy_config import PolicyConfig, load_policy
 from llada.policy_terms import ESTIMATORS, TermBuilder
-from llada.prompts import Prompt, prompt_file, read_prompts
 from llada.reference import load_frozen
 from llada.reward_flags import RewardFlags
 from llada.rollout_files import RolloutFiles

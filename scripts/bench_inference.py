@@ -54,11 +54,11 @@ from llada.bench.sampler_timing import (
     print_table,
     time_arm,
 )
-from llada.chat import render_prompt
+from llada.data.chat import render_prompt
+from llada.data.messages import to_prompt
+from llada.data.records import read_records
 from llada.flags import flag, parse
-from llada.messages import to_prompt
 from llada.models import load_model, load_tokenizer, special_ids
-from llada.records import read_records
 from llada.rewards import score
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 

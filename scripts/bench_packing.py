@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from llada.batches import Example, MaskedBatch, collate
-from llada.data import load_rows
+from llada.data.rows import load_rows
 from llada.flags import flag, parse
 from llada.losses import masked_diffusion_loss
 from llada.models import load_tokenizer, new_model

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 
 from llada.batches import Example
+from llada.data.records import read_records
 from llada.flags import flag, parse
 from llada.losses import masked_diffusion_loss
 from llada.masking import generator
-from llada.records import read_records
 from llada.run import Run
 from llada.stream import MaskedStream
 from modelling_final import LLaDAConfig, LLaDAModelLM

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from llada.data.messages import to_messages
+from llada.data.records import read_records
 from llada.flags import flag, parse
-from llada.messages import to_messages
 from llada.models import CHAT_TEMPLATE, SPECIAL_TOKENS
-from llada.records import read_records
 
 NUM_BYTES = 256
 

@@ -13,8 +13,8 @@ Run:
 
 from dataclasses import dataclass
 
-from llada.chat import TURNS
-from llada.data import LONG, read_manifest, tokenize_conversations
+from llada.data.chat import TURNS
+from llada.data.rows import LONG, read_manifest, tokenize_conversations
 from llada.flags import flag, parse
 from llada.models import load_tokenizer
 

@@ -27,8 +27,8 @@ from datasets import Dataset
 
 from llada import preflight
 from llada.batches import Example
-from llada.chat import TURNS
-from llada.data import LONG, load_conversations
+from llada.data.chat import TURNS
+from llada.data.rows import LONG, load_conversations
 from llada.flags import flag, parse
 from llada.footprint import flops_counter
 from llada.losses import masked_diffusion_loss, validation_loss

@@ -9,7 +9,7 @@ import pytest
 from conftest import load_script
 
 from llada import denoising_view
-from llada.chat import render_prompt
+from llada.data.chat import render_prompt
 from llada.denoising_view import DenoisingView, clean, spell, wrap
 from llada.models import load_tokenizer
 

@@ -8,7 +8,7 @@ import torch
 from chat_samples import PARIS, WITHOUT_SYSTEM, learned, small_tokenizer, write_jsonl
 from conftest import load_script
 
-from llada.data import (
+from llada.data.rows import (
     interleave,
     load_conversations,
     load_corpus,

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from llada import json_stream
-from llada.json_stream import JsonStream
+from llada.data import records as json_stream
+from llada.data.records import JsonStream
 
 VALUES = [
     {"a": [1, 2.5, -3e-4, [], {}], "ü😀": 'x\n"\\ \ud83d', "long": [[0.5] * 30, [1e4, float("inf")]]},

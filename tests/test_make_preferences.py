@@ -6,7 +6,7 @@ import pytest
 from conftest import load_script
 from fake_judge import FakeServer, shown
 
-from llada.records import read_records
+from llada.data.records import read_records
 
 WORDS = ["iron", "rust", "river", "seven", "water"]
 

@@ -3,7 +3,7 @@
 import pytest
 from chat_samples import PARIS, TWO_TURNS
 
-from llada.messages import to_messages, to_prompt
+from llada.data.messages import to_messages, to_prompt
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from llada.autoregressive.teacher_rows import (
     as_columns,
     fit_length,
 )
+from llada.data.shards import load_rows, read_manifest
 from llada.models import load_tokenizer
-from llada.shards import load_rows, read_manifest
 
 precompute = load_script("alignment/precompute_teacher.py")
 SAMPLES = ROOT / "data/samples"

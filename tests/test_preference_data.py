@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from llada.messages import PAIR_KEYS, to_labelled, to_pair
+from llada.data.answers import Encoding, encode_answers, load_pairs, read_labelled
+from llada.data.messages import PAIR_KEYS, to_labelled, to_pair
 from llada.models import load_tokenizer
-from llada.preference_data import Encoding, encode_answers, load_pairs, read_labelled
 
 USER = [{"role": "user", "content": "2 + 2?"}]
 

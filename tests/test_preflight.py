@@ -10,7 +10,7 @@ from conftest import ROOT, load_script
 from datasets import Dataset
 
 from llada import preflight
-from llada.data import load_conversations
+from llada.data.rows import load_conversations
 from llada.footprint import GB, Ranks, block_bytes, count_parameters, flops_per_token, memory
 from llada.models import attach_lora, load_tokenizer
 from llada.run import Run

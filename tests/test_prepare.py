@@ -6,8 +6,8 @@ import pytest
 from chat_samples import learned, small_tokenizer, write_jsonl
 from conftest import ROOT, load_script
 
-from llada import shards
-from llada.data import load_rows, read_manifest, tokenize_conversations, tokenize_corpus
+from llada.data import shards
+from llada.data.rows import load_rows, read_manifest, tokenize_conversations, tokenize_corpus
 
 corpus = load_script("pretraining/prepare_corpus.py")
 sft = load_script("sft_training/prepare_sft.py")

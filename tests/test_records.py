@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from llada.records import files_of, read_records
+from llada.data.records import files_of, read_records
 
 
 def records(path, **options):

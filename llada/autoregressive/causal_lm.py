@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from llada.chat import encode_texts, render_template
-from llada.messages import Message
+from llada.data.chat import encode_texts, render_template
+from llada.data.messages import Message
 from llada.models import DTYPES, checkpoint_files
 
 

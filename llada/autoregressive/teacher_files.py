@@ -32,10 +32,9 @@ from llada.autoregressive.teacher_rows import (
     from_logits,
 )
 from llada.autoregressive.vocabulary import OTHER, ROLE_OF_SPELLING, TokenBytes, VocabMap
-from llada.chat import encode_texts, render_prompt
-from llada.json_stream import JsonStream
-from llada.messages import to_prompt
-from llada.records import OnBytes, input_files, read_records
+from llada.data.chat import encode_texts, render_prompt
+from llada.data.messages import to_prompt
+from llada.data.records import JsonStream, OnBytes, input_files, read_records
 
 MAX_SPARE = 512  # output columns that models have beyond their tokenizer's ids (LLaDA 115, Qwen2.5 271)
 _SPELLED = re.compile("|".join(map(re.escape, sorted(ROLE_OF_SPELLING, key=len, reverse=True))))

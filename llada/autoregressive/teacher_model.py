@@ -12,9 +12,9 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 
 from llada.autoregressive.teacher_rows import Student, TeacherAnswer, align_answer, from_logits
 from llada.autoregressive.vocabulary import OTHER, VocabMap
-from llada.chat import encode_texts, render_prompt, render_template
+from llada.data.chat import encode_texts, render_prompt, render_template
+from llada.data.messages import Message
 from llada.masking import generator
-from llada.messages import Message
 
 NO_NUMBERS = "%s: the teacher's logits for this answer hold NaN or inf"
 

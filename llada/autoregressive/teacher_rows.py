@@ -1,6 +1,6 @@
 """Answers with a teacher's distributions beside them: how they are made, stored, and read back in chunks.
 
-A row of the prepared data (see `llada.shards`) is one answer behind its prompt, in the student's tokens:
+A row of the prepared data (see `llada.data.shards`) is one answer behind its prompt, in the student's tokens:
 
     input_ids, in_answer      as in SFT: prompt, answer, its closing tokens
     teacher_positions         n positions of the row whose token the teacher has a distribution for
@@ -26,9 +26,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llada.autoregressive.vocabulary import OTHER, TokenBytes, VocabMap, align_texts
-from llada.chat import encode_texts, refuse_mask_token
+from llada.data.chat import encode_texts, refuse_mask_token
+from llada.data.shards import Columns
 from llada.distillation import TeacherRows
-from llada.shards import Columns
 
 KIND = "teacher"
 LONG = ("error", "drop", "truncate")

@@ -19,8 +19,8 @@ import numpy as np
 
 from llada.autoregressive.teacher_rows import Student, TeacherAnswer, align_answer, from_candidates
 from llada.autoregressive.vocabulary import OTHER, ROLE_OF_SPELLING, TokenBytes
-from llada.chat import render_prompt
-from llada.messages import Message
+from llada.data.chat import render_prompt
+from llada.data.messages import Message
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 MAX_RETRIES = 4

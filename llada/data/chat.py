@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from llada.messages import Message
+from llada.data.messages import Message
 
 Row = dict[str, list]
 Segment = tuple[str, bool]

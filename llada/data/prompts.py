@@ -8,9 +8,9 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from llada.chat import render_prompt
-from llada.messages import to_prompt
-from llada.records import read_records
+from llada.data.chat import render_prompt
+from llada.data.messages import to_prompt
+from llada.data.records import read_records
 from llada.run import Run, first_rank_first
 
 

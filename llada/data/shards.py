@@ -25,7 +25,7 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from llada.records import files_of
+from llada.data.records import files_of
 
 Item = tuple[str, Any]
 """("file:line", what the encoder takes)."""

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from llada.chat import encode_rows, encode_texts, refuse_mask_token, render_template, split_conversation
-from llada.messages import Labelled, Pair, Text, to_labelled, to_pair
-from llada.records import read_records
+from llada.data.chat import encode_rows, encode_texts, refuse_mask_token, render_template, split_conversation
+from llada.data.messages import Labelled, Pair, Text, to_labelled, to_pair
+from llada.data.records import read_records
 
 EOS = ("one", "filled", "none", "padded")
 LONG = ("error", "drop", "truncate")

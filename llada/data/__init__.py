@@ -1,0 +1,1 @@
+"""From files to tokens: records, messages, chat templates, rows, shards, prompts, answers."""
