@@ -43,7 +43,7 @@ from llada.autoregressive.teacher_rows import KIND
 from llada.autoregressive.teacher_stream import RULES, AlignedBatch, AlignmentStream, Windows
 from llada.data.rows import load_conversations
 from llada.data.shards import describe_tokenizer, is_prepared, load_rows, read_manifest
-from llada.distillation import Objective, RowScore, accepted_length
+from llada.diffusion.distillation_losses import Objective, RowScore, accepted_length
 from llada.flags import flag, parse
 from llada.models import load_tokenizer, special_ids
 from llada.run import Run, autocast, end_run, start_run, sum_over_ranks

@@ -20,13 +20,13 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from llada.batches import Example, MaskedBatch, Noised
 from llada.data.rows import load_conversations
+from llada.diffusion.batches import Example, MaskedBatch, Noised
+from llada.diffusion.losses import validation_loss
+from llada.diffusion.stream import MaskedStream
 from llada.flags import flag, parse
-from llada.losses import validation_loss
 from llada.models import SpecialIds, load_tokenizer, new_config, resolve_checkpoint
 from llada.run import end_run, start_run
-from llada.stream import MaskedStream
 from llada.train_config import TrainConfig
 from llada.training import fit
 

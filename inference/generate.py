@@ -36,8 +36,8 @@ from transformers import PreTrainedTokenizerBase
 
 from llada.data.prompts import prompt_of
 from llada.data.records import read_records
+from llada.diffusion.likelihood import Request, score
 from llada.flags import flag, parse
-from llada.likelihood import Request, score
 from llada.models import checkpoint_files, load_model, load_tokenizer, special_ids
 from llada.resumable import RequestLog
 from llada.run import barrier, end_run, start_run

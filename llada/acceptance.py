@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from llada.masking import generator
+from llada.diffusion.masking import generator
 
 
 class Draws(Protocol):

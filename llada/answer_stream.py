@@ -3,7 +3,7 @@
 A step is one batch, however many forwards it takes: losses here are not linear in the log-likelihoods, and
 some need a mean over the whole batch before there is any gradient. So the micro-batches are inside the batch.
 
-Everything is a function of (seed, step), as in llada/stream.py.
+Everything is a function of (seed, step), as in llada/diffusion/stream.py.
 
 Shapes: N answers of this rank's share of a batch, K draws.
 """
@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llada.elbo import Draws, make_draws
-from llada.likelihood import Request
-from llada.mask_plan import MaskPlan
+from llada.diffusion.bound_estimator import MaskPlan
+from llada.diffusion.bound_gradient import Draws, make_draws
+from llada.diffusion.likelihood import Request
+from llada.diffusion.stream import records_of
 from llada.run import Run
-from llada.stream import records_of
 
 
 @dataclass

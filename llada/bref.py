@@ -26,8 +26,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from llada.data.shards import describe_tokenizer
-from llada.elbo import mask_hash
-from llada.mask_plan import MaskPlan
+from llada.diffusion.bound_estimator import MaskPlan
+from llada.diffusion.bound_gradient import mask_hash
 
 GLOBAL_SEED = 0x1A2B3C4D5E6F7788
 _BITS = 2**64 - 1

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from tqdm import tqdm
 
+from llada.diffusion.bound_estimator import ESTIMATORS, EXACT_TOKENS
+from llada.diffusion.likelihood import KINDS, Request, iter_greedy, iter_scores
 from llada.flags import flag, parse
-from llada.likelihood import KINDS, Request, iter_greedy, iter_scores
-from llada.mask_plan import ESTIMATORS, EXACT_TOKENS
 from llada.models import load_model, load_tokenizer, resolve_checkpoint, special_ids
 from llada.resumable import RequestLog
 from llada.run import start_run
@@ -59,7 +59,7 @@ class ModelArgs:
     # likelihood
     batch_size: int | None = flag(None, help="Sequences per forward of likelihoods; default 32.")
     likelihood: str = flag(
-        "elbo", choices=KINDS, help="What a log-likelihood means; see llada/likelihood.py."
+        "elbo", choices=KINDS, help="What a log-likelihood means; see llada/diffusion/likelihood.py."
     )
     mc_num: int = flag(128, help="Masks per answer.")
     estimator: str = flag(

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from llada.batches import MaskedBatch
+from llada.diffusion.batches import MaskedBatch
 from llada.models import LINEAR_LAYERS
 from llada.train_config import TrainConfig
 from modelling_final import LLaDAConfig

@@ -22,7 +22,7 @@ from itertools import combinations
 from typing import Any
 
 from llada.chat_client import ChatClient
-from llada.masking import generator
+from llada.diffusion.masking import generator
 
 MODES = ("listwise", "pointwise", "pairwise")
 MAX_CHARACTERS = 12_000  # of a completion; the rest is cut off

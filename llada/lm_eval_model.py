@@ -16,8 +16,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 
+from llada.diffusion.likelihood import Request
 from llada.eval_worker import Prompt, Worker, parse_model_args
-from llada.likelihood import Request
 from llada.models import load_tokenizer
 
 log = logging.getLogger("lm_eval.llada")

@@ -1,7 +1,7 @@
 """What a policy gradient sums over: the log-likelihoods of completions in terms, with gradients.
 
     elbo        one term a completion: the any-order bound B, all tokens at once (sequence level; ESPO)
-    trajectory  one term a denoising step: the sampler's own likelihood of it (llada/step_likelihood.py)
+    trajectory  one term a denoising step: the sampler's own likelihood of it (diffusion/sampler_likelihood.py)
     diffu       one term a token: log p of it from one copy with the whole answer masked (diffu-GRPO)
 
 Only `trajectory` is the likelihood of the sampler that made the completions, and its policy gradient exact.
@@ -21,13 +21,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llada.batches import Example, MaskedBatch, Noised, collate
-from llada.elbo import Draws, differentiate, draw_values, gradient_parts, make_draws, plan_draws
-from llada.likelihood import Request
-from llada.masking import generator
+from llada.diffusion.batches import Example, MaskedBatch, Noised, collate
+from llada.diffusion.bound_gradient import (
+    Draws,
+    differentiate,
+    draw_values,
+    gradient_parts,
+    make_draws,
+    plan_draws,
+)
+from llada.diffusion.likelihood import Request
+from llada.diffusion.masking import generator
+from llada.diffusion.sampler_likelihood import StateBatch, batch_log_probs, collate_states, replay
 from llada.models import SpecialIds
 from llada.run import max_over_ranks
-from llada.step_likelihood import StateBatch, batch_log_probs, collate_states, replay
 from modelling_final import LLaDAGenerationConfig
 
 ESTIMATORS = ("elbo", "trajectory", "diffu")

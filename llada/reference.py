@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llada.answer_stream import AnswerStream
-from llada.elbo import Draws, adapter_off, disable_dropout, draw_values
+from llada.diffusion.bound_gradient import Draws, adapter_off, disable_dropout, draw_values
 from llada.models import load_model, resolve_checkpoint
 from llada.policy_config import PolicyConfig
 from llada.run import Run, autocast, sum_over_ranks

@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llada.data.prompts import Prompt
+from llada.diffusion.masking import generator
+from llada.diffusion.stream import records_of
 from llada.grpo import GroupBatch, Objective, group_advantages
-from llada.masking import generator
 from llada.policy_terms import Answer, TermBuilder, Terms
 from llada.rewards import Reward, compute_rewards
 from llada.rollout_files import Completion, RolloutFiles
 from llada.run import Run, autocast, max_over_ranks, sum_over_ranks
-from llada.stream import records_of
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 
 ReferenceModel = Callable[[torch.nn.Module], AbstractContextManager[torch.nn.Module]]

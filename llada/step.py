@@ -1,12 +1,12 @@
 """The arithmetic of one training step: accumulate, clip, check, update."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 
+from llada.diffusion.losses import LossParts
 from llada.guards import MAX_SKIPPED_IN_A_ROW, gather_records
 from llada.progress import Progress
 from llada.run import Run, autocast, sum_over_ranks
@@ -24,23 +24,6 @@ class Batch(Protocol):
     def num_tokens(self) -> int: ...
 
     def to(self, device: torch.device) -> "Batch": ...
-
-
-@dataclass
-class LossParts:
-    """A micro-batch's share of a loss whose gradient comes in several forward and backward passes.
-
-    Attributes:
-        value: the share of the loss itself, to be logged; without a graph.
-        parts: each is called once, in order, and gives a scalar; the gradients of all together are the
-            gradient of `value`. Every rank must have as many.
-        means: name -> (sum, count), to be logged: all sums of a step, over micro-batches and ranks, divided
-            by all counts. Every micro-batch must name the same ones.
-    """
-
-    value: torch.Tensor
-    parts: Sequence[Callable[[], torch.Tensor]]
-    means: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 Loss = Callable[[torch.nn.Module, Batch, float], torch.Tensor | LossParts]

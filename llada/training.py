@@ -18,11 +18,12 @@ from llada import checkpoint
 from llada.blocks import wrap_blocks
 from llada.flags import write_yaml
 from llada.guards import LossWatch, gather_records
+from llada.diffusion.losses import LossParts
 from llada.models import NO_SCALING, RopeScaling, attach_lora, load_model, save_model
 from llada.progress import Progress
 from llada.run import Metrics, Run, sum_over_ranks
 from llada.sharding import full_state_dict, parallelize
-from llada.step import Batch, Loss, LossParts, Trainer
+from llada.step import Batch, Loss, Trainer
 from llada.train_config import RESUME_MUST_AGREE, TrainConfig
 
 __all__ = [

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from llada.batches import Example, MaskedBatch
 from llada.data.rows import load_corpus
+from llada.diffusion.batches import Example, MaskedBatch
+from llada.diffusion.stream import MaskedStream
 from llada.flags import flag, parse
 from llada.models import ROPE_SCALING, RopeScaling, load_model, load_tokenizer, special_ids
 from llada.run import Run, autocast
-from llada.stream import MaskedStream
 
 # N rows, L positions of a row, K parts of the context
 

@@ -27,16 +27,15 @@ import numpy as np
 from datasets import Dataset
 
 from llada import preflight
-from llada.batches import Example
-from llada.curriculum import Curriculum
 from llada.data.rows import load_corpus
+from llada.diffusion.batches import Example
+from llada.diffusion.losses import masked_diffusion_loss, validation_loss
+from llada.diffusion.masking import generator
+from llada.diffusion.stream import Curriculum, MaskedStream
 from llada.flags import flag, parse
 from llada.footprint import flops_counter
-from llada.losses import masked_diffusion_loss, validation_loss
-from llada.masking import generator
 from llada.models import ROPE_SCALING, RopeScaling, load_config, load_tokenizer, new_model, special_ids
 from llada.run import end_run, start_run
-from llada.stream import MaskedStream
 from llada.train_config import TrainConfig
 from llada.training import fit, load_trainable, prepare_trainable
 

@@ -32,8 +32,8 @@ from transformers import PreTrainedTokenizerBase
 
 from llada.checkpoint import write_atomically
 from llada.data.prompts import Prompt, read_prompts
+from llada.diffusion.masking import generator
 from llada.flags import flag, parse
-from llada.masking import generator
 from llada.models import checkpoint_files, load_model, load_tokenizer, special_ids
 from llada.resumable import RequestLog
 from llada.reward_flags import RewardFlags

@@ -36,9 +36,9 @@ from llada.checkpoint import write_atomically
 from llada.data.answers import EOS, LONG, Encoded, Encoding, Tokens, encode_answers, read_labelled
 from llada.data.messages import Labelled
 from llada.data.records import input_files
-from llada.elbo import draw_values, make_draws
+from llada.diffusion.bound_gradient import draw_values, make_draws
+from llada.diffusion.likelihood import Request
 from llada.flags import flag, parse
-from llada.likelihood import Request
 from llada.models import load_model, load_tokenizer, resolve_checkpoint
 from llada.resumable import RequestLog
 from llada.run import Run, autocast, barrier, end_run, start_run

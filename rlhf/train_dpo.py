@@ -31,13 +31,19 @@ from llada import preflight
 from llada.answer_stream import AnswerBatch, Answers, AnswerStream
 from llada.data.answers import EOS, LONG, Encoding, Tokens, load_pairs
 from llada.data.messages import PAIR_KEYS
-from llada.elbo import differentiate, disable_dropout, draw_values, gradient_parts, plan_draws
+from llada.diffusion.bound_estimator import SIZE_LAWS
+from llada.diffusion.bound_gradient import (
+    differentiate,
+    disable_dropout,
+    draw_values,
+    gradient_parts,
+    plan_draws,
+)
+from llada.diffusion.likelihood import Request
+from llada.diffusion.preference_losses import DPO_LOSSES, dpo_losses
 from llada.flags import flag, parse
-from llada.likelihood import Request
-from llada.mask_plan import SIZE_LAWS
 from llada.models import load_tokenizer, special_ids
 from llada.policy_config import PolicyConfig, load_policy
-from llada.preference_losses import DPO_LOSSES, dpo_losses
 from llada.reference import Reference, make_reference, precompute_reference
 from llada.run import Run, autocast, end_run, start_run, sum_over_ranks
 from llada.training import Loss, LossParts, fit

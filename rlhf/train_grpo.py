@@ -36,10 +36,11 @@ from pathlib import Path
 import torch
 
 from llada.data.prompts import Prompt, prompt_file, read_prompts
-from llada.elbo import adapter_off, disable_dropout
+from llada.diffusion.bound_estimator import SIZE_LAWS
+from llada.diffusion.bound_gradient import adapter_off, disable_dropout
+from llada.diffusion.sampler_likelihood import check_settings
 from llada.flags import flag, parse
 from llada.grpo import BASELINES, LOSS_TYPES, SCALES, Objective, grpo_loss
-from llada.mask_plan import SIZE_LAWS
 from llada.models import load_tokenizer, resolve_checkpoint, special_ids
 from llada.older_flags import OlderFlags
 from llada.policy_config import PolicyConfig, load_policy
@@ -50,7 +51,6 @@ from llada.rollout_files import RolloutFiles
 from llada.rollouts import ReferenceModel, RolloutStream, Sampler
 from llada.run import Run, end_run, start_run, sum_over_ranks
 from llada.sampler_flags import SamplerFlags, sampler_settings
-from llada.step_likelihood import check_settings
 from llada.training import fit
 
 # Beside the flags of every stage: what decides a rollout, its advantages, or its loss.

@@ -26,13 +26,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llada.batches import Example, MaskedBatch, collate
 from llada.data.rows import load_rows
+from llada.diffusion.batches import Example, MaskedBatch, collate
+from llada.diffusion.losses import masked_diffusion_loss
+from llada.diffusion.stream import MaskedStream, row_lengths
 from llada.flags import flag, parse
-from llada.losses import masked_diffusion_loss
 from llada.models import load_tokenizer, new_model
 from llada.run import Run, autocast, start_run
-from llada.stream import MaskedStream, row_lengths
 from modelling_final import LLaDAModelLM
 from modelling_final.documents_llada import same_document
 

@@ -28,8 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
+from llada.diffusion.masking import generator
 from llada.flags import flag, parse, read_yaml
-from llada.masking import generator
 from llada.rewards import score
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,13 +25,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llada.batches import Example
 from llada.data.records import read_records
+from llada.diffusion.batches import Example
+from llada.diffusion.losses import masked_diffusion_loss
+from llada.diffusion.masking import generator
+from llada.diffusion.stream import MaskedStream
 from llada.flags import flag, parse
-from llada.losses import masked_diffusion_loss
-from llada.masking import generator
 from llada.run import Run
-from llada.stream import MaskedStream
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
 # B records of a batch, L bytes of a record, N draws, P parameters

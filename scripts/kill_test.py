@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from llada.diffusion.masking import generator
 from llada.flags import flag, parse
-from llada.masking import generator
 from llada.models import ROOT
 from llada.run import read_metrics
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import reasoning_gym
 
+from llada.diffusion.masking import generator
 from llada.flags import flag, parse
-from llada.masking import generator
 
 HELDOUT_SHARE = 0.25
 

@@ -26,15 +26,15 @@ import numpy as np
 from datasets import Dataset
 
 from llada import preflight
-from llada.batches import Example
 from llada.data.chat import TURNS
 from llada.data.rows import LONG, load_conversations
+from llada.diffusion.batches import Example
+from llada.diffusion.losses import masked_diffusion_loss, validation_loss
+from llada.diffusion.stream import MaskedStream
 from llada.flags import flag, parse
 from llada.footprint import flops_counter
-from llada.losses import masked_diffusion_loss, validation_loss
 from llada.models import load_tokenizer, special_ids
 from llada.run import end_run, start_run
-from llada.stream import MaskedStream
 from llada.train_config import TrainConfig
 from llada.training import fit, load_trainable
 

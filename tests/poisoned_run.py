@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from test_training import NoTokenizer, make_config, make_stream, tiny_model
 
-from llada.losses import masked_diffusion_loss
+from llada.diffusion.losses import masked_diffusion_loss
 from llada.run import end_run, start_run
 from llada.training import fit, prepare_trainable
 

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, load_script
 
 from llada.bench.reference_losses import noise
-from llada.masking import generator
+from llada.diffusion.masking import generator
 
 bench_step = load_script("scripts/bench_step.py")
 bench_variance = load_script("scripts/bench_variance.py")

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from test_stages import SAMPLES
 from tiny_llada import make_model
 
+from llada.diffusion.losses import validation_loss
 from llada.flags import parse
-from llada.losses import validation_loss
 from llada.models import NO_SCALING, RopeScaling, load_config, load_model
 from llada.run import Run
 from llada.train_config import TrainConfig

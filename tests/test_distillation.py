@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from llada.distillation import (
+from llada.diffusion.distillation_losses import (
     Objective,
     RowScore,
     TeacherRows,

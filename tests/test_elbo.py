@@ -9,9 +9,16 @@ import pytest
 import torch
 from tiny_llada import make_model
 
-from llada.elbo import differentiate, draw_values, gradient_parts, make_draws, mask_hash, plan_draws
-from llada.likelihood import Request, score
-from llada.mask_plan import MaskPlan, enumerate_masks
+from llada.diffusion.bound_estimator import MaskPlan, enumerate_masks
+from llada.diffusion.bound_gradient import (
+    differentiate,
+    draw_values,
+    gradient_parts,
+    make_draws,
+    mask_hash,
+    plan_draws,
+)
+from llada.diffusion.likelihood import Request, score
 from llada.training import LossParts
 
 MASK, PAD = 39, 0
@@ -279,7 +286,7 @@ def test_hashes_tell_masks_apart():
 def test_a_loss_in_parts_is_one_step(tmp_path):
     from test_training import CPU, NoTokenizer, make_config, make_stream, tiny_model
 
-    from llada.losses import masked_diffusion_loss
+    from llada.diffusion.losses import masked_diffusion_loss
     from llada.run import read_metrics
     from llada.training import fit
 

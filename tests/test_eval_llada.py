@@ -16,8 +16,8 @@ from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from llada.diffusion.likelihood import Request
 from llada.eval_worker import Worker, _deal, cut_answer, parse_model_args
-from llada.likelihood import Request
 from llada.lm_eval_model import LLaDADist, with_flags
 from llada.models import new_model, save_model
 from llada.resumable import RequestLog

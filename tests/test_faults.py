@@ -18,8 +18,8 @@ from test_training import CPU, NoTokenizer, make_config, make_stream, tiny_model
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from llada import checkpoint
+from llada.diffusion.losses import masked_diffusion_loss
 from llada.guards import MAX_SKIPPED_IN_A_ROW, LossWatch
-from llada.losses import masked_diffusion_loss
 from llada.run import end_run, read_metrics, start_run
 from llada.training import fit, prepare_trainable
 

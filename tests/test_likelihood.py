@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_llada import make_model
 
-from llada.likelihood import Request, is_greedy, iter_scores, score
+from llada.diffusion.likelihood import Request, is_greedy, iter_scores, score
 
 MASK = 39  # of tiny_llada
 REQUESTS = [

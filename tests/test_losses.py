@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny_llada import V, make_model
 
-from llada.batches import Example, Noised, collate
-from llada.losses import masked_diffusion_loss, validation_loss
-from llada.masking import mask_probability
+from llada.diffusion.batches import Example, Noised, collate
+from llada.diffusion.losses import masked_diffusion_loss, validation_loss
+from llada.diffusion.masking import mask_probability
+from llada.diffusion.stream import MaskedStream
 from llada.run import Run
-from llada.stream import MaskedStream
 from llada.train_config import TrainConfig
 
 MASK = V - 1

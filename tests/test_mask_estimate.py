@@ -7,9 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from llada.mask_estimate import _features, estimate
-from llada.mask_plan import MaskPlan, enumerate_masks, plan_masks
-from llada.masking import generator
+from llada.diffusion.bound_estimator import MaskPlan, _features, enumerate_masks, estimate, plan_masks
+from llada.diffusion.masking import generator
 
 
 class MarkovChain:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llada.masking import bernoulli_mask, exact_mask, generator, mask_probability, permutation
+from llada.diffusion.masking import bernoulli_mask, exact_mask, generator, mask_probability, permutation
 
 
 def test_same_key_same_draw_and_other_key_other_draw():

@@ -10,12 +10,10 @@ from safetensors.torch import load_file
 from test_stages import SAMPLES, final_weights, launch, losses, pretrain_flags, sft_flags
 from test_training import EOS, MASK, tiny_model
 
-from llada.batches import Example
-from llada.curriculum import Curriculum
-from llada.losses import masked_diffusion_loss, validation_loss
-from llada.packing import deal, pack
+from llada.diffusion.batches import Example, deal, pack
+from llada.diffusion.losses import masked_diffusion_loss, validation_loss
+from llada.diffusion.stream import Curriculum, MaskedStream
 from llada.run import Run
-from llada.stream import MaskedStream
 from llada.train_config import TrainConfig
 
 LENGTHS = np.random.default_rng(0).integers(2, 20, size=60)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from llada.elbo import differentiate, draw_values, gradient_parts, make_draws
-from llada.likelihood import Request
-from llada.mask_plan import enumerate_masks
-from llada.preference_losses import dpo_losses, kto_baseline, kto_losses
+from llada.diffusion.bound_estimator import enumerate_masks
+from llada.diffusion.bound_gradient import differentiate, draw_values, gradient_parts, make_draws
+from llada.diffusion.likelihood import Request
+from llada.diffusion.preference_losses import dpo_losses, kto_baseline, kto_losses
 
 RANDOM = torch.Generator().manual_seed(0)
 PAIRS = 6

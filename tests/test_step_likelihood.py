@@ -7,7 +7,7 @@ import pytest
 import torch
 from peaked_llada import PROMPTS, peaked_model
 
-from llada.step_likelihood import (
+from llada.diffusion.sampler_likelihood import (
     State,
     batch_log_probs,
     check_settings,

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from llada.batches import Example
+from llada.diffusion.batches import Example
+from llada.diffusion.stream import MaskedStream
 from llada.run import Run
-from llada.stream import MaskedStream
 
 MASK, PAD = 99, 98
 LENGTHS = np.array([3, 9, 5, 7, 4, 8, 6, 2, 9, 5])

@@ -16,12 +16,12 @@ from test_precompute_teacher import save_teacher
 from llada.autoregressive.teacher_rows import Distributions, TeacherAnswer, TeacherTable, as_columns, count
 from llada.autoregressive.teacher_stream import AlignmentStream, Windows
 from llada.data.shards import load_rows, write_shards
-from llada.distillation import Objective
+from llada.diffusion.distillation_losses import Objective
+from llada.diffusion.masking import mask_probability
+from llada.diffusion.stream import row_lengths
 from llada.flags import parse
-from llada.masking import mask_probability
 from llada.models import load_model, load_tokenizer, special_ids
 from llada.run import Run, read_metrics
-from llada.stream import row_lengths
 
 precompute = load_script("alignment/precompute_teacher.py")
 train_kl = load_script("alignment/train_kl.py")

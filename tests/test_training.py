@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from llada.batches import Example
-from llada.losses import masked_diffusion_loss
+from llada.diffusion.batches import Example
+from llada.diffusion.losses import masked_diffusion_loss
+from llada.diffusion.stream import MaskedStream
 from llada.run import Run, read_metrics
-from llada.stream import MaskedStream
 from llada.train_config import TrainConfig, learning_rate
 from llada.training import fit, make_optimizer, prepare_trainable
 from modelling_final import LLaDAConfig, LLaDAModelLM

@@ -14,7 +14,7 @@ from llada.autoregressive.teacher_rows import Student, TeacherAnswer, align_answ
 from llada.autoregressive.vocabulary import OTHER, VocabMap
 from llada.data.chat import encode_texts, render_prompt, render_template
 from llada.data.messages import Message
-from llada.masking import generator
+from llada.diffusion.masking import generator
 
 NO_NUMBERS = "%s: the teacher's logits for this answer hold NaN or inf"
 

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from llada.autoregressive.vocabulary import OTHER, TokenBytes, VocabMap, align_texts
 from llada.data.chat import encode_texts, refuse_mask_token
 from llada.data.shards import Columns
-from llada.distillation import TeacherRows
+from llada.diffusion.distillation_losses import TeacherRows
 
 KIND = "teacher"
 LONG = ("error", "drop", "truncate")

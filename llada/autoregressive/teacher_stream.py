@@ -6,7 +6,7 @@ Three rules (what is masked, what is scored):
     windows   [prompt, answer[:s], G masks] for a random s; the G tokens of the window: what a drafter does
 
 Prompts and padding are never masked and never scored, nor is what a window has beyond the answer's end.
-Everything is a function of (seed, step), as in llada/stream.py.
+Everything is a function of (seed, step), as in llada/diffusion/stream.py.
 
 B sequences, L positions, M scored rows, G masks of a window.
 """
@@ -19,11 +19,11 @@ import torch
 from datasets import Dataset
 
 from llada.autoregressive.teacher_rows import TeacherChunks, TeacherTable
-from llada.batches import Example, MaskedBatch, Noised
-from llada.masking import generator
+from llada.diffusion.batches import Example, MaskedBatch, Noised
+from llada.diffusion.masking import generator
+from llada.diffusion.stream import MaskedStream, row_lengths
 from llada.models import SpecialIds
 from llada.run import Run
-from llada.stream import MaskedStream, row_lengths
 from llada.train_config import TrainConfig
 
 RULES = ("masked", "answer", "windows")

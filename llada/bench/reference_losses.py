@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llada.masking import EPS, exact_mask
+from llada.diffusion.masking import EPS, exact_mask
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def dllm_loss(model: torch.nn.Module, batch: NoisedBatch) -> Tensor:
 
 
 def our_loss(model: torch.nn.Module, batch: NoisedBatch) -> Tensor:
-    """As in llada.losses: the model forms the loss and its gradients at the masked rows."""
+    """As in llada.diffusion.losses: the model forms the loss and its gradients at the masked rows."""
     return model(input_ids=batch.x_t, rows=batch.rows, targets=batch.targets, weights=batch.weights).loss
 
 

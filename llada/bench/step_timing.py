@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llada.bench.reference_losses import Loss, NoisedBatch, noise
 from llada.bench.step_shapes import Shape, bare
-from llada.masking import generator
+from llada.diffusion.masking import generator
 from llada.models import DTYPES
 from llada.progress import peak_resident
 from llada.run import autocast

@@ -3,13 +3,14 @@
 Shapes: B sequences, L positions, M masked tokens of a micro-batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from llada.batches import MaskedBatch
+from llada.diffusion.batches import MaskedBatch
+from llada.diffusion.stream import MaskedStream
 from llada.run import Run, autocast, sum_over_ranks
-from llada.stream import MaskedStream
 from llada.train_config import TrainConfig
 
 
@@ -65,3 +66,20 @@ def validation_loss(
     model.train(was_training)
     total_sum, count_sum = sum_over_ranks([float(total), count])
     return total_sum / count_sum
+
+
+@dataclass
+class LossParts:
+    """A micro-batch's share of a loss whose gradient comes in several forward and backward passes.
+
+    Attributes:
+        value: the share of the loss itself, to be logged; without a graph.
+        parts: each is called once, in order, and gives a scalar; the gradients of all together are the
+            gradient of `value`. Every rank must have as many.
+        means: name -> (sum, count), to be logged: all sums of a step, over micro-batches and ranks, divided
+            by all counts. Every micro-batch must name the same ones.
+    """
+
+    value: torch.Tensor
+    parts: Sequence[Callable[[], torch.Tensor]]
+    means: Mapping[str, tuple[float, float]] = field(default_factory=dict)

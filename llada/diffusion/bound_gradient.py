@@ -26,10 +26,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from llada.batches import Example, MaskedBatch, Noised, collate
-from llada.likelihood import Request
-from llada.mask_plan import MaskPlan, plan_masks
-from llada.masking import generator
+from llada.diffusion.batches import Example, MaskedBatch, Noised, collate
+from llada.diffusion.bound_estimator import MaskPlan, plan_masks
+from llada.diffusion.likelihood import Request
+from llada.diffusion.masking import generator
 
 
 @dataclass

@@ -2,12 +2,12 @@
 
 Three quantities, all in nats and all sums over the tokens of the answer:
 
-    elbo    the any-order bound of llada/mask_plan.py; exact for short answers, else an estimate with an error
+    elbo    the any-order bound of bound_estimator.py; exact for short answers, else an estimate with an error
     l2r     sum_i log p(y_i | x, y_<i, the rest masked): the exact likelihood of left-to-right sampling
     policy  sum_t log p(y_pi(t) | x, y_pi(<t)): revealed in the order of the model's own confidence (DUEL),
             the exact likelihood under low-confidence remasking, one token a step
 
-Evaluation, DPO, KTO and GRPO draw their masks from llada.masking.generator: the same key, the same masks.
+Evaluation, DPO, KTO and GRPO draw their masks from masking.generator: the same key, the same masks.
 
 Shapes: T answer tokens, N masks, B sequences, L positions, M masked rows of a batch, E logit columns.
 
@@ -22,9 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llada.mask_estimate import estimate
-from llada.mask_plan import EXACT_TOKENS, MaskPlan, plan_masks
-from llada.masking import generator
+from llada.diffusion.bound_estimator import EXACT_TOKENS, MaskPlan, estimate, plan_masks
+from llada.diffusion.masking import generator
 from modelling_final import LLaDAModelLM
 
 KINDS = ("elbo", "l2r", "policy")

@@ -1,0 +1,1 @@
+"""The method: noise, streams of noised batches, losses, bounds and their gradients."""
