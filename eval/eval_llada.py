@@ -1,7 +1,7 @@
 """Evaluate a LLaDA checkpoint with lm_eval, as the model `llada_dist`.
 
 Every flag of lm_eval's command line works (`--help`); `--model_args` takes the names of `ModelArgs` in
-llada/lm_eval_model.py. `--preset NAME` fills in a published setting of eval/presets.yaml and prints its
+llada/inference/lm_eval_model.py. `--preset NAME` fills in a published setting of eval/presets.yaml and prints its
 published score; what is given beside it wins. Requests are sharded over the ranks. With `--output_path` the
 results and every raw generation are saved there, and a killed run that is started again continues where it
 stopped.
@@ -37,12 +37,12 @@ from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import setup_logging
 
-from llada.eval_worker import Worker, parse_model_args
 from llada.flags import read_yaml
-from llada.lm_eval_model import LLaDADist, with_flags
+from llada.inference.eval_worker import Worker, parse_model_args
+from llada.inference.lm_eval_model import LLaDADist, with_flags
 from llada.run import end_run
 
-MODEL = "llada_dist"  # registered by the import of llada.lm_eval_model
+MODEL = "llada_dist"  # registered by the import of llada.inference.lm_eval_model
 PRESETS = Path(__file__).with_name("presets.yaml")
 TASKS = Path(__file__).with_name("tasks")
 NOT_FOUND = "Tasks not found: "  # how lm_eval's own error starts

@@ -31,11 +31,11 @@ from transformers import PreTrainedTokenizerBase
 from llada.data.chat import drops_system, render_prompt
 from llada.data.messages import Message, to_messages
 from llada.data.records import read_records
-from llada.denoising_view import DenoisingView, clean
 from llada.flags import flag, parse
+from llada.inference.denoising_view import DenoisingView, clean
+from llada.inference.sampler_flags import SamplerFlags, sampler_settings
 from llada.models import load_model, load_tokenizer, special_ids
 from llada.run import start_run
-from llada.sampler_flags import SamplerFlags, sampler_settings
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 
 COMMANDS = {

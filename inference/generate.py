@@ -38,10 +38,10 @@ from llada.data.prompts import prompt_of
 from llada.data.records import read_records
 from llada.diffusion.likelihood import Request, score
 from llada.flags import flag, parse
+from llada.inference.sampler_flags import SamplerFlags, sampler_settings
 from llada.models import checkpoint_files, load_model, load_tokenizer, special_ids
 from llada.resumable import RequestLog
 from llada.run import barrier, end_run, start_run
-from llada.sampler_flags import SamplerFlags, sampler_settings
 from llada.verifiers import final_answer
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from llada import checkpoint
 from llada.blocks import wrap_blocks
+from llada.diffusion.losses import LossParts
 from llada.flags import write_yaml
 from llada.guards import LossWatch, gather_records
-from llada.diffusion.losses import LossParts
 from llada.models import NO_SCALING, RopeScaling, attach_lora, load_model, save_model
 from llada.progress import Progress
 from llada.run import Metrics, Run, sum_over_ranks

@@ -34,12 +34,12 @@ from llada.checkpoint import write_atomically
 from llada.data.prompts import Prompt, read_prompts
 from llada.diffusion.masking import generator
 from llada.flags import flag, parse
+from llada.inference.sampler_flags import SamplerFlags, sampler_settings
 from llada.models import checkpoint_files, load_model, load_tokenizer, special_ids
 from llada.resumable import RequestLog
 from llada.reward_flags import RewardFlags
 from llada.rewards import compute_rewards
 from llada.run import barrier, end_run, start_run
-from llada.sampler_flags import SamplerFlags, sampler_settings
 from modelling_final import LLaDAModelLM
 
 

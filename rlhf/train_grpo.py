@@ -41,6 +41,7 @@ from llada.diffusion.bound_gradient import adapter_off, disable_dropout
 from llada.diffusion.sampler_likelihood import check_settings
 from llada.flags import flag, parse
 from llada.grpo import BASELINES, LOSS_TYPES, SCALES, Objective, grpo_loss
+from llada.inference.sampler_flags import SamplerFlags, sampler_settings
 from llada.models import load_tokenizer, resolve_checkpoint, special_ids
 from llada.older_flags import OlderFlags
 from llada.policy_config import PolicyConfig, load_policy
@@ -50,7 +51,6 @@ from llada.reward_flags import RewardFlags
 from llada.rollout_files import RolloutFiles
 from llada.rollouts import ReferenceModel, RolloutStream, Sampler
 from llada.run import Run, end_run, start_run, sum_over_ranks
-from llada.sampler_flags import SamplerFlags, sampler_settings
 from llada.training import fit
 
 # Beside the flags of every stage: what decides a rollout, its advantages, or its loss.

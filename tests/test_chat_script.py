@@ -8,9 +8,9 @@ import sys
 import pytest
 from conftest import load_script
 
-from llada import denoising_view
 from llada.data.chat import render_prompt
-from llada.denoising_view import DenoisingView, clean, spell, wrap
+from llada.inference import denoising_view
+from llada.inference.denoising_view import DenoisingView, clean, spell, wrap
 from llada.models import load_tokenizer
 
 QUICK = ["--gen_length", "8", "--steps", "4", "--block_length", "4", "--device", "cpu"]

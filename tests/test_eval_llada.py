@@ -17,8 +17,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from llada.diffusion.likelihood import Request
-from llada.eval_worker import Worker, _deal, cut_answer, parse_model_args
-from llada.lm_eval_model import LLaDADist, with_flags
+from llada.inference.eval_worker import Worker, _deal, cut_answer, parse_model_args
+from llada.inference.lm_eval_model import LLaDADist, with_flags
 from llada.models import new_model, save_model
 from llada.resumable import RequestLog
 
@@ -121,7 +121,7 @@ def test_a_finished_run_computes_nothing_again(finished, checkpoint, main, monke
         raise AssertionError("computed again")
 
     monkeypatch.setattr(Worker, "_generate", fail)
-    monkeypatch.setattr("llada.eval_worker.iter_scores", fail)
+    monkeypatch.setattr("llada.inference.eval_worker.iter_scores", fail)
     record_dir = f",record_dir={finished / 'requests'},generate_batch_size=1"
     main(flags(checkpoint, tmp_path, "gsm8k_local,mmlu_local", record_dir))
     assert results(tmp_path) == results(finished)

@@ -1,6 +1,6 @@
 """`llada_dist`: a LLaDA checkpoint as a model of lm_eval; importing this file registers the name.
 
-lm_eval's requests are texts; here they become token ids for llada.eval_worker, which computes them on all
+lm_eval's requests are texts; here they become token ids for llada.inference.eval_worker, which computes them on all
 ranks.
 """
 
@@ -17,7 +17,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 
 from llada.diffusion.likelihood import Request
-from llada.eval_worker import Prompt, Worker, parse_model_args
+from llada.inference.eval_worker import Prompt, Worker, parse_model_args
 from llada.models import load_tokenizer
 
 log = logging.getLogger("lm_eval.llada")

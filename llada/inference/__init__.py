@@ -1,0 +1,1 @@
+"""Using a model: sampler flags, the denoising view, lm_eval."""
