@@ -31,7 +31,6 @@ from datasets import load_dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from llada.bref import base_seed, draw_masks, fingerprint, mask_checks, mask_sizes, plan_of, prefix_means
 from llada.checkpoint import write_atomically
 from llada.data.answers import EOS, LONG, Encoded, Encoding, Tokens, encode_answers, read_labelled
 from llada.data.messages import Labelled
@@ -40,6 +39,15 @@ from llada.diffusion.bound_gradient import draw_values, make_draws
 from llada.diffusion.likelihood import Request
 from llada.flags import flag, parse
 from llada.models import load_model, load_tokenizer, resolve_checkpoint
+from llada.policies.kto_reference import (
+    base_seed,
+    draw_masks,
+    fingerprint,
+    mask_checks,
+    mask_sizes,
+    plan_of,
+    prefix_means,
+)
 from llada.resumable import RequestLog
 from llada.run import Run, autocast, barrier, end_run, start_run
 

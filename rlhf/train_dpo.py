@@ -28,7 +28,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llada import preflight
-from llada.answer_stream import AnswerBatch, Answers, AnswerStream
 from llada.data.answers import EOS, LONG, Encoding, Tokens, load_pairs
 from llada.data.messages import PAIR_KEYS
 from llada.diffusion.bound_estimator import SIZE_LAWS
@@ -43,8 +42,9 @@ from llada.diffusion.likelihood import Request
 from llada.diffusion.preference_losses import DPO_LOSSES, dpo_losses
 from llada.flags import flag, parse
 from llada.models import load_tokenizer, special_ids
-from llada.policy_config import PolicyConfig, load_policy
-from llada.reference import Reference, make_reference, precompute_reference
+from llada.policies.answer_stream import AnswerBatch, Answers, AnswerStream
+from llada.policies.config import PolicyConfig
+from llada.policies.reference_model import Reference, load_policy, make_reference, precompute_reference
 from llada.run import Run, autocast, end_run, start_run, sum_over_ranks
 from llada.training import Loss, LossParts, fit
 

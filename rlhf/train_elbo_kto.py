@@ -26,9 +26,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llada import preflight
-from llada.answer_stream import AnswerBatch, Answers, AnswerStream
-from llada.bref import check_fingerprint, fingerprint, plan_of, prefix_means
-from llada.bref_records import BrefFile, BrefRecord, read_bref, subsample
 from llada.data.answers import EOS
 from llada.diffusion.bound_gradient import (
     Draws,
@@ -42,8 +39,19 @@ from llada.diffusion.likelihood import Request
 from llada.diffusion.preference_losses import Z0_MODES, kto_baseline, kto_losses
 from llada.flags import flag, parse
 from llada.models import load_tokenizer, resolve_checkpoint, special_ids
-from llada.policy_config import PolicyConfig, load_policy
-from llada.reference import Reference, make_reference
+from llada.policies.answer_stream import AnswerBatch, Answers, AnswerStream
+from llada.policies.config import PolicyConfig
+from llada.policies.kto_reference import (
+    BrefFile,
+    BrefRecord,
+    check_fingerprint,
+    fingerprint,
+    plan_of,
+    prefix_means,
+    read_bref,
+    subsample,
+)
+from llada.policies.reference_model import Reference, load_policy, make_reference
 from llada.run import Run, autocast, end_run, start_run, sum_over_ranks
 from llada.training import Loss, LossParts, fit
 

@@ -40,16 +40,14 @@ from llada.diffusion.bound_estimator import SIZE_LAWS
 from llada.diffusion.bound_gradient import adapter_off, disable_dropout
 from llada.diffusion.sampler_likelihood import check_settings
 from llada.flags import flag, parse
-from llada.grpo import BASELINES, LOSS_TYPES, SCALES, Objective, grpo_loss
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
 from llada.models import load_tokenizer, resolve_checkpoint, special_ids
-from llada.older_flags import OlderFlags
-from llada.policy_config import PolicyConfig, load_policy
-from llada.policy_terms import ESTIMATORS, TermBuilder
-from llada.reference import load_frozen
+from llada.policies.config import OlderFlags, PolicyConfig
+from llada.policies.grpo import BASELINES, LOSS_TYPES, SCALES, Objective, grpo_loss
+from llada.policies.likelihood_terms import ESTIMATORS, TermBuilder
+from llada.policies.reference_model import load_frozen, load_policy
+from llada.policies.rollouts import ReferenceModel, RolloutFiles, RolloutStream, Sampler
 from llada.reward_flags import RewardFlags
-from llada.rollout_files import RolloutFiles
-from llada.rollouts import ReferenceModel, RolloutStream, Sampler
 from llada.run import Run, end_run, start_run, sum_over_ranks
 from llada.training import fit
 

@@ -12,9 +12,9 @@ import torch
 from conftest import load_script
 from tiny_llada import make_model
 
-from llada.answer_stream import AnswerBatch
 from llada.diffusion.bound_gradient import make_draws, plan_draws
 from llada.diffusion.likelihood import Request
+from llada.policies.answer_stream import AnswerBatch
 from llada.progress import peak_resident
 
 NUM_ANSWERS, LENGTH = 8, 100

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from llada.bref import (
+from llada.policies.kto_reference import (
     base_seed,
     check_fingerprint,
     derive_seed,

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from llada.diffusion.sampler_likelihood import replay
-from llada.grpo import GroupBatch, Objective, group_advantages, grpo_loss
 from llada.models import SpecialIds
-from llada.policy_terms import Answer, TermBuilder
+from llada.policies.grpo import GroupBatch, Objective, group_advantages, grpo_loss
+from llada.policies.likelihood_terms import Answer, TermBuilder
 from modelling_final import LLaDAGenerationConfig
 
 TOKENS, LENGTH = 3, 3  # what can be drawn is 0, 1, 2

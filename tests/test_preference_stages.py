@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, load_script
 from safetensors.torch import load_file
 
-from llada.bref import mask_sizes
+from llada.policies.kto_reference import mask_sizes
 from llada.run import read_metrics
 
 DPO, KTO, BREF = "rlhf/train_dpo.py", "rlhf/train_elbo_kto.py", "rlhf/precompute_bref.py"
@@ -286,7 +286,7 @@ def test_published_records_are_accepted(model_dir, bref, tmp_path):
     ]
     # rows of 4096 tokens are slow here: the fill is the same but for its length
     script = load_script(KTO)
-    settings = sys.modules["llada.bref_records"].PUBLISHED
+    settings = sys.modules["llada.policies.kto_reference"].PUBLISHED
     assert settings == {"eos": "padded", "max_length": 4096}
     settings["max_length"] = 256
     try:

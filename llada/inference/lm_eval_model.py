@@ -1,6 +1,6 @@
 """`llada_dist`: a LLaDA checkpoint as a model of lm_eval; importing this file registers the name.
 
-lm_eval's requests are texts; here they become token ids for llada.inference.eval_worker, which computes them on all
+lm_eval's requests are texts; here they become token ids for eval_worker.py, which computes them on all
 ranks.
 """
 

@@ -1,7 +1,7 @@
 """What a policy gradient sums over: the log-likelihoods of completions in terms, with gradients.
 
     elbo        one term a completion: the any-order bound B, all tokens at once (sequence level; ESPO)
-    trajectory  one term a denoising step: the sampler's own likelihood of it (diffusion/sampler_likelihood.py)
+    trajectory  one term a denoising step: the sampler's own likelihood of it (sampler_likelihood.py)
     diffu       one term a token: log p of it from one copy with the whole answer masked (diffu-GRPO)
 
 Only `trajectory` is the likelihood of the sampler that made the completions, and its policy gradient exact.

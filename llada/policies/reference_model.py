@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llada.answer_stream import AnswerStream
 from llada.diffusion.bound_gradient import Draws, adapter_off, disable_dropout, draw_values
 from llada.models import load_model, resolve_checkpoint
-from llada.policy_config import PolicyConfig
+from llada.policies.answer_stream import AnswerStream
+from llada.policies.config import PolicyConfig
 from llada.run import Run, autocast, sum_over_ranks
 from llada.sharding import parallelize
+from llada.training import load_trainable, prepare_trainable
 
 Reference = Callable[[torch.nn.Module, Sequence[Draws]], Tensor]
 """(policy, draws) -> [K, N] what `draw_values` gives for the reference."""
@@ -107,3 +108,17 @@ def precompute_reference(
         cache.parent.mkdir(parents=True, exist_ok=True)
         np.savez(cache, values=flat, key=key)
     return flat
+
+
+def load_policy(config: PolicyConfig) -> torch.nn.Module:
+    """The model to train; with --sft_adapter_path that adapter on it, trainable."""
+    if config.sft_adapter_path is None:
+        return load_trainable(config.model_name_or_path, config)
+    model = load_model(
+        config.model_name_or_path,
+        dtype=config.dtype,
+        adapter_path=config.sft_adapter_path,
+        attn_implementation=config.attn_implementation,
+        merge_adapter=False,
+    )
+    return prepare_trainable(model, config)

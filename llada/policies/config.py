@@ -2,13 +2,32 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from llada.flags import flag
-from llada.models import load_model
 from llada.run import Run
 from llada.train_config import TrainConfig
-from llada.training import load_trainable, prepare_trainable
+
+_DONE = "Accepted; "
+_OWN = _DONE + "this suite shards, saves and resumes by itself."
+
+
+@dataclass(kw_only=True)
+class OlderFlags:
+    """Accepted without effect."""
+
+    ckpt_path: str | None = flag(None, help=_DONE + "states are saved in --output_dir.")
+    save_hf_ckpt: bool = flag(False, help=_DONE + "final/ always is a plain checkpoint.")
+    disable_ds_ckpt: bool = flag(False, help=_OWN)
+    max_ckpt_mem: float = flag(0.0, help=_DONE + "see --save_total_limit.")
+    local_rank: int = flag(-1, help=_DONE + "torchrun says it in the environment.")
+    ref_offload: bool = flag(False, help=_OWN)
+    gradient_checkpointing_use_reentrant: bool = flag(False, help=_DONE + "it never is.")
+    input_template: str | None = flag(None, help=_DONE + "prompts go through the chat template.")
+    dataset_probs: float = flag(1.0, help=_DONE + "there is one data set.")
+    use_ms: bool = flag(False, help=_DONE + "there is one data set.")
+    wandb_org: str | None = flag(None, help=_DONE + "W&B reads WANDB_ENTITY.")
+    wandb_group: str | None = flag(None, help=_DONE + "W&B reads WANDB_RUN_GROUP.")
+    use_tensorboard: str | None = flag(None, help=_DONE + "curves: scripts/plot_metrics.py on metrics.jsonl.")
+
 
 DEFAULT_LORA_RANK = 128
 
@@ -98,17 +117,3 @@ class PolicyConfig(TrainConfig):
         self.use_lora = self.use_lora or self.lora_r > 0 or self.sft_adapter_path is not None
         if self.use_lora and self.lora_r == 0:
             self.lora_r = DEFAULT_LORA_RANK
-
-
-def load_policy(config: PolicyConfig) -> torch.nn.Module:
-    """The model to train; with --sft_adapter_path that adapter on it, trainable."""
-    if config.sft_adapter_path is None:
-        return load_trainable(config.model_name_or_path, config)
-    model = load_model(
-        config.model_name_or_path,
-        dtype=config.dtype,
-        adapter_path=config.sft_adapter_path,
-        attn_implementation=config.attn_implementation,
-        merge_adapter=False,
-    )
-    return prepare_trainable(model, config)

@@ -6,7 +6,7 @@ The surrogate is a sum over terms. What a term is, and its log-likelihood, is th
     trajectory  one term a denoising step: the sampler's own likelihood of it
     diffu       one term a token: log p of it with the whole answer masked
 
-(llada/policy_terms.py). With ratio = exp((log pi - log pi_old) / size) and the completion's advantage A
+(likelihood_terms.py). With ratio = exp((log pi - log pi_old) / size) and the completion's advantage A
 
     loss = -sum_terms w min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A) + beta w KL2 / size
     KL2  = (log pi - log pi_ref)^2 / 2,   whose expected gradient under the policy is that of KL(pi || pi_ref)
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llada.policy_terms import Terms
+from llada.policies.likelihood_terms import Terms
 from llada.training import LossParts
 
 BASELINES = ("group_mean", "leave_one_out")

@@ -1,0 +1,1 @@
+"""DPO, ELBO-KTO and GRPO: what preference and reinforcement stages share."""
