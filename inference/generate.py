@@ -41,8 +41,8 @@ from llada.flags import flag, parse
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
 from llada.models import checkpoint_files, load_model, load_tokenizer, special_ids
 from llada.resumable import RequestLog
+from llada.rewards.verifiers import final_answer
 from llada.run import barrier, end_run, start_run
-from llada.verifiers import final_answer
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 
 log = logging.getLogger("generate")

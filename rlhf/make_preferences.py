@@ -37,8 +37,8 @@ from llada.flags import flag, parse
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
 from llada.models import checkpoint_files, load_model, load_tokenizer, special_ids
 from llada.resumable import RequestLog
-from llada.reward_flags import RewardFlags
-from llada.rewards import compute_rewards
+from llada.rewards.flags import RewardFlags
+from llada.rewards.functions import compute_rewards
 from llada.run import barrier, end_run, start_run
 from modelling_final import LLaDAModelLM
 

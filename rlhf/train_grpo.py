@@ -47,7 +47,7 @@ from llada.policies.grpo import BASELINES, LOSS_TYPES, SCALES, Objective, grpo_l
 from llada.policies.likelihood_terms import ESTIMATORS, TermBuilder
 from llada.policies.reference_model import load_frozen, load_policy
 from llada.policies.rollouts import ReferenceModel, RolloutFiles, RolloutStream, Sampler
-from llada.reward_flags import RewardFlags
+from llada.rewards.flags import RewardFlags
 from llada.run import Run, end_run, start_run, sum_over_ranks
 from llada.training import fit
 

@@ -59,7 +59,7 @@ from llada.data.messages import to_prompt
 from llada.data.records import read_records
 from llada.flags import flag, parse
 from llada.models import load_model, load_tokenizer, special_ids
-from llada.rewards import score
+from llada.rewards.functions import score
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 
 TIMED = ["reference", "exact", "exact+nostop", "factor", "threshold", "dual", "prefix+factor", "dual+factor"]

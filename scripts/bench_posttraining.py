@@ -30,7 +30,7 @@ import numpy as np
 
 from llada.diffusion.masking import generator
 from llada.flags import flag, parse, read_yaml
-from llada.rewards import score
+from llada.rewards.functions import score
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_RESAMPLES = 10_000

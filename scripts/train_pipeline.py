@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from llada.flags import read_yaml
-from llada.rewards import score
+from llada.rewards.functions import score
 
 ROOT = Path(__file__).resolve().parent.parent
 TAIL_LINES = 30

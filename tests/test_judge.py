@@ -7,7 +7,7 @@ import pytest
 from fake_judge import QUALITY, FakeServer, Handler, by_quality, shown
 
 from llada.chat_client import ChatClient, ServerFailure
-from llada.judge import Judge, list_schema, listed_scores
+from llada.rewards.judge import Judge, list_schema, listed_scores
 
 
 @pytest.fixture

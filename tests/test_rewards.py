@@ -7,9 +7,9 @@ import time
 import numpy as np
 import pytest
 
-from llada import rewards
-from llada.rewards import Reward, compute_rewards, load_rewards, score
-from llada.verifiers import cells, countdown_solved, evaluate, final_answer, sudoku_solved
+from llada.rewards import functions as rewards
+from llada.rewards.functions import Reward, compute_rewards, load_rewards, score
+from llada.rewards.verifiers import cells, countdown_solved, evaluate, final_answer, sudoku_solved
 
 PUZZLE = "1004420020433410"
 SOLVED = "1324423121433412"

@@ -1,9 +1,9 @@
-"""pass@1 of generated Python: the program and its tests run in a process of their own (llada/sandbox.py)."""
+"""pass@1 of generated Python: the program and its tests run in a process of their own (llada/rewards/sandbox.py)."""
 
 from typing import Any
 
-from llada.sandbox import all_run_through
-from llada.verifiers import code_blocks
+from llada.rewards.sandbox import all_run_through
+from llada.rewards.verifiers import code_blocks
 
 
 def pass_at_1(references: list[str], predictions: list[list[str]]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from local_data import data_file, read_jsonl
 
-from llada.rewards import score
+from llada.rewards.functions import score
 
 
 def _puzzles(name: str, *, data_dir: str | None = None, **_: Any) -> DatasetDict:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from llada.chat_client import ChatClient
 from llada.flags import flag
-from llada.judge import MODES, RUBRIC, Judge
-from llada.rewards import Reward, load_rewards
+from llada.rewards.functions import Reward, load_rewards
+from llada.rewards.judge import MODES, RUBRIC, Judge
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,7 @@
 
 `columns` holds the other fields of the records, a list each; None means that the reward has nothing to say
 about a completion. Ours give 1.0 or 0.0, read the part of a completion behind its `<think>`, and stay
-harmless whatever the text is: see llada/sandbox.py.
+harmless whatever the text is: see llada/rewards/sandbox.py.
 
 `score` is what the held-out accuracy of the pipeline and of lm_eval both use.
 
@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from llada.sandbox import Worker, all_run_through
-from llada.verifiers import (
+from llada.rewards.sandbox import Worker, all_run_through
+from llada.rewards.verifiers import (
     cells,
     code_blocks,
     countdown_solved,
@@ -39,7 +39,7 @@ Values = list[float | None]
 
 SECONDS = 5.0  # for one answer
 
-_worker = Worker("llada.verifiers", prepare="import_libraries")
+_worker = Worker("llada.rewards.verifiers", prepare="import_libraries")
 
 
 def score(completion: str, record: Mapping[str, Any]) -> float:

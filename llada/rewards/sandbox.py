@@ -170,7 +170,7 @@ class Worker:
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         code = (
             f"import sys; sys.path[:] = {[os.path.abspath(p) for p in sys.path]!r}; "
-            "from llada.sandbox import serve; "
+            "from llada.rewards.sandbox import serve; "
             f"serve({self._module!r}, {self._prepare!r}, {self._memory})"
         )
         self._child = subprocess.Popen(

@@ -1,0 +1,1 @@
+"""Rewards: functions, verifiers, the sandbox, the judge."""
