@@ -33,7 +33,6 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from llada.autoregressive.causal_lm import causal_lm_files, end_ids, load_causal_lm, prompt_ids
-from llada.bridge import BRIDGES, Bridge
 from llada.checkpoint import write_atomically
 from llada.data.prompts import prompt_of
 from llada.data.records import read_records
@@ -41,8 +40,9 @@ from llada.flags import flag, parse
 from llada.models import checkpoint_files, load_model, load_tokenizer, special_ids
 from llada.resumable import RequestLog
 from llada.run import barrier, end_run, start_run
-from llada.speculative import SpeculativeDecoder, SpeculativeStats, ends_with
-from llada.speculative_settings import SpeculativeSettings
+from llada.speculative.bridge import BRIDGES, Bridge
+from llada.speculative.decoder import SpeculativeDecoder, SpeculativeStats, ends_with
+from llada.speculative.settings import SpeculativeSettings
 
 
 @dataclass(kw_only=True)

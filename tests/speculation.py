@@ -6,7 +6,7 @@ import torch
 from conftest import load_script
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llada.bridge import Bridge
+from llada.speculative.bridge import Bridge
 
 FLOAT64 = torch.float64
 

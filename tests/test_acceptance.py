@@ -7,7 +7,7 @@ import pytest
 import torch
 from all_outcomes import all_outcomes
 
-from llada.acceptance import GreedyDraws, KeyedDraws, by_block, by_match, by_token
+from llada.speculative.acceptance import GreedyDraws, KeyedDraws, by_block, by_match, by_token
 from modelling_final.remasking_llada import transfer_schedule
 
 V = 3

@@ -8,13 +8,13 @@ from conftest import ROOT, load_script
 from speculation import make_verifier
 from test_vocabulary import sentencepiece
 
-from llada.acceptance import KeyedDraws
 from llada.autoregressive.vocabulary import TokenBytes
-from llada.bridge import Bridge, GrowingText
 from llada.models import load_tokenizer
-from llada.speculative import SpeculativeDecoder, SpeculativeStats, ends_with
-from llada.speculative_generate import speculative_generate
-from llada.speculative_settings import SpeculativeSettings
+from llada.speculative.acceptance import KeyedDraws
+from llada.speculative.bridge import Bridge, GrowingText
+from llada.speculative.decoder import SpeculativeDecoder, SpeculativeStats, ends_with
+from llada.speculative.generate import speculative_generate
+from llada.speculative.settings import SpeculativeSettings
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
 TEXT = (ROOT / "README.md").read_text()[:3000] + "\n  € für “zwei” 😀\n\n\tEnde 1234 + 99.5 = x"
@@ -151,7 +151,7 @@ def test_growing_text_equals_tokenising_all_of_it(ours):
 
 
 def test_growing_text_tokenises_only_the_end(ours, monkeypatch):
-    import llada.bridge as module
+    import llada.speculative.bridge as module
 
     sizes, encode = [], module.encode_texts
     monkeypatch.setattr(

@@ -10,9 +10,9 @@ from all_outcomes import all_outcomes
 from speculation import IdsOnly
 from torch import nn
 
-from llada.speculative import SpeculativeDecoder
-from llada.speculative_settings import SpeculativeSettings
-from llada.verifying import Verifier
+from llada.speculative.decoder import SpeculativeDecoder
+from llada.speculative.settings import SpeculativeSettings
+from llada.speculative.verifier import Verifier
 
 
 class TableModel(nn.Module):
@@ -59,7 +59,7 @@ def loop_error(num_tokens, num_answer, monkeypatch, **settings):
     )
     verifier = TableModel(num_tokens, True, 1)
     drafter = TableModel(num_tokens + 1, False, 2)
-    monkeypatch.setattr("llada.speculative.Verifier", TableVerifier)
+    monkeypatch.setattr("llada.speculative.decoder.Verifier", TableVerifier)
     decoder = SpeculativeDecoder(drafter, verifier, IdsOnly(num_tokens), settings)
 
     def procedure(draws):

@@ -125,7 +125,7 @@ def test_a_killed_run_goes_on_where_it_stopped(run, prompts, monkeypatch):
 
 
 def test_a_difference_that_rounding_does_not_explain_is_an_error(run, prompts, monkeypatch, capsys):
-    from llada.speculative import SpeculativeDecoder
+    from llada.speculative.decoder import SpeculativeDecoder
 
     decode = SpeculativeDecoder.decode
 

@@ -4,15 +4,11 @@ import pytest
 import torch
 from speculation import IdsOnly, make_drafter, make_verifier
 
-from llada.acceptance import KeyedDraws
-from llada.speculative import (
-    SpeculativeDecoder,
-    SpeculativeStats,
-    ends_with,
-)
-from llada.speculative_generate import speculative_generate
-from llada.speculative_settings import SpeculativeSettings, warpers
-from llada.verifying import Verifier
+from llada.speculative.acceptance import KeyedDraws
+from llada.speculative.decoder import SpeculativeDecoder, SpeculativeStats, ends_with
+from llada.speculative.generate import speculative_generate
+from llada.speculative.settings import SpeculativeSettings, warpers
+from llada.speculative.verifier import Verifier
 
 V = 48
 EOS = 0

@@ -1,10 +1,10 @@
 """Speculative decoding: a LLaDA model drafts, an autoregressive model verifies and decides every token.
 
-    draft:   masks behind [prompt, answer so far] become tokens                        llada/drafting.py
-    verify:  one forward of the verifier over the drafted tokens                       llada/verifying.py
-    accept:  the first n of them stay, one more token comes from the verifier          llada/acceptance.py
-    bridge:  between two tokenizers                                                    llada/bridge.py
-    generate(custom_generate=...) of transformers                              llada/speculative_generate.py
+    draft:   masks behind [prompt, answer so far] become tokens                        llada/speculative/drafter.py
+    verify:  one forward of the verifier over the drafted tokens                       llada/speculative/verifier.py
+    accept:  the first n of them stay, one more token comes from the verifier          llada/speculative/acceptance.py
+    bridge:  between two tokenizers                                                    llada/speculative/bridge.py
+    generate(custom_generate=...) of transformers                              llada/speculative/generate.py
 
 The output has exactly the verifier's distribution; at temperature 0 it is its greedy output (up to rounding:
 a forward over several tokens rounds otherwise than one over a single token, and equal logits can change
@@ -22,11 +22,19 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from llada.acceptance import Accepted, Draws, GreedyDraws, KeyedDraws, by_block, by_match, by_token
-from llada.bridge import Bridge
-from llada.drafting import Draft, Drafter
-from llada.speculative_settings import SpeculativeSettings, warpers
-from llada.verifying import Verifier, shared_length
+from llada.speculative.acceptance import (
+    Accepted,
+    Draws,
+    GreedyDraws,
+    KeyedDraws,
+    by_block,
+    by_match,
+    by_token,
+)
+from llada.speculative.bridge import Bridge
+from llada.speculative.drafter import Draft, Drafter
+from llada.speculative.settings import SpeculativeSettings, warpers
+from llada.speculative.verifier import Verifier, shared_length
 from modelling_final import LLaDAModelLM
 
 IsDone = Callable[[list[int]], bool]

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from llada.bridge import Bridge
-from llada.speculative import SpeculativeDecoder, SpeculativeStats
-from llada.speculative_settings import SpeculativeSettings
-from llada.verifying import ROW_BY_ROW
+from llada.speculative.bridge import Bridge
+from llada.speculative.decoder import SpeculativeDecoder, SpeculativeStats
+from llada.speculative.settings import SpeculativeSettings
+from llada.speculative.verifier import ROW_BY_ROW
 from modelling_final import LLaDAModelLM
 
 

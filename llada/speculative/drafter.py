@@ -3,7 +3,7 @@
 K chains drafted side by side, G masks (tokens of a draft), L canvas columns before them, R columns wanted of
 a forward, S tokens that may be drawn, D width of q, E head outputs.
 
-What a draft was drawn from decides how it may be accepted (see `llada.acceptance`), and never whether the
+What a draft was drawn from decides how it may be accepted (see `llada.speculative.acceptance`), and never whether the
 output is right: keys and values of an earlier forward, an unsuitable model, or a shortened canvas only cost
 acceptance.
 """
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
-from llada.acceptance import Draws
-from llada.bridge import Bridge
-from llada.speculative_settings import SpeculativeSettings
-from llada.verifying import shared_length
+from llada.speculative.acceptance import Draws
+from llada.speculative.bridge import Bridge
+from llada.speculative.settings import SpeculativeSettings
+from llada.speculative.verifier import shared_length
 from modelling_final import WindowCache
 from modelling_final.remasking_llada import pick_top, transfer_schedule
 

@@ -1,0 +1,1 @@
+"""Speculative decoding: LLaDA drafts, an AR model verifies."""
