@@ -38,7 +38,6 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from llada import preflight
 from llada.autoregressive.teacher_rows import KIND
 from llada.autoregressive.teacher_stream import RULES, AlignedBatch, AlignmentStream, Windows
 from llada.data.rows import load_conversations
@@ -47,8 +46,9 @@ from llada.diffusion.distillation_losses import Objective, RowScore, accepted_le
 from llada.flags import flag, parse
 from llada.models import load_tokenizer, special_ids
 from llada.run import Run, autocast, end_run, start_run, sum_over_ranks
-from llada.train_config import TrainConfig
-from llada.training import LossParts, fit, load_trainable
+from llada.training import dry_run as preflight
+from llada.training.config import TrainConfig
+from llada.training.loop import LossParts, fit, load_trainable
 
 LOSS_TYPES = ("auto", "ce", "kl", "hybrid", "lk")
 WINDOW_WEIGHTS = ("uniform", "decay", "streak")

@@ -22,13 +22,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from llada.data.rows import load_conversations
 from llada.diffusion.batches import Example, MaskedBatch, Noised
-from llada.diffusion.losses import validation_loss
 from llada.diffusion.stream import MaskedStream
 from llada.flags import flag, parse
 from llada.models import SpecialIds, load_tokenizer, new_config, resolve_checkpoint
 from llada.run import end_run, start_run
-from llada.train_config import TrainConfig
-from llada.training import fit
+from llada.training.config import TrainConfig
+from llada.training.loop import fit
+from llada.training.validation import validation_loss
 
 
 @dataclass(kw_only=True)

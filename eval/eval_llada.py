@@ -1,7 +1,7 @@
 """Evaluate a LLaDA checkpoint with lm_eval, as the model `llada_dist`.
 
 Every flag of lm_eval's command line works (`--help`); `--model_args` takes the names of `ModelArgs` in
-llada.inference.lm_eval_model. `--preset NAME` fills in a published setting of eval/presets.yaml and prints its
+llada/inference/. `--preset NAME` fills in a published setting of eval/presets.yaml and prints its
 published score; what is given beside it wins. Requests are sharded over the ranks. With `--output_path` the
 results and every raw generation are saved there, and a killed run that is started again continues where it
 stopped.

@@ -33,7 +33,6 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from llada.autoregressive.causal_lm import causal_lm_files, end_ids, load_causal_lm, prompt_ids
-from llada.checkpoint import write_atomically
 from llada.data.prompts import prompt_of
 from llada.data.records import read_records
 from llada.flags import flag, parse
@@ -43,6 +42,7 @@ from llada.run import barrier, end_run, start_run
 from llada.speculative.bridge import BRIDGES, Bridge
 from llada.speculative.decoder import SpeculativeDecoder, SpeculativeStats, ends_with
 from llada.speculative.settings import SpeculativeSettings
+from llada.training.checkpoint import write_atomically
 
 
 @dataclass(kw_only=True)

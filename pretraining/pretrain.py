@@ -26,18 +26,19 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from llada import preflight
 from llada.data.rows import load_corpus
 from llada.diffusion.batches import Example
-from llada.diffusion.losses import masked_diffusion_loss, validation_loss
+from llada.diffusion.losses import masked_diffusion_loss
 from llada.diffusion.masking import generator
 from llada.diffusion.stream import Curriculum, MaskedStream
 from llada.flags import flag, parse
-from llada.footprint import flops_counter
 from llada.models import ROPE_SCALING, RopeScaling, load_config, load_tokenizer, new_model, special_ids
 from llada.run import end_run, start_run
-from llada.train_config import TrainConfig
-from llada.training import fit, load_trainable, prepare_trainable
+from llada.training import dry_run as preflight
+from llada.training.config import TrainConfig
+from llada.training.cost import flops_counter
+from llada.training.loop import fit, load_trainable, prepare_trainable
+from llada.training.validation import validation_loss
 
 RESUME_MUST_AGREE = (
     "random_length_probability", "rope_scaling", "rope_factor", "start_length", "length_steps",

@@ -30,7 +30,6 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from llada.checkpoint import write_atomically
 from llada.data.prompts import Prompt, read_prompts
 from llada.diffusion.masking import generator
 from llada.flags import flag, parse
@@ -40,6 +39,7 @@ from llada.resumable import RequestLog
 from llada.rewards.flags import RewardFlags
 from llada.rewards.functions import compute_rewards
 from llada.run import barrier, end_run, start_run
+from llada.training.checkpoint import write_atomically
 from modelling_final import LLaDAModelLM
 
 

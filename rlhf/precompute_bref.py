@@ -31,7 +31,6 @@ from datasets import load_dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from llada.checkpoint import write_atomically
 from llada.data.answers import EOS, LONG, Encoded, Encoding, Tokens, encode_answers, read_labelled
 from llada.data.messages import Labelled
 from llada.data.records import input_files
@@ -50,6 +49,7 @@ from llada.policies.kto_reference import (
 )
 from llada.resumable import RequestLog
 from llada.run import Run, autocast, barrier, end_run, start_run
+from llada.training.checkpoint import write_atomically
 
 
 @dataclass(kw_only=True)

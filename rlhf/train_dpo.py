@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llada import preflight
 from llada.data.answers import EOS, LONG, Encoding, Tokens, load_pairs
 from llada.data.messages import PAIR_KEYS
 from llada.diffusion.bound_estimator import SIZE_LAWS
@@ -46,7 +45,8 @@ from llada.policies.answer_stream import AnswerBatch, Answers, AnswerStream
 from llada.policies.config import PolicyConfig
 from llada.policies.reference_model import Reference, load_policy, make_reference, precompute_reference
 from llada.run import Run, autocast, end_run, start_run, sum_over_ranks
-from llada.training import Loss, LossParts, fit
+from llada.training import dry_run as preflight
+from llada.training.loop import Loss, LossParts, fit
 
 # Beside the flags of every stage.
 RESUME_MUST_AGREE = (

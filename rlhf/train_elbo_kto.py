@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llada import preflight
 from llada.data.answers import EOS
 from llada.diffusion.bound_gradient import (
     Draws,
@@ -53,7 +52,8 @@ from llada.policies.kto_reference import (
 )
 from llada.policies.reference_model import Reference, load_policy, make_reference
 from llada.run import Run, autocast, end_run, start_run, sum_over_ranks
-from llada.training import Loss, LossParts, fit
+from llada.training import dry_run as preflight
+from llada.training.loop import Loss, LossParts, fit
 
 # Beside the flags of every stage.
 RESUME_MUST_AGREE = (

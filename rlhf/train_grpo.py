@@ -49,7 +49,7 @@ from llada.policies.reference_model import load_frozen, load_policy
 from llada.policies.rollouts import ReferenceModel, RolloutFiles, RolloutStream, Sampler
 from llada.rewards.flags import RewardFlags
 from llada.run import Run, end_run, start_run, sum_over_ranks
-from llada.training import fit
+from llada.training.loop import fit
 
 # Beside the flags of every stage: what decides a rollout, its advantages, or its loss.
 RESUME_MUST_AGREE = (

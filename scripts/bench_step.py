@@ -43,7 +43,7 @@ from llada.bench.reference_losses import (
 from llada.bench.step_shapes import SHAPES, Shape, bare, build_model
 from llada.bench.step_timing import Arm, Bench, compare, matmul_rate, time_arms, trunk_loss
 from llada.flags import flag, parse
-from llada.footprint import count_parameters, flops_per_token
+from llada.training.cost import count_parameters, flops_per_token
 
 _PRECISIONS = ["float32", "bfloat16"]
 

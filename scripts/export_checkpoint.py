@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from llada.checkpoint import find_resume, load_weights, read_meta
 from llada.flags import flag, parse, read_yaml
 from llada.models import DTYPES, RopeScaling, attach_lora, load_model, load_tokenizer, new_model, save_model
+from llada.training.checkpoint import find_resume, load_weights, read_meta
 
 
 @dataclass

@@ -25,18 +25,19 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from llada import preflight
 from llada.data.chat import TURNS
 from llada.data.rows import LONG, load_conversations
 from llada.diffusion.batches import Example
-from llada.diffusion.losses import masked_diffusion_loss, validation_loss
+from llada.diffusion.losses import masked_diffusion_loss
 from llada.diffusion.stream import MaskedStream
 from llada.flags import flag, parse
-from llada.footprint import flops_counter
 from llada.models import load_tokenizer, special_ids
 from llada.run import end_run, start_run
-from llada.train_config import TrainConfig
-from llada.training import fit, load_trainable
+from llada.training import dry_run as preflight
+from llada.training.config import TrainConfig
+from llada.training.cost import flops_counter
+from llada.training.loop import fit, load_trainable
+from llada.training.validation import validation_loss
 
 
 @dataclass(kw_only=True)

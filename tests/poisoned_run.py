@@ -13,7 +13,7 @@ from test_training import NoTokenizer, make_config, make_stream, tiny_model
 
 from llada.diffusion.losses import masked_diffusion_loss
 from llada.run import end_run, start_run
-from llada.training import fit, prepare_trainable
+from llada.training.loop import fit, prepare_trainable
 
 output, fault = sys.argv[1:]
 run = start_run("cpu")

@@ -15,7 +15,7 @@ from tiny_llada import make_model
 from llada.diffusion.bound_gradient import make_draws, plan_draws
 from llada.diffusion.likelihood import Request
 from llada.policies.answer_stream import AnswerBatch
-from llada.progress import peak_resident
+from llada.training.monitor import peak_resident
 
 NUM_ANSWERS, LENGTH = 8, 100
 

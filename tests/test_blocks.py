@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from llada.blocks import wrap_blocks
-from llada.footprint import Ranks, block_bytes, count_parameters, memory
 from llada.models import attach_lora
-from llada.train_config import TrainConfig
+from llada.training.config import TrainConfig
+from llada.training.cost import Ranks, block_bytes, count_parameters, memory
+from llada.training.parallel import wrap_blocks
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
 V, B, L = 64, 2, 32

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from test_stages import SAMPLES
 from tiny_llada import make_model
 
-from llada.diffusion.losses import validation_loss
 from llada.flags import parse
 from llada.models import NO_SCALING, RopeScaling, load_config, load_model
 from llada.run import Run
-from llada.train_config import TrainConfig
+from llada.training.config import TrainConfig
+from llada.training.validation import validation_loss
 from modelling_final import LLaDAConfig
 
 bench_context = load_script("pretraining/bench_context.py")

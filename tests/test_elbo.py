@@ -19,7 +19,7 @@ from llada.diffusion.bound_gradient import (
     plan_draws,
 )
 from llada.diffusion.likelihood import Request, score
-from llada.training import LossParts
+from llada.training.loop import LossParts
 
 MASK, PAD = 39, 0
 REQUESTS = [
@@ -288,7 +288,7 @@ def test_a_loss_in_parts_is_one_step(tmp_path):
 
     from llada.diffusion.losses import masked_diffusion_loss
     from llada.run import read_metrics
-    from llada.training import fit
+    from llada.training.loop import fit
 
     def whole(model, batch, count):
         return masked_diffusion_loss(model, batch, count)

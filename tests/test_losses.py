@@ -9,11 +9,12 @@ import torch
 from tiny_llada import V, make_model
 
 from llada.diffusion.batches import Example, Noised, collate
-from llada.diffusion.losses import masked_diffusion_loss, validation_loss
+from llada.diffusion.losses import masked_diffusion_loss
 from llada.diffusion.masking import mask_probability
 from llada.diffusion.stream import MaskedStream
 from llada.run import Run
-from llada.train_config import TrainConfig
+from llada.training.config import TrainConfig
+from llada.training.validation import validation_loss
 
 MASK = V - 1
 TOKENS = np.array([3, 7, 7, 12])

@@ -11,10 +11,11 @@ from test_stages import SAMPLES, final_weights, launch, losses, pretrain_flags, 
 from test_training import EOS, MASK, tiny_model
 
 from llada.diffusion.batches import Example, deal, pack
-from llada.diffusion.losses import masked_diffusion_loss, validation_loss
+from llada.diffusion.losses import masked_diffusion_loss
 from llada.diffusion.stream import Curriculum, MaskedStream
 from llada.run import Run
-from llada.train_config import TrainConfig
+from llada.training.config import TrainConfig
+from llada.training.validation import validation_loss
 
 LENGTHS = np.random.default_rng(0).integers(2, 20, size=60)
 ROW = 32

@@ -9,12 +9,12 @@ import torch
 from conftest import ROOT, load_script
 from datasets import Dataset
 
-from llada import preflight
 from llada.data.rows import load_conversations
-from llada.footprint import GB, Ranks, block_bytes, count_parameters, flops_per_token, memory
 from llada.models import attach_lora, load_tokenizer
 from llada.run import Run
-from llada.train_config import TrainConfig
+from llada.training import dry_run as preflight
+from llada.training.config import TrainConfig
+from llada.training.cost import GB, Ranks, block_bytes, count_parameters, flops_per_token, memory
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
 pretrain = load_script("pretraining/pretrain.py")

@@ -14,8 +14,8 @@ from llada.diffusion.batches import Example
 from llada.diffusion.losses import masked_diffusion_loss
 from llada.diffusion.stream import MaskedStream
 from llada.run import Run, read_metrics
-from llada.train_config import TrainConfig, learning_rate
-from llada.training import fit, make_optimizer, prepare_trainable
+from llada.training.config import TrainConfig, learning_rate
+from llada.training.loop import fit, make_optimizer, prepare_trainable
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
 CPU = Run(rank=0, world_size=1, device=torch.device("cpu"))

@@ -24,7 +24,7 @@ from llada.diffusion.masking import generator
 from llada.diffusion.stream import MaskedStream, row_lengths
 from llada.models import SpecialIds
 from llada.run import Run
-from llada.train_config import TrainConfig
+from llada.training.config import TrainConfig
 
 RULES = ("masked", "answer", "windows")
 

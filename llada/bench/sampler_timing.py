@@ -16,7 +16,7 @@ import torch
 
 from llada.bench.sampler_arms import Arm, Prompt
 from llada.models import ROOT
-from llada.progress import peak_resident
+from llada.training.monitor import peak_resident
 from modelling_final import LLaDAModelLM
 
 

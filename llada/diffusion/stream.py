@@ -19,7 +19,7 @@ from llada.diffusion.batches import Example, MaskedBatch, Noised, collate, deal,
 from llada.diffusion.masking import bernoulli_mask, exact_mask, generator, mask_probability, permutation
 from llada.models import SpecialIds
 from llada.run import Run
-from llada.train_config import TrainConfig
+from llada.training.config import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from llada.flags import flag
 from llada.run import Run
-from llada.train_config import TrainConfig
+from llada.training.config import TrainConfig
 
 _DONE = "Accepted; "
 _OWN = _DONE + "this suite shards, saves and resumes by itself."

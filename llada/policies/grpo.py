@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from llada.policies.likelihood_terms import Terms
-from llada.training import LossParts
+from llada.training.loop import LossParts
 
 BASELINES = ("group_mean", "leave_one_out")
 SCALES = ("group", "batch", "none")

@@ -15,8 +15,8 @@ from llada.models import load_model, resolve_checkpoint
 from llada.policies.answer_stream import AnswerStream
 from llada.policies.config import PolicyConfig
 from llada.run import Run, autocast, sum_over_ranks
-from llada.sharding import parallelize
-from llada.training import load_trainable, prepare_trainable
+from llada.training.loop import load_trainable, prepare_trainable
+from llada.training.parallel import parallelize
 
 Reference = Callable[[torch.nn.Module, Sequence[Draws]], Tensor]
 """(policy, draws) -> [K, N] what `draw_values` gives for the reference."""

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llada.checkpoint import write_atomically
 from llada.data.prompts import Prompt
 from llada.diffusion.masking import generator
 from llada.diffusion.stream import records_of
@@ -27,6 +26,7 @@ from llada.policies.grpo import GroupBatch, Objective, group_advantages
 from llada.policies.likelihood_terms import Answer, TermBuilder, Terms
 from llada.rewards.functions import Reward, compute_rewards
 from llada.run import Run, autocast, max_over_ranks, sum_over_ranks
+from llada.training.checkpoint import write_atomically
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 
 

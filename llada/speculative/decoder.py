@@ -1,10 +1,10 @@
 """Speculative decoding: a LLaDA model drafts, an autoregressive model verifies and decides every token.
 
-    draft:   masks behind [prompt, answer so far] become tokens                        llada/speculative/drafter.py
-    verify:  one forward of the verifier over the drafted tokens                       llada/speculative/verifier.py
-    accept:  the first n of them stay, one more token comes from the verifier          llada/speculative/acceptance.py
-    bridge:  between two tokenizers                                                    llada/speculative/bridge.py
-    generate(custom_generate=...) of transformers                              llada/speculative/generate.py
+    draft:   masks behind [prompt, answer so far] become tokens   drafter.py
+    verify:  one forward of the verifier over the drafted tokens   verifier.py
+    accept:  the first n of them stay, one more token comes from the verifier   acceptance.py
+    bridge:  between two tokenizers   bridge.py
+    generate(custom_generate=...) of transformers   generate.py
 
 The output has exactly the verifier's distribution; at temperature 0 it is its greedy output (up to rounding:
 a forward over several tokens rounds otherwise than one over a single token, and equal logits can change

@@ -3,7 +3,7 @@
 K chains drafted side by side, G masks (tokens of a draft), L canvas columns before them, R columns wanted of
 a forward, S tokens that may be drawn, D width of q, E head outputs.
 
-What a draft was drawn from decides how it may be accepted (see `llada.speculative.acceptance`), and never whether the
+What a draft was drawn from decides how it may be accepted (see acceptance.py), and never whether the
 output is right: keys and values of an earlier forward, an unsuitable model, or a shortened canvas only cost
 acceptance.
 """

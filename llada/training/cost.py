@@ -33,7 +33,7 @@ from torch import nn
 
 from llada.diffusion.batches import MaskedBatch
 from llada.models import LINEAR_LAYERS
-from llada.train_config import TrainConfig
+from llada.training.config import TrainConfig
 from modelling_final import LLaDAConfig
 from modelling_final.loss_llada import chunk_rows
 

@@ -7,11 +7,10 @@ from typing import Protocol
 import torch
 
 from llada.diffusion.losses import LossParts
-from llada.guards import MAX_SKIPPED_IN_A_ROW, gather_records
-from llada.progress import Progress
 from llada.run import Run, autocast, sum_over_ranks
-from llada.sharding import gradient_sync, whole
-from llada.train_config import TrainConfig, learning_rate
+from llada.training.config import TrainConfig, learning_rate
+from llada.training.monitor import MAX_SKIPPED_IN_A_ROW, Progress, gather_records
+from llada.training.parallel import gradient_sync, whole
 
 
 class Batch(Protocol):

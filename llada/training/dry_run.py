@@ -23,12 +23,15 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from llada.checkpoint import check_meta, find_resume, read_meta
 from llada.data.messages import to_messages
 from llada.data.records import OnBytes, files_of, read_records
 from llada.data.rows import encode_conversations, encode_documents, load_conversations, load_corpus
 from llada.data.shards import Item, is_prepared, read_manifest
-from llada.footprint import (
+from llada.models import DTYPES, load_config, load_tokenizer, new_model, resolve_checkpoint, special_ids
+from llada.run import Run
+from llada.training.checkpoint import check_meta, find_resume, read_meta
+from llada.training.config import RESUME_MUST_AGREE, TrainConfig
+from llada.training.cost import (
     ADAMW_BYTES,
     FLOAT32,
     GB,
@@ -38,11 +41,8 @@ from llada.footprint import (
     flops_per_token,
     memory,
 )
-from llada.models import DTYPES, load_config, load_tokenizer, new_model, resolve_checkpoint, special_ids
-from llada.progress import PEAK_FLOPS
-from llada.run import Run
-from llada.train_config import RESUME_MUST_AGREE, TrainConfig
-from llada.training import prepare_trainable
+from llada.training.loop import prepare_trainable
+from llada.training.monitor import PEAK_FLOPS
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
 SAMPLE_RECORDS = 256  # of raw files; enough for lengths within a few per cent

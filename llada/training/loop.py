@@ -2,7 +2,7 @@
 the stage.
 
 One step: take this rank's micro-batches -> sum their counts over all ranks -> forward and backward of each
-with that global count -> clip -> check -> AdamW (llada.step) -> log, validate, save.
+with that global count -> clip -> check -> AdamW (llada.training.step) -> log, validate, save.
 """
 
 import dataclasses
@@ -14,17 +14,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llada import checkpoint
-from llada.blocks import wrap_blocks
 from llada.diffusion.losses import LossParts
 from llada.flags import write_yaml
-from llada.guards import LossWatch, gather_records
 from llada.models import NO_SCALING, RopeScaling, attach_lora, load_model, save_model
-from llada.progress import Progress
 from llada.run import Metrics, Run, sum_over_ranks
-from llada.sharding import full_state_dict, parallelize
-from llada.step import Batch, Loss, Trainer
-from llada.train_config import RESUME_MUST_AGREE, TrainConfig
+from llada.training import checkpoint
+from llada.training.config import RESUME_MUST_AGREE, TrainConfig
+from llada.training.monitor import LossWatch, Progress, gather_records
+from llada.training.parallel import full_state_dict, parallelize, wrap_blocks
+from llada.training.step import Batch, Loss, Trainer
 
 __all__ = [
     "Batch", "Loss", "LossParts", "Stream", "fit", "load_trainable", "make_optimizer", "prepare_trainable",
