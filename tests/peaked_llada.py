@@ -1,6 +1,7 @@
 """A tiny model for tests of the sampler: sure of itself, and ending some of its answers."""
 
 import torch
+
 from tiny_llada import make_model
 
 SMALL = {"d_model": 16, "n_heads": 2, "n_kv_heads": 2, "n_layers": 2, "mlp_hidden_size": 24}

@@ -9,11 +9,11 @@ import sys
 from dataclasses import replace
 
 import torch
-from test_training import NoTokenizer, make_config, make_stream, tiny_model
 
 from llada.diffusion.losses import masked_diffusion_loss
 from llada.run import end_run, start_run
 from llada.training.loop import fit, prepare_trainable
+from test_training import NoTokenizer, make_config, make_stream, tiny_model
 
 output, fault = sys.argv[1:]
 run = start_run("cpu")

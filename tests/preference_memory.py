@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import load_script
-from tiny_llada import make_model
 
+from conftest import load_script
 from llada.diffusion.bound_gradient import make_draws, plan_draws
 from llada.diffusion.likelihood import Request
 from llada.policies.answer_stream import AnswerBatch
 from llada.training.monitor import peak_resident
+from tiny_llada import make_model
 
 NUM_ANSWERS, LENGTH = 8, 100
 

@@ -3,9 +3,9 @@
 import copy
 
 import torch
-from conftest import load_script
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from conftest import load_script
 from llada.speculative.bridge import Bridge
 
 FLOAT64 = torch.float64

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from all_outcomes import all_outcomes
 
+from all_outcomes import all_outcomes
 from llada.speculative.acceptance import GreedyDraws, KeyedDraws, by_block, by_match, by_token
 from modelling_final.remasking_llada import transfer_schedule
 

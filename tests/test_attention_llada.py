@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny_llada import B, L, additive, clone, make_batch, make_model
 from torch.testing import assert_close
 
 from modelling_final import LLaDAModelLM, WindowCache
+from tiny_llada import B, L, additive, clone, make_batch, make_model
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])

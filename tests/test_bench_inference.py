@@ -7,20 +7,20 @@ import shlex
 import subprocess
 
 import pytest
-import reference_sampler as oracle
 import torch
-from conftest import load_script
-from peaked_llada import EOS, EOT, PROMPTS, answers, peaked_model
 
-from llada.bench.reference_sampler import peer_samplers, reference_sampler
-from llada.bench.sampler_arms import canvas_arm, our_arm, settings_of
-from llada.bench.sampler_floor import Gpu, sampler_floor
-from llada.bench.sampler_timing import Result, agreement
+import published_sampler as oracle
+from conftest import load_script
 from llada.flags import read_yaml
 from llada.models import ROOT
 from modelling_final import LLaDAConfig
+from peaked_llada import EOS, EOT, PROMPTS, answers, peaked_model
+from reference_sampler import peer_samplers, reference_sampler
+from sampler_arms import canvas_arm, our_arm, settings_of
+from sampler_floor import Gpu, sampler_floor
+from sampler_timing import Result, agreement
 
-bench = load_script("scripts/bench_inference.py")
+bench = load_script("scripts/benchmarks/bench_inference.py")
 SHORT = {"gen_length": 16, "block_length": 8}
 
 
@@ -227,13 +227,14 @@ def test_the_gpu_lines_are_valid_commands():
         "BANDWIDTH": "4.8",
     }
     done = subprocess.run(
-        ["bash", str(ROOT / "scripts/bench_gpu_inference.sh")], env=environment, stdout=subprocess.PIPE,
+        ["bash", str(ROOT / "scripts/benchmarks/bench_gpu_inference.sh")],
+        env=environment, stdout=subprocess.PIPE,
         text=True, check=True,
     )  # fmt: skip
     lines = [shlex.split(line) for line in done.stdout.splitlines()]
     assert len(lines) == 3
     for python, script, *flags in lines:
-        assert (python, script) == ("python", "scripts/bench_inference.py")
+        assert (python, script) == ("python", "scripts/benchmarks/bench_inference.py")
         config = bench.parse(bench.Config, flags)
         assert config.peer_path == ["a folder"] and config.bandwidth == 4.8 and config.device == "cuda"
         config.device = "cpu"

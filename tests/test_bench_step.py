@@ -9,13 +9,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+
 from conftest import ROOT, load_script
-
-from llada.bench.reference_losses import noise
 from llada.diffusion.masking import generator
+from reference_losses import noise
 
-bench_step = load_script("scripts/bench_step.py")
-bench_variance = load_script("scripts/bench_variance.py")
+bench_step = load_script("scripts/benchmarks/bench_step.py")
+bench_variance = load_script("scripts/benchmarks/bench_variance.py")
 
 
 def make_bench(**flags):
@@ -186,7 +186,8 @@ def test_bootstrap_range_holds_the_ratio_of_two_known_variances():
 def test_the_gpu_launcher_prints_commands_that_parse():
     environment = {**os.environ, "DRY_RUN": "1", "PEER_PATH": "a folder/dllm", "PYTHON": "python"}
     printed = subprocess.run(
-        ["bash", str(ROOT / "scripts/bench_gpu_step.sh")], env=environment, stdout=subprocess.PIPE, text=True,
+        ["bash", str(ROOT / "scripts/benchmarks/bench_gpu_step.sh")],
+        env=environment, stdout=subprocess.PIPE, text=True,
         check=True,
     ).stdout  # fmt: skip
     commands = [shlex.split(line) for line in printed.splitlines()]

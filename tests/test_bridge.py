@@ -4,10 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import ROOT, load_script
-from speculation import make_verifier
-from test_vocabulary import sentencepiece
 
+from conftest import ROOT, load_script
 from llada.autoregressive.vocabulary import TokenBytes
 from llada.models import load_tokenizer
 from llada.speculative.acceptance import KeyedDraws
@@ -16,6 +14,8 @@ from llada.speculative.decoder import SpeculativeDecoder, SpeculativeStats, ends
 from llada.speculative.generate import speculative_generate
 from llada.speculative.settings import SpeculativeSettings
 from modelling_final import LLaDAConfig, LLaDAModelLM
+from speculation import make_verifier
+from test_vocabulary import sentencepiece
 
 TEXT = (ROOT / "README.md").read_text()[:3000] + "\n  € für “zwei” 😀\n\n\tEnde 1234 + 99.5 = x"
 PROMPTS = ["What is the capital of France?", "😀 3 + 4 =", "Name"]

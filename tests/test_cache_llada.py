@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny_llada import B, L, make_batch, make_model
 from torch.testing import assert_close
 
 from modelling_final import WindowCache
 from modelling_final.cache_llada import window_of
+from tiny_llada import B, L, make_batch, make_model
 
 PATTERNS = [{}, {"attention_pattern": "block_causal", "attention_block_size": 4}, {"logit_shift": True}]
 

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+
 from chat_samples import (
     APPENDING,
     FORGETS_THOUGHTS,
@@ -13,7 +14,6 @@ from chat_samples import (
     learned,
     small_tokenizer,
 )
-
 from llada.data.chat import drops_system, encode_conversation, render_prompt, split_conversation
 from llada.models import CHAT_TEMPLATE
 

@@ -6,8 +6,8 @@ import re
 import sys
 
 import pytest
-from conftest import load_script
 
+from conftest import load_script
 from llada.data.chat import render_prompt
 from llada.inference import denoising_view
 from llada.inference.denoising_view import DenoisingView, clean, spell, wrap

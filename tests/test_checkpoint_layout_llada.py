@@ -12,12 +12,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from tiny_llada import PUBLISHED, SHAPE, B, L, make_batch, make_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import modelling_final
 from modelling_final import LLaDAConfig, LLaDAModelLM
 from modelling_final.loss_llada import LLaDAHead
+from tiny_llada import PUBLISHED, SHAPE, B, L, make_batch, make_model
 
 VARIANTS = {
     "plain": {},

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from tiny_llada import PUBLISHED
 from transformers import AutoConfig
 
 from modelling_final import LLaDAConfig
 from modelling_final.attention_llada import LLaDARotaryEmbedding
+from tiny_llada import PUBLISHED
 
 OURS = {
     "eot_token_id": None,

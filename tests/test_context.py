@@ -6,19 +6,19 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load_script
 from safetensors.torch import load_file
-from test_stages import SAMPLES
-from tiny_llada import make_model
 
+from conftest import ROOT, load_script
 from llada.flags import parse
 from llada.models import NO_SCALING, RopeScaling, load_config, load_model
 from llada.run import Run
 from llada.training.config import TrainConfig
 from llada.training.validation import validation_loss
 from modelling_final import LLaDAConfig
+from test_stages import SAMPLES
+from tiny_llada import make_model
 
-bench_context = load_script("pretraining/bench_context.py")
+bench_context = load_script("scripts/benchmarks/bench_context.py")
 pretrain = load_script("pretraining/pretrain.py")
 
 

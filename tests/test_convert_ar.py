@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from conftest import load_script
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -20,6 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from conftest import load_script
 from llada.models import load_model, load_tokenizer, special_ids
 from modelling_final import LLaDAModelLM
 

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from chat_samples import PARIS, WITHOUT_SYSTEM, learned, small_tokenizer, write_jsonl
 from conftest import load_script
-
 from llada.data.rows import (
     interleave,
     load_conversations,

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from peaked_llada import EOS, EOT, PAD, PROMPTS, Spy, answers, peaked_model
 
 from modelling_final.generation_llada import generate
 from modelling_final.remasking_llada import (
@@ -11,6 +10,7 @@ from modelling_final.remasking_llada import (
     pick_factor,
     pick_threshold,
 )
+from peaked_llada import EOS, EOT, PAD, PROMPTS, Spy, answers, peaked_model
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import shlex
 import shutil
 
 import pytest
+
 from conftest import ROOT, load_script
 
 PRETRAIN = """pretraining/pretrain.py

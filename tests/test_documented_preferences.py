@@ -10,8 +10,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, load_script
 
+from conftest import ROOT, load_script
 from llada.flags import parse
 from llada.run import Run, read_metrics
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny_llada import V, make_model
 from torch.testing import assert_close
 
 from modelling_final import WindowCache
 from modelling_final.documents_llada import Documents, document_attention, document_positions
+from tiny_llada import V, make_model
 
 LENGTHS = [[5, 7], [3, 1, 6, 2], [12]]  # three rows of 12
 BORDERS = torch.tensor([0, 5, 12, 15, 16, 22, 24, 36])

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from conftest import load_script
 from huggingface_hub.utils import httpx
+
+from conftest import load_script
 
 FILES = {
     "config.json": b"{}",

@@ -3,12 +3,11 @@
 import itertools
 import math
 
-import exact_llada
 import numpy as np
 import pytest
 import torch
-from tiny_llada import make_model
 
+import exact_llada
 from llada.diffusion.bound_estimator import MaskPlan, enumerate_masks
 from llada.diffusion.bound_gradient import (
     differentiate,
@@ -20,6 +19,7 @@ from llada.diffusion.bound_gradient import (
 )
 from llada.diffusion.likelihood import Request, score
 from llada.training.loop import LossParts
+from tiny_llada import make_model
 
 MASK, PAD = 39, 0
 REQUESTS = [
@@ -284,11 +284,10 @@ def test_hashes_tell_masks_apart():
 
 
 def test_a_loss_in_parts_is_one_step(tmp_path):
-    from test_training import CPU, NoTokenizer, make_config, make_stream, tiny_model
-
     from llada.diffusion.losses import masked_diffusion_loss
     from llada.run import read_metrics
     from llada.training.loop import fit
+    from test_training import CPU, NoTokenizer, make_config, make_stream, tiny_model
 
     def whole(model, batch, count):
         return masked_diffusion_loss(model, batch, count)

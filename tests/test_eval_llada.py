@@ -10,12 +10,12 @@ from functools import partial
 import pytest
 import torch
 import yaml
-from conftest import ROOT, load_script
 from lm_eval.api.instance import Instance
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from conftest import ROOT, load_script
 from llada.diffusion.likelihood import Request
 from llada.inference.eval_worker import Worker, _deal, cut_answer, parse_model_args
 from llada.inference.lm_eval_model import LLaDADist, with_flags

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from conftest import load_script
 from safetensors.torch import load_file
+
+from conftest import load_script
 from test_stages import launch, pretrain_flags, sft_flags
 
 export = load_script("scripts/export_checkpoint.py").main

@@ -13,15 +13,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, load_script
-from test_training import CPU, NoTokenizer, make_config, make_stream, tiny_model, train, weights_of
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
+from conftest import ROOT, load_script
 from llada.diffusion.losses import masked_diffusion_loss
 from llada.run import end_run, read_metrics, start_run
 from llada.training import checkpoint
 from llada.training.loop import fit, prepare_trainable
 from llada.training.monitor import MAX_SKIPPED_IN_A_ROW, LossWatch
+from test_training import CPU, NoTokenizer, make_config, make_stream, tiny_model, train, weights_of
 
 
 def train_on(folder, stream_of, **changes):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from conftest import load_script
 
 QUICK = ["--gen_length", "8", "--steps", "4", "--block_length", "4"]

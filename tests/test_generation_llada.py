@@ -4,11 +4,10 @@ import itertools
 import json
 
 import pytest
-import reference_sampler as oracle
 import torch
-from peaked_llada import PAD, PROMPTS, Spy, answers, peaked_model
 from transformers import GenerationConfig
 
+import published_sampler as oracle
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 from modelling_final.generation_llada import generate
 from modelling_final.remasking_llada import (
@@ -18,6 +17,7 @@ from modelling_final.remasking_llada import (
     transfer_schedule,
     uniform,
 )
+from peaked_llada import PAD, PROMPTS, Spy, answers, peaked_model
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ The recording itself needs a GPU; here a recording is a function that is called 
 
 import pytest
 import torch
-from peaked_llada import PROMPTS, answers, peaked_model
-from test_decoding_llada import MODES
 
 from modelling_final import graphs_llada
+from peaked_llada import PROMPTS, answers, peaked_model
+from test_decoding_llada import MODES
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import json
 import time
 
 import pytest
-from fake_judge import QUALITY, FakeServer, Handler, by_quality, shown
 
+from fake_judge import QUALITY, FakeServer, Handler, by_quality, shown
 from llada.chat_client import ChatClient, ServerFailure
 from llada.rewards.judge import Judge, list_schema, listed_scores
 

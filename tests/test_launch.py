@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, load_script
 
+from conftest import ROOT, load_script
 from llada.flags import parse
 from llada.run import read_metrics
 

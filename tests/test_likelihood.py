@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from tiny_llada import make_model
 
 from llada.diffusion.likelihood import Request, is_greedy, iter_scores, score
+from tiny_llada import make_model
 
 MASK = 39  # of tiny_llada
 REQUESTS = [

@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny_llada import V, make_model
 
 from llada.diffusion.batches import Example, Noised, collate
 from llada.diffusion.losses import masked_diffusion_loss
@@ -15,6 +14,7 @@ from llada.diffusion.stream import MaskedStream
 from llada.run import Run
 from llada.training.config import TrainConfig
 from llada.training.validation import validation_loss
+from tiny_llada import V, make_model
 
 MASK = V - 1
 TOKENS = np.array([3, 7, 7, 12])

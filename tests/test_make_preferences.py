@@ -3,9 +3,9 @@
 import json
 
 import pytest
+
 from conftest import load_script
 from fake_judge import FakeServer, shown
-
 from llada.data.records import read_records
 
 WORDS = ["iron", "rust", "river", "seven", "water"]

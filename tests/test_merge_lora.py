@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import load_script
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from conftest import load_script
 from llada.models import load_model
 from modelling_final import LLaDAConfig, LLaDAModelLM
 

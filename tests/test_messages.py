@@ -1,8 +1,8 @@
 """Record formats: every accepted one is the same conversation, every bad one is named."""
 
 import pytest
-from chat_samples import PARIS, TWO_TURNS
 
+from chat_samples import PARIS, TWO_TURNS
 from llada.data.messages import to_messages, to_prompt
 
 

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from tiny_llada import B, L, additive, clone, make_batch, make_model
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from tiny_llada import B, L, additive, clone, make_batch, make_model
 
 
 def llama_like(model):

@@ -5,17 +5,17 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load_script
 from safetensors.torch import load_file
-from test_stages import SAMPLES, final_weights, launch, losses, pretrain_flags, sft_flags
-from test_training import EOS, MASK, tiny_model
 
+from conftest import ROOT, load_script
 from llada.diffusion.batches import Example, deal, pack
 from llada.diffusion.losses import masked_diffusion_loss
 from llada.diffusion.stream import Curriculum, MaskedStream
 from llada.run import Run
 from llada.training.config import TrainConfig
 from llada.training.validation import validation_loss
+from test_stages import SAMPLES, final_weights, launch, losses, pretrain_flags, sft_flags
+from test_training import EOS, MASK, tiny_model
 
 LENGTHS = np.random.default_rng(0).integers(2, 20, size=60)
 ROW = 32

@@ -7,11 +7,11 @@ import itertools
 import math
 from types import SimpleNamespace
 
-import exact_llada
 import numpy as np
 import pytest
 import torch
 
+import exact_llada
 from llada.diffusion.sampler_likelihood import replay
 from llada.models import SpecialIds
 from llada.policies.grpo import GroupBatch, Objective, group_advantages, grpo_loss

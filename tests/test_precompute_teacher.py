@@ -8,10 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load_script
-from test_vocabulary import bytes_only
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from conftest import ROOT, load_script
 from llada.autoregressive.causal_lm import load_causal_lm
 from llada.autoregressive.teacher_rows import (
     Distributions,
@@ -24,6 +23,7 @@ from llada.autoregressive.teacher_rows import (
 )
 from llada.data.shards import load_rows, read_manifest
 from llada.models import load_tokenizer
+from test_vocabulary import bytes_only
 
 precompute = load_script("alignment/precompute_teacher.py")
 SAMPLES = ROOT / "data/samples"

@@ -3,11 +3,11 @@
 import itertools
 import math
 
-import exact_llada
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
+import exact_llada
 from llada.diffusion.bound_estimator import enumerate_masks
 from llada.diffusion.bound_gradient import differentiate, draw_values, gradient_parts, make_draws
 from llada.diffusion.likelihood import Request

@@ -8,9 +8,9 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, load_script
 from safetensors.torch import load_file
 
+from conftest import ROOT, load_script
 from llada.policies.kto_reference import mask_sizes
 from llada.run import read_metrics
 

@@ -6,9 +6,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import ROOT, load_script
 from datasets import Dataset
 
+from conftest import ROOT, load_script
 from llada.data.rows import load_conversations
 from llada.models import attach_lora, load_tokenizer
 from llada.run import Run

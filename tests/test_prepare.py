@@ -3,9 +3,9 @@
 import json
 
 import pytest
+
 from chat_samples import learned, small_tokenizer, write_jsonl
 from conftest import ROOT, load_script
-
 from llada.data import shards
 from llada.data.rows import load_rows, read_manifest, tokenize_conversations, tokenize_corpus
 

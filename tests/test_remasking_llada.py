@@ -3,13 +3,13 @@
 import itertools
 
 import pytest
-import reference_sampler as oracle
 import torch
-from peaked_llada import PROMPTS, answers, peaked_model
 
+import published_sampler as oracle
 from modelling_final.remasking_llada import (
     choose_tokens,
 )
+from peaked_llada import PROMPTS, answers, peaked_model
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from all_outcomes import all_outcomes
-from speculation import IdsOnly
 from torch import nn
 
+from all_outcomes import all_outcomes
 from llada.speculative.decoder import SpeculativeDecoder
 from llada.speculative.settings import SpeculativeSettings
 from llada.speculative.verifier import Verifier
+from speculation import IdsOnly
 
 
 class TableModel(nn.Module):

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from conftest import ROOT, load_script
-from speculation import make_verifier
 
+from conftest import ROOT, load_script
 from llada.models import load_tokenizer
+from speculation import make_verifier
 
 QUICK = ["--max_new_tokens", "10", "--draft_length", "3", "--dtype", "float64"]
 

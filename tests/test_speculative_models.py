@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from speculation import IdsOnly, make_drafter, make_verifier
 
 from llada.speculative.acceptance import KeyedDraws
 from llada.speculative.decoder import SpeculativeDecoder, SpeculativeStats, ends_with
 from llada.speculative.generate import speculative_generate
 from llada.speculative.settings import SpeculativeSettings, warpers
 from llada.speculative.verifier import Verifier
+from speculation import IdsOnly, make_drafter, make_verifier
 
 V = 48
 EOS = 0

@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from peaked_llada import PROMPTS, peaked_model
 
 from llada.diffusion.sampler_likelihood import (
     State,
@@ -17,6 +16,7 @@ from llada.diffusion.sampler_likelihood import (
 )
 from modelling_final import LLaDAGenerationConfig
 from modelling_final.remasking_llada import confidence, pick_top
+from peaked_llada import PROMPTS, peaked_model
 
 V, MASK = 4, 3  # tokens 0, 1, 2, and the mask, which has probability but is never drawn
 

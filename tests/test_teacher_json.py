@@ -5,8 +5,8 @@ import math
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
+from conftest import ROOT
 from llada.autoregressive.teacher_files import TeacherFile, read_teacher_records
 from llada.autoregressive.teacher_rows import Student
 from llada.autoregressive.vocabulary import OTHER

@@ -9,10 +9,9 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load_script
 from safetensors.torch import load_file
-from test_precompute_teacher import save_teacher
 
+from conftest import ROOT, load_script
 from llada.autoregressive.teacher_rows import Distributions, TeacherAnswer, TeacherTable, as_columns, count
 from llada.autoregressive.teacher_stream import AlignmentStream, Windows
 from llada.data.shards import load_rows, write_shards
@@ -22,6 +21,7 @@ from llada.diffusion.stream import row_lengths
 from llada.flags import parse
 from llada.models import load_model, load_tokenizer, special_ids
 from llada.run import Run, read_metrics
+from test_precompute_teacher import save_teacher
 
 precompute = load_script("alignment/precompute_teacher.py")
 train_kl = load_script("alignment/train_kl.py")

@@ -5,8 +5,8 @@ import shlex
 import sys
 
 import pytest
-from conftest import ROOT, load_script
 
+from conftest import ROOT, load_script
 from llada.flags import parse
 
 pipeline = load_script("scripts/train_pipeline.py")

@@ -1,4 +1,4 @@
-"""pass@1 of generated Python: the program and its tests run in a process of their own (llada/rewards/sandbox.py)."""
+"""pass@1 of generated Python: the program and its tests run in a sandbox (llada/rewards/sandbox.py)."""
 
 from typing import Any
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 _CHUNK = 1 << 20  # characters read at once; a longer value is read until it is whole
-_BOM = "\ufeff"  # written by some editors in front of UTF-8
+_BOM = b"\xef\xbb\xbf"  # written by some editors in front of UTF-8
 # How far from the end of what was read an error can be that more text would mend: \uD83D, -Infinity, ...
 _NEAR_END = 16
 
@@ -38,8 +38,8 @@ class JsonStream:
         self._column = 0  # characters of the cursor's line that are gone from `_text`
         self.line = 1
         self._decoder = json.JSONDecoder()
-        self._grow(max(_CHUNK, len(_BOM.encode())))
-        self._text = self._text.removeprefix(_BOM)
+        self._grow(max(_CHUNK, len(_BOM)))
+        self._text = self._text.removeprefix(_BOM.decode())
 
     def __enter__(self) -> "JsonStream":
         return self
@@ -175,7 +175,6 @@ OnBytes = Callable[[int], None]
 
 SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
 TEXT_DOCUMENTS = ("blank_line", "line", "file")
-_BOM = b"\xef\xbb\xbf"  # written by some editors in front of UTF-8
 _BATCH = 1000  # Parquet and Arrow rows turned into Python at a time
 
 

@@ -3,12 +3,12 @@
 # lengths 128/128 and 768/256, without a cache and with the dual cache, beside the published loop and the
 # hardware's floor. About ten minutes; nothing is downloaded.
 #
-#   bash scripts/bench_gpu_inference.sh                  # tables in the terminal, numbers in runs/bench/*.json
-#   OUTPUT=elsewhere PEER_PATH=path/to/Fast-dLLM bash scripts/bench_gpu_inference.sh
-#   BANDWIDTH=4.8 bash scripts/bench_gpu_inference.sh    # TB/s; default 3.35 (H100 SXM), or 4.8 on an H200
-#   DRY_RUN=1 bash scripts/bench_gpu_inference.sh        # prints the commands
+#   bash scripts/benchmarks/bench_gpu_inference.sh                  # tables in the terminal, numbers in runs/bench/*.json
+#   OUTPUT=elsewhere PEER_PATH=path/to/Fast-dLLM bash scripts/benchmarks/bench_gpu_inference.sh
+#   BANDWIDTH=4.8 bash scripts/benchmarks/bench_gpu_inference.sh    # TB/s; default 3.35 (H100 SXM), or 4.8 on an H200
+#   DRY_RUN=1 bash scripts/benchmarks/bench_gpu_inference.sh        # prints the commands
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 OUTPUT=${OUTPUT:-runs/bench}
 if [[ -z "${BANDWIDTH:-}" ]]; then
     BANDWIDTH=3.35
@@ -20,7 +20,7 @@ fi
 bench() {
     local name=$1
     shift
-    local command=("${PYTHON:-python}" scripts/bench_inference.py --shape 8b-random --device cuda
+    local command=("${PYTHON:-python}" scripts/benchmarks/bench_inference.py --shape 8b-random --device cuda
         --bandwidth "$BANDWIDTH" --output "$OUTPUT/$name.json" "$@")
     if [[ -n "${PEER_PATH:-}" ]]; then
         command+=(--peer_path "$PEER_PATH")

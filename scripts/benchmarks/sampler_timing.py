@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from llada.bench.sampler_arms import Arm, Prompt
 from llada.models import ROOT
 from llada.training.monitor import peak_resident
 from modelling_final import LLaDAModelLM
+from sampler_arms import Arm, Prompt
 
 
 def describe_machine(device: str) -> dict[str, str]:

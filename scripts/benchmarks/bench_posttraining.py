@@ -13,8 +13,8 @@ Run:
         --train_data_path $from/data/sft.jsonl --max_length 96 --eos_padding --batch_size 64 \\
         --max_steps 450 --learning_rate 2e-3 --lr_scheduler_type constant --warmup_steps 50 \\
         --output_dir runs/bench/half
-    python scripts/bench_posttraining.py --checkpoint runs/bench/half/final --data runs/bench/data \\
-        --output_dir runs/bench/posttraining --seeds 1 2 3
+    python scripts/benchmarks/bench_posttraining.py --checkpoint runs/bench/half/final \\
+        --data runs/bench/data --output_dir runs/bench/posttraining --seeds 1 2 3
 
 The table is printed and written to --output_dir/table.md; docs/results.md holds one.
 """
@@ -32,7 +32,7 @@ from llada.diffusion.masking import generator
 from llada.flags import flag, parse, read_yaml
 from llada.rewards.functions import score
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NUM_RESAMPLES = 10_000
 
 

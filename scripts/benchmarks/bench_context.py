@@ -6,7 +6,7 @@ every row gets exactly l of its n tokens masked, l spread evenly over rows and d
 see the same masks, so differences between them are better known than the numbers themselves.
 
 Run:
-    python pretraining/bench_context.py --data_path books.jsonl --max_length 8192 \\
+    python scripts/benchmarks/bench_context.py --data_path books.jsonl --max_length 8192 \\
         --model_name_or_path GSAI-ML/LLaDA-8B-Base GSAI-ML/LLaDA-8B-Base runs/pretrain_8k \\
         --rope_scaling none yarn none --rope_factor 1 2 1
 """

@@ -2,17 +2,17 @@
 # Times the training step on one GPU of about 80 GB: the 1B shape at 4,096 tokens and LoRA on the 8B shape at
 # 1 x 2,048, against the published step and dllm's. About ten minutes; weights are random, nothing is downloaded.
 #
-#   bash scripts/bench_gpu_step.sh                  # tables in the terminal, numbers in runs/bench/*.json
-#   OUTPUT=elsewhere PEER_PATH=path/to/dllm bash scripts/bench_gpu_step.sh
-#   DRY_RUN=1 bash scripts/bench_gpu_step.sh        # prints the commands
+#   bash scripts/benchmarks/bench_gpu_step.sh                  # tables in the terminal, numbers in runs/bench/*.json
+#   OUTPUT=elsewhere PEER_PATH=path/to/dllm bash scripts/benchmarks/bench_gpu_step.sh
+#   DRY_RUN=1 bash scripts/benchmarks/bench_gpu_step.sh        # prints the commands
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 OUTPUT=${OUTPUT:-runs/bench}
 
 bench() {
     local name=$1
     shift
-    local command=("${PYTHON:-python}" scripts/bench_step.py --device cuda --dtype bfloat16 --compile --memory
+    local command=("${PYTHON:-python}" scripts/benchmarks/bench_step.py --device cuda --dtype bfloat16 --compile --memory
         --output "$OUTPUT/$name.json" "$@")
     if [[ -n "${PEER_PATH:-}" ]]; then
         command+=(--peer_path "$PEER_PATH")

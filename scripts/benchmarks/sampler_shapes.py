@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from llada.bench.reference_sampler import peer_samplers, reference_sampler
-from llada.bench.sampler_arms import Arm, Prompt, canvas_arm, our_arm, settings_of
-from llada.bench.sampler_floor import Gpu, sampler_floor
-from llada.bench.sampler_timing import Calls, Result, time_arm
 from llada.flags import read_yaml
 from llada.models import DTYPES, ROOT
 from modelling_final import LLaDAConfig, LLaDAGenerationConfig, LLaDAModelLM
+from reference_sampler import peer_samplers, reference_sampler
+from sampler_arms import Arm, Prompt, canvas_arm, our_arm, settings_of
+from sampler_floor import Gpu, sampler_floor
+from sampler_timing import Calls, Result, time_arm
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ loss curve. With --ranks 2 --resume_ranks 1 the run goes on with fewer processes
 rounding, and the loss curve must agree to --tolerance.
 
 Run:
-    python scripts/kill_test.py --kills 20 --output_dir runs/kill_test
-    python scripts/kill_test.py --kills 2 --ranks 2 --resume_ranks 1 --output_dir runs/kill_test_ranks
+    python scripts/benchmarks/kill_test.py --kills 20 --output_dir runs/kill_test
+    python scripts/benchmarks/kill_test.py --kills 2 --ranks 2 --resume_ranks 1 \\
+        --output_dir runs/kill_test_ranks
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Models and batches on which scripts/bench_step.py times a training step."""
+"""Models and batches on which scripts/benchmarks/bench_step.py times a training step."""
 
 from dataclasses import dataclass
 

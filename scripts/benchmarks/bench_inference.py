@@ -1,7 +1,7 @@
 """Times the sampler against the published loop: same weights, same prompts, one process, arms taking turns.
 
 Arms:
-    reference   LLaDA's published loop as it is published (llada/bench/reference_sampler.py): the whole canvas
+    reference   LLaDA's published loop as it is published (reference_sampler.py): the whole canvas
                 through the model at every step, logits and confidences of every position, every block to
                 its end.
     exact       ours, with settings that keep the published tokens. If a text differs from the reference's
@@ -24,11 +24,11 @@ prompts cut to unequal lengths, and ends with status 1 where one differs.
 step set by --tokens_per_step; it prints the share of the hardware's floor that was reached.
 
 Run:
-    python scripts/bench_inference.py --model_name_or_path runs/bench_inference_sft --context 320 \\
-        --prompts_file runs/quickstart/data/heldout.jsonl --num_prompts 8 --num_scored 500
-    python scripts/bench_inference.py --model_name_or_path runs/bench_inference_sft --context 320 \\
-        --prompts_file runs/quickstart/data/heldout.jsonl --num_prompts 24 --invariance
-    python scripts/bench_inference.py --shape 8b-random --device cuda --arms reference exact dual
+    python scripts/benchmarks/bench_inference.py --model_name_or_path runs/bench_inference_sft \\
+        --context 320 --prompts_file runs/quickstart/data/heldout.jsonl --num_prompts 8 --num_scored 500
+    python scripts/benchmarks/bench_inference.py --model_name_or_path runs/bench_inference_sft \\
+        --context 320 --prompts_file runs/quickstart/data/heldout.jsonl --num_prompts 24 --invariance
+    python scripts/benchmarks/bench_inference.py --shape 8b-random --device cuda --arms reference exact dual
 """
 
 import json
@@ -42,18 +42,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llada.bench.reference_sampler import left_padded, peer_samplers, reference_sampler
-from llada.bench.sampler_arms import Arm, Prompt, canvas_arm, our_arm, settings_of
-from llada.bench.sampler_floor import Gpu
-from llada.bench.sampler_shapes import SHAPES, random_model, time_lengths
-from llada.bench.sampler_timing import (
-    Calls,
-    Result,
-    agreement,
-    describe_machine,
-    print_table,
-    time_arm,
-)
 from llada.data.chat import render_prompt
 from llada.data.messages import to_prompt
 from llada.data.records import read_records
@@ -61,6 +49,11 @@ from llada.flags import flag, parse
 from llada.models import load_model, load_tokenizer, special_ids
 from llada.rewards.functions import score
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
+from reference_sampler import left_padded, peer_samplers, reference_sampler
+from sampler_arms import Arm, Prompt, canvas_arm, our_arm, settings_of
+from sampler_floor import Gpu
+from sampler_shapes import SHAPES, random_model, time_lengths
+from sampler_timing import Calls, Result, agreement, describe_machine, print_table, time_arm
 
 TIMED = ["reference", "exact", "exact+nostop", "factor", "threshold", "dual", "prefix+factor", "dual+factor"]
 COMPARED = [

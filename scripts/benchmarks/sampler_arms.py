@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from llada.bench.reference_sampler import Sampler
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
+from reference_sampler import Sampler
 
 # Parts of an arm's name -> settings; "dual+factor" has those of both. Some take a number: factor0.5.
 PARTS: dict[str, dict[str, Any]] = {

@@ -16,9 +16,9 @@ without them, and the peak of the whole step: allocated bytes on a GPU; on a CPU
 process of its own.
 
 Run:
-    python scripts/bench_step.py --shape cpu --threads 2 --ablations --memory
-    python scripts/bench_step.py --shape cpu-v126k --threads 2 --repeats 5
-    bash scripts/bench_gpu_step.sh   # the 1B and 8B-LoRA shapes on a GPU
+    python scripts/benchmarks/bench_step.py --shape cpu --threads 2 --ablations --memory
+    python scripts/benchmarks/bench_step.py --shape cpu-v126k --threads 2 --repeats 5
+    bash scripts/benchmarks/bench_gpu_step.sh   # the 1B and 8B-LoRA shapes on a GPU
 """
 
 import json
@@ -31,7 +31,9 @@ from pathlib import Path
 
 import torch
 
-from llada.bench.reference_losses import (
+from llada.flags import flag, parse
+from llada.training.cost import count_parameters, flops_per_token
+from reference_losses import (
     NoisedBatch,
     all_rows_loss,
     dllm_loss,
@@ -40,10 +42,8 @@ from llada.bench.reference_losses import (
     published_loss,
     unchunked_loss,
 )
-from llada.bench.step_shapes import SHAPES, Shape, bare, build_model
-from llada.bench.step_timing import Arm, Bench, compare, matmul_rate, time_arms, trunk_loss
-from llada.flags import flag, parse
-from llada.training.cost import count_parameters, flops_per_token
+from step_shapes import SHAPES, Shape, bare, build_model
+from step_timing import Arm, Bench, compare, matmul_rate, time_arms, trunk_loss
 
 _PRECISIONS = ["float32", "bfloat16"]
 

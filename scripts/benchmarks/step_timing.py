@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llada.bench.reference_losses import Loss, NoisedBatch, noise
-from llada.bench.step_shapes import Shape, bare
 from llada.diffusion.masking import generator
 from llada.models import DTYPES
 from llada.run import autocast
 from llada.training.monitor import peak_resident
+from reference_losses import Loss, NoisedBatch, noise
+from step_shapes import Shape, bare
 
 _TOLERANCE = {"float32": 1e-5, "bfloat16": 0.1}  # of loss and gradient, relative
 

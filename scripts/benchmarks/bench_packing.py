@@ -14,7 +14,8 @@ seconds of this process on a CPU, wall time on a GPU.
 Run:
     python pretraining/prepare_corpus.py --input wikitext2/valid.txt --tokenizer runs/tokenizer \\
         --rows documents --max_length 2048 --output_dir runs/wikitext2
-    python scripts/bench_packing.py --train_data_path runs/wikitext2/train --tokenizer_name runs/tokenizer
+    python scripts/benchmarks/bench_packing.py --train_data_path runs/wikitext2/train \\
+        --tokenizer_name runs/tokenizer
 """
 
 import json

@@ -12,8 +12,9 @@ Schemes (--t_sampling and --mask_count of every training stage):
     stratified + exact   both
 
 Run:
-    python scripts/bench_variance.py --data wikitext/valid.txt --threads 2 --output variance.json
-    python scripts/bench_variance.py --data data/samples/pretrain.jsonl --length 32 --num_records 16
+    python scripts/benchmarks/bench_variance.py --data wikitext/valid.txt --threads 2 --output variance.json
+    python scripts/benchmarks/bench_variance.py --data data/samples/pretrain.jsonl --length 32 \\
+        --num_records 16
 """
 
 import json

@@ -1,4 +1,0 @@
-"""What benchmark programs share: others' algorithms written out plainly, clocks and floors.
-
-Training never imports it.
-"""
