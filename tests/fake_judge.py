@@ -16,7 +16,7 @@ class FakeServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.behave, self.bodies, self.active, self.most_active = behave, [], 0, 0
         self.lock = threading.Lock()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     @property
     def url(self):
@@ -41,7 +41,8 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.active -= 1
         status, headers, content = found if isinstance(found, tuple) else (200, {}, found)
-        self.reply(status, headers, {"choices": [{"message": {"content": content}}]})
+        choices = [] if content is None else [{"message": {"content": content}}]
+        self.reply(status, headers, {"choices": choices})
 
     def reply(self, status, headers, value):
         data = json.dumps(value).encode()

@@ -6,8 +6,13 @@ import time
 import pytest
 
 from fake_judge import QUALITY, FakeServer, Handler, by_quality, shown
-from llada.chat_client import ChatClient, ServerFailure
+from llada.chat_client import ChatClient, NoAnswer, ServerFailure
 from llada.rewards.judge import Judge, list_schema, listed_scores
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
 @pytest.fixture
@@ -25,7 +30,7 @@ def serve():
 
 
 def judge_of(server, *, client=None, **options):
-    settings = {"base_url": server.url, "model": "judge", "backoff": 0.01, "timeout": 0.5, "max_retries": 2}
+    settings = {"base_url": server.url, "model": "judge", "timeout": 0.5, "max_retries": 2}
     return Judge(client=ChatClient(**settings | (client or {})), **options)
 
 
@@ -67,6 +72,14 @@ def hangs_once(body, number):
     return by_quality(body)
 
 
+def always_busy(body, number):
+    return 503, {}, "busy"
+
+
+def no_choices(body, number):
+    return 200, {}, None
+
+
 def wrong_count_once(body, number):
     return '{"scores": [{"id": 1, "score": 0.5}]}' if number == 1 else by_quality(body)
 
@@ -76,7 +89,9 @@ def test_what_a_server_does_to_a_reply_is_repaired(serve, behave):
     server = serve(behave)
     assert judge_of(server).scores("q", ANSWERS) == [0.1, 0.9, 0.5]
     if behave is wrong_count_once:
-        assert "not valid" in server.bodies[1]["messages"][-1]["content"]
+        *_, reply, nudge = server.bodies[1]["messages"]
+        assert reply == {"role": "assistant", "content": wrong_count_once(None, 1)}
+        assert "not valid: ids ['1'] instead of 1 to 3" in nudge["content"]
 
 
 BROKEN = {
@@ -112,6 +127,29 @@ def test_a_server_that_is_down_or_hangs_costs_bounded_time(serve):
         judge_of(server, client=gone).client.check_server()
     with pytest.raises(ValueError, match=r"--judge_model other: .* has only judge"):
         judge_of(server, client={"model": "other"}).client.check_server()
+
+
+def test_a_question_has_its_number_of_tries_whatever_goes_wrong(serve):
+    server = serve(lambda body, number: (503, {}, "busy") if number == 2 else "no JSON")
+    judge = judge_of(server)
+    assert judge.scores("q", ANSWERS) == [None] * 3
+    assert len(server.bodies) == 3
+    assert [body["seed"] for body in server.bodies] == [0, 1, 1]  # another seed for another reply
+    assert judge.metrics()["retries"] == 2
+
+
+def test_a_choice_is_given_as_the_server_sent_it(serve):
+    server = serve(lambda body, number: (503, {}, "") if number == 1 else "Hi")
+    client = ChatClient(base_url=server.url + "/", model="judge", max_retries=1, timeout=0.5)
+    question = [{"role": "user", "content": "q"}]
+    choice = client.complete(question, dict, logprobs=True, top_logprobs=3)
+    assert choice == {"message": {"content": "Hi"}}
+    body = server.bodies[-1]
+    assert (body["model"], body["logprobs"], body["top_logprobs"]) == ("judge", True, 3)
+    with pytest.raises(NoAnswer, match="HTTP 503"):
+        ChatClient(base_url=serve(always_busy).url, model="m", max_retries=0).complete(question, dict)
+    with pytest.raises(NoAnswer, match="not a chat completion"):
+        ChatClient(base_url=serve(no_choices).url, model="m", max_retries=0).complete(question, dict)
 
 
 def test_mistakes_of_the_user_end_the_run(serve):

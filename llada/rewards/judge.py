@@ -13,6 +13,7 @@ G completions of a group.
 Source: RULER (OpenPipe ART) for listwise scores; MT-bench (arXiv 2306.05685) for orders of pairs.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -162,7 +163,7 @@ class Judge:
             {"role": "system", "content": f"{self.rubric}\n\n{task} {form}"},
             {"role": "user", "content": "\n".join(shown)},
         ]
-        return self.client.ask(messages, schema, check)
+        return self.client.ask(messages, schema, lambda text: check(find_json(text)))
 
     def _listwise(self, question: str, answers: list[str]) -> list[float | None]:
         order = generator(self.seed, "judge", question, *answers).permutation(len(answers)).tolist()
@@ -233,6 +234,19 @@ class Judge:
         gaps, self._disagreement = self._disagreement, []
         counts["order_gaps"], counts["orders"] = math.fsum(gaps), float(len(gaps))
         return counts
+
+
+def find_json(text: str) -> Any:
+    """The first JSON object in a reply, thoughts and prose around it left out; ValueError without one."""
+    text = text.rpartition("</think>")[2]
+    decoder, start = json.JSONDecoder(), text.find("{")
+    for _ in range(20):  # prose may hold braces too
+        if start < 0:
+            break
+        with contextlib.suppress(ValueError, RecursionError):
+            return decoder.raw_decode(text, start)[0]
+        start = text.find("{", start + 1)
+    raise ValueError(f"no JSON in the reply: {text[:80]!r}")
 
 
 def _text(value: Any) -> str:
