@@ -20,6 +20,7 @@ from transformers.hf_argparser import HfArgumentParser
 
 T = TypeVar("T")
 REQUIRED = dataclasses.MISSING
+RANGE = ("at_least", "above", "at_most")
 
 
 def flag(
@@ -58,6 +59,13 @@ class _Parser(HfArgumentParser):
     def __init__(self, config_class: type, description: str | None) -> None:
         super().__init__(config_class, description=description, allow_abbrev=False, formatter_class=_Help)
         self.add_argument("--config", metavar="FILE.yaml", help="YAML file of flags; the command line wins")
+
+    @staticmethod
+    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+        metadata = {k: v for k, v in field.metadata.items() if k not in RANGE}
+        plain = dataclasses.field(default=field.default, default_factory=field.default_factory)
+        plain.name, plain.type, plain.metadata = field.name, field.type, metadata
+        HfArgumentParser._parse_dataclass_field(parser, plain)
 
     def known(self, name: str) -> bool:
         return f"--{name}" in self._option_string_actions

@@ -15,14 +15,14 @@ from .cache_llada import WindowCache
 from .canvas_llada import Block, Canvas
 from .generation_config_llada import LLaDAGenerationConfig
 from .graphs_llada import Recorder
+from .orders_llada import ORDERS, entropy, low_confidence
 from .remasking_llada import (
     ORDER_DRAW,
     TOKEN_DRAW,
     choose_tokens,
-    confidence,
-    entropy,
     guide,
     kl_divergence,
+    order_scores,
     penalise_repetition,
     pick_entropy_bounded,
     pick_factor,
@@ -113,7 +113,7 @@ class Decoding:
             masked = self._masked(block)
             columns = masked.logical_not().long().argsort(dim=1, stable=True)[:, :num_columns]
             picks = masked.gather(1, columns)
-            if self.settings.remasking == "random":
+            if ORDERS[self.settings.remasking] is None:
                 columns, picks = columns[:, :num_masked], picks[:, :num_masked]
                 order = self._uniform(block, step, ORDER_DRAW).gather(1, columns)
                 order = order.argsort(dim=1, descending=True, stable=True)[:, :num_picks]
@@ -121,14 +121,10 @@ class Decoding:
                 picks = picks[:, :num_picks]
             logits = self._logits(block, columns, step)
             tokens = self._tokens(block, logits, columns, step)
-            scores = None
-            if self.settings.remasking == "low_confidence":
-                scores = confidence(logits, tokens, self.last_ids)
-                picks = pick_top(scores, picks, num_picks)
-            elif self.on_step is not None:
-                scores = confidence(logits, tokens, None)
+            if ORDERS[self.settings.remasking] is not None:
+                picks = pick_top(self._scores(logits, tokens), picks, num_picks)
             self._write(block, columns, tokens, picks)
-            self._report(block, step, columns, tokens, picks, scores)
+            self._report(block, step, columns, tokens, picks, logits)
             num_masked -= num_picks
             looks = num_masked == 0 or self.device.type == "cpu" or (step + 1) % CHECK_EVERY == 0
             if self.can_stop and looks:
@@ -144,10 +140,9 @@ class Decoding:
             valid = masked.gather(1, columns)
             logits = self._logits(block, columns, step)
             tokens = self._tokens(block, logits, columns, step)
-            scores = confidence(logits, tokens, self.last_ids)
-            picks = self._parallel_picks(block, logits, columns, scores, valid)
+            picks = self._parallel_picks(block, logits, columns, self._scores(logits, tokens), valid)
             self._write(block, columns, tokens, picks)
-            self._report(block, step, columns, tokens, picks, scores)
+            self._report(block, step, columns, tokens, picks, logits)
             counts = self._let_leave(block)
             if not counts:
                 return
@@ -161,7 +156,7 @@ class Decoding:
         if rule == "factor":
             return pick_factor(scores, valid, settings.factor)
         if rule == "entropy":
-            return pick_entropy_bounded(scores, entropy(logits), valid, settings.entropy_bound)
+            return pick_entropy_bounded(scores, -entropy(logits, columns), valid, settings.entropy_bound)
         log_p = logits.log_softmax(dim=-1)
         wide = columns[..., None].expand_as(log_p)
         if block.log_p is None:  # the first step has nothing to compare with
@@ -199,11 +194,11 @@ class Decoding:
                 picks = torch.arange(num_columns, device=self.device) < counts[:, None]
                 logits = self._logits(block, columns, step)
                 tokens = self._tokens(block, logits, columns, step)
-                scores = confidence(logits, tokens, None)
                 self._write(block, columns, tokens, picks)
-                waits = torch.where(picks, scores.double(), block.waits.gather(1, columns))
+                confidence = low_confidence(logits, tokens).double()
+                waits = torch.where(picks, confidence, block.waits.gather(1, columns))
                 block.waits.scatter_(1, columns, waits)
-                self._report(block, step, columns, tokens, picks, scores, remask)
+                self._report(block, step, columns, tokens, picks, logits, remask)
             block.waits.masked_fill_(remask, torch.inf)
             span = self.canvas.tokens[block.rows, block.start : block.end]
             self.canvas.tokens[block.rows, block.start : block.end] = span.masked_fill(remask, self.mask_id)
@@ -279,6 +274,9 @@ class Decoding:
             draws = self._uniform(block, step, TOKEN_DRAW).gather(1, columns)
         return choose_tokens(logits, draws, temperature=self.settings.temperature, mask_id=self.mask_id)
 
+    def _scores(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        return order_scores(self.settings.remasking, logits, tokens, self.last_ids)
+
     def _write(self, block: Block, columns: Tensor, tokens: Tensor, picks: Tensor) -> None:
         at = (block.rows[:, None], columns + block.start)
         self.canvas.tokens[at] = torch.where(picks, tokens, self.canvas.tokens[at])
@@ -309,11 +307,12 @@ class Decoding:
         columns: Tensor,
         tokens: Tensor,
         picks: Tensor,
-        scores: Tensor,
+        logits: Tensor,
         remasked: Tensor | None = None,
     ) -> None:
         if self.on_step is None:
             return
+        confidences = low_confidence(logits, tokens)
         offset = block.start - self.canvas.num_prompt
         for i, name in enumerate(block.names):
             chosen = columns[i, picks[i]]
@@ -324,7 +323,7 @@ class Decoding:
                     "step": step,
                     "positions": (chosen + offset).tolist(),
                     "token_ids": tokens[i, picks[i]].tolist(),
-                    "confidences": scores[i, picks[i]].tolist(),
+                    "confidences": confidences[i, picks[i]].tolist(),
                     "remasked": [] if remasked is None else (remasked[i].nonzero()[:, 0] + offset).tolist(),
                 }
             )

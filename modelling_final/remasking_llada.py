@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .orders_llada import ORDERS
+
 # Which number of a position: its token, or whether it is its turn (two independent streams).
 TOKEN_DRAW, ORDER_DRAW = 0, 1
 
@@ -92,26 +94,21 @@ def choose_tokens(logits: Tensor, uniforms: Tensor | None, *, temperature: float
     return tokens
 
 
-def confidence(logits: Tensor, tokens: Tensor, last_ids: Tensor | None) -> Tensor:
-    """Probability of each chosen token, [A, R], at temperature 1; -1 for those that have to wait.
+def order_scores(order: str, logits: Tensor, tokens: Tensor, last_ids: Tensor | None) -> Tensor:
+    """How early each position goes, [A, R]: the best score first, by the order of that name.
 
     Args:
         last_ids: [n] long or None, tokens to decide only when nothing else is left (EOS, EoT). They count as
-            impossible in the softmax of the others, and rank below every probability.
+            impossible in the distribution of the others, and rank below every score.
 
     Source: LLaDA generate.py, low_confidence and confidence_eos_eot_inf.
     """
+    score = ORDERS[order]
     if last_ids is None:
-        return logits.softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
-    others = logits.index_fill(-1, last_ids, -torch.inf)
-    chosen = others.softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
-    return chosen.masked_fill(torch.isin(tokens, last_ids), -1.0)
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy of softmax(logits), [A, R], in nats."""
-    log_p = logits.log_softmax(dim=-1)
-    return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(dim=-1)
+        return score(logits, tokens)
+    scores = score(logits.index_fill(-1, last_ids, -torch.inf), tokens)
+    # not -inf: what is no candidate at all ranks lower still
+    return scores.masked_fill(torch.isin(tokens, last_ids), torch.finfo(scores.dtype).min)
 
 
 def rank(scores: Tensor, valid: Tensor) -> Tensor:

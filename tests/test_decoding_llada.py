@@ -173,10 +173,15 @@ def test_eos_flags(model):
     plain = model.generate(PROMPTS, gen_length=16, early_stop=False)
     assert EOS in plain.sequences[:, -16:]
     assert EOS not in model.generate(PROMPTS, gen_length=16, logits_eos_inf=True).sequences[:, -16:]
-    settings = {"gen_length": 16, "temperature": 0.8, "confidence_eos_eot_inf": True, "early_stop": False}
-    trace = model.generate(PROMPTS, return_trace=True, **settings).trace
-    for row in range(3):
-        confidences = [c for entry in trace if entry["row"] == row for c in entry["confidences"]]
+    mask_id = model.config.mask_token_id
+    settings = {"gen_length": 16, "confidence_eos_eot_inf": True, "early_stop": False}
+    trace = model.generate(PROMPTS[:1], return_trace=True, **settings).trace
+    answer, num_last = torch.full((16,), mask_id), 0
+    for entry in trace:
+        logits = model(torch.cat([torch.tensor(PROMPTS[0]), answer])[None]).logits[0, -16:]
+        best = logits.index_fill(-1, torch.tensor([mask_id]), -torch.inf).argmax(-1)[answer == mask_id]
         # an EOS is only decided where a step has nothing else to offer
-        tokens = [t for entry in trace if entry["row"] == row for t in entry["token_ids"]]
-        assert [t in (EOS, EOT) for t in tokens] == [c < 0 for c in confidences]
+        is_last = entry["token_ids"][0] in (EOS, EOT)
+        assert is_last == all(token in (EOS, EOT) for token in best.tolist())
+        answer[entry["positions"]], num_last = torch.tensor(entry["token_ids"]), num_last + is_last
+    assert 0 < num_last < 16

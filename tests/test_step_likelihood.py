@@ -15,7 +15,7 @@ from llada.diffusion.sampler_likelihood import (
     step_log_probs,
 )
 from modelling_final import LLaDAGenerationConfig
-from modelling_final.remasking_llada import confidence, pick_top
+from modelling_final.remasking_llada import order_scores, pick_top
 from peaked_llada import PROMPTS, peaked_model
 
 V, MASK = 4, 3  # tokens 0, 1, 2, and the mask, which has probability but is never drawn
@@ -33,7 +33,7 @@ def all_outcomes(logits, num_picks, temperature):
     outcomes = {}
     for drawn in itertools.product(range(MASK), repeat=len(logits)):
         tokens = torch.tensor([drawn])
-        scores = confidence(logits[None], tokens, None)
+        scores = order_scores("low_confidence", logits[None], tokens, None)
         picks = pick_top(scores, torch.ones_like(tokens, dtype=torch.bool), num_picks)[0]
         probability = float(q.gather(1, tokens.T).prod())
         key = (tuple(picks.nonzero()[:, 0].tolist()), tuple(tokens[0, picks].tolist()))

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from modelling_final import LLaDAGenerationConfig
+from modelling_final.orders_llada import LOOKS_AT_DRAW
 
 MIN_LOG_F = -20.0  # of an order term: below, its gradient is all noise
 
@@ -88,7 +89,7 @@ def replay(
         visible = start + width if settings.method == "semi_autoregressive_origin" else length
         masked = start + np.flatnonzero(answer[start : start + width] == mask_id)
         chosen = np.asarray(entry["positions"], dtype=np.int64)
-        if settings.remasking == "random":  # whose turn it was does not depend on the model
+        if settings.remasking != LOOKS_AT_DRAW:  # whose turn it was does not depend on what was drawn
             masked = chosen
         tokens = answer.copy()
         tokens[chosen] = entry["token_ids"]
@@ -162,7 +163,7 @@ def batch_log_probs(
         batch,
         temperature=settings.temperature,
         mask_id=mask_id,
-        order=order and settings.remasking == "low_confidence",
+        order=order and settings.remasking == LOOKS_AT_DRAW,
     )
 
 

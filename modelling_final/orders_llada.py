@@ -1,0 +1,49 @@
+"""The orders in which masked positions are decided: one table from an order's name to its score.
+
+Flags, configs and checks take their choices from here, so a new order is one function and one line of ORDERS.
+Nothing here imports torch at run time: flags are read before torch is loaded.
+
+A sequences, R masked positions, E head outputs.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Order = Callable[["Tensor", "Tensor"], "Tensor"]
+"""(logits [A, R, E], chosen tokens [A, R]) -> scores [A, R]; a step decides the positions that score best."""
+
+
+def low_confidence(logits: "Tensor", tokens: "Tensor") -> "Tensor":
+    """Probability of the chosen token, at temperature 1. Source: LLaDA generate.py."""
+    return logits.softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
+
+
+def max_probability(logits: "Tensor", tokens: "Tensor") -> "Tensor":
+    """Probability of the most likely token, whichever was drawn: one token a step samples the model."""
+    return logits.softmax(dim=-1).amax(dim=-1)
+
+
+def margin(logits: "Tensor", tokens: "Tensor") -> "Tensor":
+    """Probability of the most likely token less that of the second. Source: arXiv 2502.06768."""
+    first, second = logits.softmax(dim=-1).topk(2, dim=-1).values.unbind(dim=-1)
+    return first - second
+
+
+def entropy(logits: "Tensor", tokens: "Tensor") -> "Tensor":
+    """The negative entropy, in nats: the position with the least is decided first."""
+    log_p = logits.log_softmax(dim=-1)
+    return (log_p.exp() * log_p.masked_fill(log_p.isneginf(), 0.0)).sum(dim=-1)
+
+
+ORDERS: dict[str, Order | None] = {
+    "low_confidence": low_confidence,
+    "random": None,  # known before the forward, so only the rows whose turn it is are computed
+    "max_probability": max_probability,
+    "margin": margin,
+    "entropy": entropy,
+}
+LOOKS_AT_DRAW = "low_confidence"  # the one whose choice of positions depends on what was drawn there
+PROBABILITIES = ("low_confidence", "max_probability")  # scores that a rule for many tokens a step can read
