@@ -38,7 +38,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import setup_logging
 
 from llada.flags import read_yaml
-from llada.inference.eval_worker import Worker, parse_model_args
+from llada.inference.eval_worker import EvalRank, parse_model_args
 from llada.inference.lm_eval_model import LLaDADist, with_flags
 from llada.run import end_run
 
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.include_path is not None:
         sys.path.append(str(Path(arguments.include_path).resolve()))  # tasks' files may import each other
     if rank != 0 and arguments.model == MODEL:
-        Worker(parse_model_args(with_flags(arguments.model_args, vars(arguments)))).serve()
+        EvalRank(parse_model_args(with_flags(arguments.model_args, vars(arguments)))).serve()
     else:
         with _only_local_tasks(arguments):
             try:

@@ -17,7 +17,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from conftest import ROOT, load_script
 from llada.diffusion.likelihood import Request
-from llada.inference.eval_worker import Worker, _deal, cut_answer, parse_model_args
+from llada.inference.eval_worker import EvalRank, _deal, cut_answer, parse_model_args
 from llada.inference.lm_eval_model import LLaDADist, with_flags
 from llada.models import new_model, save_model
 from llada.resumable import RequestLog
@@ -98,7 +98,7 @@ def test_results_and_every_generation_are_saved(finished):
 
 def test_multiple_choice_picks_the_likeliest_letter(finished, checkpoint):
     (file,) = finished.glob("*/samples_mmlu_local_*.jsonl")
-    model = Worker(parse_model_args({"model_path": str(checkpoint)}))
+    model = EvalRank(parse_model_args({"model_path": str(checkpoint)}))
     for sample in map(json.loads, file.read_text().splitlines()):
         context = sample["arguments"]["gen_args_0"]["arg_0"]
         ids = model.tokenizer(context)["input_ids"] + [model.ids.mask]
@@ -120,7 +120,7 @@ def test_a_finished_run_computes_nothing_again(finished, checkpoint, main, monke
     def fail(*_, **__):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(Worker, "_generate", fail)
+    monkeypatch.setattr(EvalRank, "_generate", fail)
     monkeypatch.setattr("llada.inference.eval_worker.iter_scores", fail)
     record_dir = f",record_dir={finished / 'requests'},generate_batch_size=1"
     main(flags(checkpoint, tmp_path, "gsm8k_local,mmlu_local", record_dir))
@@ -128,7 +128,7 @@ def test_a_finished_run_computes_nothing_again(finished, checkpoint, main, monke
 
 
 def test_a_killed_run_continues(finished, checkpoint, main, monkeypatch, tmp_path):
-    generate, batches = Worker._generate, []
+    generate, batches = EvalRank._generate, []
 
     def killed_at_the_second_batch(self, batch):
         batches.append(len(batch))
@@ -136,7 +136,7 @@ def test_a_killed_run_continues(finished, checkpoint, main, monkeypatch, tmp_pat
             raise KeyboardInterrupt
         return generate(self, batch)
 
-    monkeypatch.setattr(Worker, "_generate", killed_at_the_second_batch)
+    monkeypatch.setattr(EvalRank, "_generate", killed_at_the_second_batch)
     arguments = flags(checkpoint, tmp_path, "gsm8k_local", ",generate_batch_size=1")
     with pytest.raises(KeyboardInterrupt):
         main(arguments)
@@ -310,7 +310,7 @@ def test_the_predecessors_model_args_are_accepted():
         }
     )
     assert args.adapter_path is None  # load_lora=False
-    assert (args.mc_num, args.cfg, args.is_check_greedy) == (128, 0.0, True)
+    assert (args.mc_num, args.cfg_scale, args.is_check_greedy) == (128, 0.0, True)
 
 
 def test_lm_evals_own_flags_yield_to_model_args():

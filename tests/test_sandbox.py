@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from llada.rewards.sandbox import Worker, all_run_through, runs_through
+from llada.rewards.sandbox import ConfinedModule, all_run_through, runs_through
 
 HARM = os.path.join(os.path.dirname(__file__), "harm")
 HARMFUL = {
@@ -50,7 +50,7 @@ def test_time_is_limited(program):
 
 
 def test_a_worker_survives_calls_that_do_not_end():
-    worker = Worker("llada.rewards.verifiers", prepare="import_libraries")
+    worker = ConfinedModule("llada.rewards.verifiers", prepare="import_libraries")
     puzzle = {"answer": "", "metadata": {"numbers": [6, 61, 94, 4], "target": 309}}
     assert worker.call("reasoning_gym", "countdown", "94*4 - 61 - 6", puzzle) == 1.0
     endless = worker.call("reasoning_gym", "countdown", "9**9**9**9", puzzle, seconds=0.5, failed=0.0)

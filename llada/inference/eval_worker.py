@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -21,7 +20,8 @@ from tqdm import tqdm
 from llada.diffusion.bound_estimator import ESTIMATORS, EXACT_TOKENS
 from llada.diffusion.likelihood import KINDS, Request, iter_greedy, iter_scores
 from llada.flags import flag, parse
-from llada.models import load_model, load_tokenizer, resolve_checkpoint, special_ids
+from llada.inference.sampler_flags import SamplerFlags
+from llada.models import checkpoint_files, load_model, load_tokenizer, special_ids
 from llada.resumable import RequestLog
 from llada.run import start_run
 from modelling_final import LLaDAGenerationConfig
@@ -32,17 +32,11 @@ THINK_END = "</think>"
 PATIENCE = timedelta(days=7)
 # Arguments that do not change a result: a run may continue with others.
 NO_EFFECT = ("batch_size", "generate_batch_size", "device", "record_dir", "mask_id", "cuda_graphs")
-# Arguments that go to the sampler under their own names; the others depend on the task.
-SAMPLER_ARGS = (
-    *("method", "remasking", "logits_eos_inf", "confidence_eos_eot_inf", "early_stop", "repetition_penalty"),
-    *("parallel_decoding", "threshold", "factor", "entropy_bound", "klass_kl", "klass_steps"),
-    *("cache", "cache_refresh_interval", "remdm", "remdm_eta", "cuda_graphs"),
-)
 
 
-@dataclass
-class ModelArgs:
-    """The names that --model_args takes."""
+@dataclass(kw_only=True)
+class ModelArgs(SamplerFlags):
+    """The names that --model_args takes: the sampler's, and these."""
 
     model_path: str = flag(help="Checkpoint folder, run folder, LoRA adapter folder or hub name.")
     adapter_path: str | None = flag(None, help="LoRA adapter to put on the model.")
@@ -54,7 +48,6 @@ class ModelArgs:
     max_length: int | None = flag(
         None, help="Longest sequence; default the model's. Contexts lose their start."
     )
-    seed: int = flag(0, help="Of masks and of sampling; every request has its own stream.")
     record_dir: str | None = flag(None, help="Folder of finished requests; default OUTPUT_PATH/requests.")
     # likelihood
     batch_size: int | None = flag(None, help="Sequences per forward of likelihoods; default 32.")
@@ -68,32 +61,16 @@ class ModelArgs:
     reference_batch: int = flag(8, help="--batch_size of the published run, on which `reference` depends.")
     exact_tokens: int = flag(EXACT_TOKENS, help="Answers up to this length are summed over every mask.")
     is_check_greedy: bool = flag(True, help="Also report whether greedy decoding gives the answer.")
-    cfg: float = flag(0.0, help="Classifier-free guidance scale, of likelihoods and of generation.")
-    # generation
+    cfg_scale: float = flag(
+        0.0, help="Classifier-free guidance, of likelihoods and of generation.", aliases=["cfg"]
+    )
+    # generation: what the task decides where nothing is given
     gen_length: int | None = flag(None, help="Answer tokens; default the task's max_gen_toks, else 256.")
-    steps: int | None = flag(None, help="Denoising steps; default gen_length, one token a step.")
     block_length: int | None = flag(None, help="Tokens per block; default gen_length, one block.")
-    remasking: str = flag("low_confidence", help="low_confidence or random.")
     temperature: float | None = flag(None, help="Default the task's, else 0.")
-    repetition_penalty: float = flag(1.0, help="Above 1: repeated tokens become less likely.")
-    logits_eos_inf: bool = flag(False, help="Never produce EOS.")
-    confidence_eos_eot_inf: bool = flag(False, help="Reveal EOS and EoT last.")
-    early_stop: bool = flag(True, help="Stop when all before a revealed EOS is decided; the same text.")
     generate_batch_size: int | None = flag(
         None, help="Prompts generated together; default batch_size, else 8."
     )
-    method: str = flag("semi_autoregressive_padding", help="This and the next as in LLaDAGenerationConfig.")
-    parallel_decoding: str = flag("none", help="none, or approximate: threshold, factor, entropy, klass.")
-    threshold: float = flag(0.9, help="Confidence that threshold and klass ask for.")
-    factor: float = flag(1.0, help="Bound of the factor rule.")
-    entropy_bound: float = flag(0.1, help="Bound of the entropy rule, in nats.")
-    klass_kl: float = flag(0.01, help="Bound of the klass rule, in nats.")
-    klass_steps: int = flag(2, help="Steps for which the klass rule asks stability.")
-    cache: str = flag("none", help="none, or approximate: prefix, dual.")
-    cache_refresh_interval: int = flag(0, help="Steps between recomputations of the cache; 0: once a block.")
-    remdm: str = flag("none", help="none, or approximate: cap, rescale, conf.")
-    remdm_eta: float = flag(0.04, help="Strength of ReMDM remasking.")
-    cuda_graphs: bool = flag(False, help="On a GPU, record forwards and replay them; the same mathematics.")
     use_thinking: bool = flag(True, help="False: the answer starts with an empty <think></think>.")
 
 
@@ -113,7 +90,7 @@ def parse_model_args(values: dict[str, Any]) -> ModelArgs:
     return args
 
 
-class Prompt(NamedTuple):
+class Generation(NamedTuple):
     """A prompt to answer: its text, its token ids, stop strings, and the sampler's settings for it."""
 
     text: str
@@ -122,15 +99,7 @@ class Prompt(NamedTuple):
     settings: dict[str, Any]
 
 
-def _fingerprint(folder: str) -> list[list[Any]]:
-    """What identifies a checkpoint's files: a retrained model under an old path is another model."""
-    path = Path(folder)
-    if not path.is_dir():
-        return [[folder]]
-    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(path.iterdir()) if f.is_file()]
-
-
-class Worker:
+class EvalRank:
     """One rank: a model, its tokenizer, and the log of finished requests."""
 
     def __init__(self, args: ModelArgs) -> None:
@@ -153,9 +122,7 @@ class Worker:
                 "leave it out, it is read from the model"
             )
         settings = {k: value for k, value in dataclasses.asdict(args).items() if k not in NO_EFFECT}
-        settings["files"] = _fingerprint(resolve_checkpoint(args.model_path))
-        if args.adapter_path:
-            settings["adapter_files"] = _fingerprint(resolve_checkpoint(args.adapter_path))
+        settings["files"] = checkpoint_files(args.model_path, args.adapter_path)
         self.log = RequestLog(args.record_dir, settings, self.run.rank)
 
     def serve(self) -> None:
@@ -172,7 +139,7 @@ class Worker:
         """Rank 0: the results of all items, in their order; those in the log are not computed again.
 
         Args:
-            kind: "score" or "greedy" (items are `Request`s), or "answer" (`Prompt`s).
+            kind: "score" or "greedy" (items are `Request`s), or "answer" (`Generation`s).
             items: by key of the log.
         """
         todo = {key: item for key, item in items.items() if self.log.get(key) is None}
@@ -219,7 +186,7 @@ class Worker:
             reference_batch=min(args.reference_batch, args.mc_num),
             seed=args.seed,
             batch_size=args.batch_size or 32,
-            cfg_scale=args.cfg,
+            cfg_scale=args.cfg_scale,
         ):
             details = {
                 "answer": self.tokenizer.decode(items[keys[index]].answer),
@@ -234,11 +201,11 @@ class Worker:
             self.model,
             list(items.values()),
             batch_size=self.args.batch_size or 32,
-            cfg_scale=self.args.cfg,
+            cfg_scale=self.args.cfg_scale,
         )
         return ((keys[index], is_greedy, {}) for index, is_greedy in found)
 
-    def _answers(self, items: dict[str, Prompt]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    def _answers(self, items: dict[str, Generation]) -> Iterator[tuple[str, str, dict[str, Any]]]:
         size = self.args.generate_batch_size or self.args.batch_size or 8
         groups: dict[str, list[str]] = {}
         for key, prompt in items.items():
@@ -250,11 +217,11 @@ class Worker:
 
     def sampler(self, settings: dict[str, Any]) -> LLaDAGenerationConfig:
         """The sampler of prompts with these settings. ValueError for settings that exclude each other."""
-        args = dataclasses.asdict(self.args)
-        own = {name: args[name] for name in SAMPLER_ARGS}
-        return LLaDAGenerationConfig(**own, **settings, cfg_scale=self.args.cfg, seed=self.args.seed)
+        known = LLaDAGenerationConfig().to_dict()
+        own = {name: value for name, value in dataclasses.asdict(self.args).items() if name in known}
+        return LLaDAGenerationConfig(**own | settings)
 
-    def _generate(self, batch: dict[str, Prompt]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    def _generate(self, batch: dict[str, Generation]) -> Iterator[tuple[str, str, dict[str, Any]]]:
         settings = next(iter(batch.values())).settings
         output = self.model.generate(
             [list(prompt.token_ids) for prompt in batch.values()],
@@ -282,7 +249,7 @@ def _deal(items: dict[str, Any], world_size: int) -> list[dict[str, Any]]:
     return hands
 
 
-def _length(item: Request | Prompt) -> int:
+def _length(item: Request | Generation) -> int:
     return len(item.context) + len(item.answer) if isinstance(item, Request) else len(item.token_ids)
 
 

@@ -17,7 +17,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 
 from llada.diffusion.likelihood import Request
-from llada.inference.eval_worker import Prompt, Worker, parse_model_args
+from llada.inference.eval_worker import EvalRank, Generation, parse_model_args
 from llada.models import load_tokenizer
 
 log = logging.getLogger("lm_eval.llada")
@@ -35,7 +35,7 @@ class LLaDADist(TemplateLM):
 
     latest: ClassVar["LLaDADist | None"] = None  # lm_eval builds the model itself and does not hand it out
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: EvalRank) -> None:
         super().__init__()
         self.worker, self.args, self.log = worker, worker.args, worker.log
         self.tokenizer = worker.tokenizer
@@ -49,7 +49,7 @@ class LLaDADist(TemplateLM):
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> "LLaDADist":
         """The model from --model_args and lm_eval's own --batch_size and --device."""
-        return cls(Worker(parse_model_args(with_flags(arg_dict, additional_config or {}))))
+        return cls(EvalRank(parse_model_args(with_flags(arg_dict, additional_config or {}))))
 
     @classmethod
     def create_from_arg_string(
@@ -162,7 +162,7 @@ class LLaDADist(TemplateLM):
             totals[owner] += value
         return totals
 
-    # Generation
+    # Answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The answers, each cut at EOS or EoT and then at its first `until` string."""
@@ -175,7 +175,7 @@ class LLaDADist(TemplateLM):
             until = (until,) if isinstance(until, str) else tuple(until)
             text = context if self.args.use_thinking else context + ANSWER_AT_ONCE
             token_ids = self._fit(self.tok_encode(text) or [self.prefix_token_id], settings["gen_length"])
-            prompt = Prompt(context, token_ids, until, settings)
+            prompt = Generation(context, token_ids, until, settings)
             base = self.log.key("answer", prompt)
             # repeats of one prompt differ only where tokens are drawn
             repeat = seen[base] if settings["temperature"] > 0 else 0

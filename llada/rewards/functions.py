@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from llada.rewards.sandbox import Worker, all_run_through
+from llada.rewards.sandbox import ConfinedModule, all_run_through
 from llada.rewards.verifiers import (
     cells,
     code_blocks,
@@ -39,7 +39,7 @@ Values = list[float | None]
 
 SECONDS = 5.0  # for one answer
 
-_worker = Worker("llada.rewards.verifiers", prepare="import_libraries")
+_worker = ConfinedModule("llada.rewards.verifiers", prepare="import_libraries")
 
 
 def score(completion: str, record: Mapping[str, Any]) -> float:

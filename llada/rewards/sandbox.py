@@ -1,7 +1,7 @@
 """Untrusted answers are judged here: in processes of their own, with limits.
 
-`runs_through` runs a program that a model wrote. `Worker` calls functions of ours that look at what a model
-wrote with libraries that could hang on it, or evaluate it (sympy).
+`runs_through` runs a program that a model wrote. `ConfinedModule` calls functions of ours that look at what a
+model wrote with libraries that could hang on it, or evaluate it (sympy).
 
 A confined process has no environment variables, a temporary working folder, and limits on time, memory and
 file size; it cannot start processes or threads, and a root process gives its identity up. That contains
@@ -9,26 +9,27 @@ accidents, endless loops, fork bombs and stray files. It does not keep a program
 the network: run untrusted models in a container.
 """
 
+import importlib
 import inspect
 import json
 import os
 import secrets
 import select
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from pathlib import Path
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 SECONDS = 10.0
 MEMORY = 2**30
 FILE_SIZE = 2**20
-WORKER_MEMORY = 2**32  # of address space: sympy and numpy map far more than they use
+MODULE_MEMORY = 2**32  # of address space: sympy and numpy map far more than they use
 
 
 def confine(memory: int, file_size: int, cpu_seconds: int) -> None:
@@ -62,17 +63,16 @@ def confine(memory: int, file_size: int, cpu_seconds: int) -> None:
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
 
 
-# What a program's process runs: a word on standard input, the limits, the program, the word back.
+# What a program's process runs: a line with a word and the limits, the program behind it, the word back.
 _RUN = f"""{inspect.getsource(confine)}
 def run():
     import os, sys
     word, memory, file_size, seconds = sys.stdin.buffer.readline().decode().split()
+    program = compile(sys.stdin.buffer.read(), "program.py", "exec")
     reply = os.dup(1)
     os.set_inheritable(reply, False)
     for stream in (0, 1, 2):
         os.dup2(os.open(os.devnull, os.O_RDWR), stream)
-    with open("program.py", "rb") as file:
-        program = compile(file.read(), "program.py", "exec")
     confine(int(memory), int(file_size), int(seconds))
     exec(program, {{"__name__": "__main__"}})
     os.write(reply, word.encode())
@@ -81,16 +81,12 @@ run()
 """
 
 
-def runs_through(program: str, *, seconds: float = SECONDS, memory: int = MEMORY) -> bool:
-    """Whether the program runs to its last line, in time and without an error.
-
-    It then sends back a word that it was given: a program that calls exit(0) has not passed its tests.
-    """
-    word = secrets.token_hex(16)
+@contextmanager
+def _process(code: str) -> Iterator[subprocess.Popen]:
+    """A fresh interpreter that runs `code` in an empty folder; it and its session end with the context."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        Path(folder, "program.py").write_bytes(program.encode("utf-8", "replace"))
         child = subprocess.Popen(
-            [sys.executable, "-I", "-c", _RUN],
+            [sys.executable, "-I", "-c", code],
             cwd=folder,
             env={"PATH": "", "HOME": folder, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
@@ -98,51 +94,54 @@ def runs_through(program: str, *, seconds: float = SECONDS, memory: int = MEMORY
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        request = f"{word} {memory} {FILE_SIZE} {max(1, round(seconds))}\n".encode()
         try:
-            answer, _ = child.communicate(request, timeout=seconds)
+            yield child
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            for stream in (child.stdin, child.stdout):
+                with suppress(OSError):  # what was not sent yet is lost with the process
+                    stream.close()
+
+
+def runs_through(program: str, *, seconds: float = SECONDS, memory: int = MEMORY) -> bool:
+    """Whether the program runs to its last line, in time and without an error."""
+    # A word it could not know is sent back at its end: a program that calls exit(0) has passed no test.
+    word = secrets.token_hex(16)
+    request = f"{word} {memory} {FILE_SIZE} {max(1, round(seconds))}\n{program}"
+    with _process(_RUN) as child:
+        try:
+            reply, _ = child.communicate(request.encode("utf-8", "replace"), timeout=seconds)
         except subprocess.TimeoutExpired:
             return False
-        finally:
-            _end(child)
-        return child.returncode == 0 and answer == word.encode()
+        return child.returncode == 0 and reply == word.encode()
 
 
-def all_run_through(
-    programs: Sequence[str], *, seconds: float = SECONDS, num_workers: int | None = None
-) -> list[bool]:
-    """`runs_through` of each program, several at a time."""
-    with ThreadPoolExecutor(num_workers or os.cpu_count() or 1) as pool:
+def all_run_through(programs: Sequence[str], *, seconds: float = SECONDS) -> list[bool]:
+    """`runs_through` of each program, one for each of this rank's CPU cores at a time."""
+    # More at a time than there are cores would run good programs out of their time.
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    with ThreadPoolExecutor(max(1, len(cores) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))) as pool:
         return list(pool.map(lambda program: runs_through(program, seconds=seconds), programs))
 
 
-def _end(child: subprocess.Popen) -> None:
-    """Ends the child and whoever belongs to its session."""
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, 9)
-    child.wait()
-    for stream in (child.stdin, child.stdout):
-        if stream is not None:
-            with suppress(OSError):
-                stream.close()
-
-
-class Worker:
-    """A confined process that calls the functions of one of our modules with JSON arguments.
+class ConfinedModule:
+    """A process, confined for good, in which the functions of one of our modules are called.
 
     It starts at the first call. A call that takes too long, or kills the process, gives `failed`, and the
     next call gets a new process. Calls from several threads wait for each other.
     """
 
-    def __init__(self, module: str, *, prepare: str | None = None, memory: int = WORKER_MEMORY) -> None:
+    def __init__(self, module: str, *, prepare: str | None = None) -> None:
         """`prepare` names a function of the module that imports what its calls need, before the limits."""
-        self._module, self._prepare, self._memory = module, prepare, memory
+        self._arguments = f"{module!r}, {prepare!r}, {MODULE_MEMORY}"
         self._child: subprocess.Popen | None = None
-        self._folder: tempfile.TemporaryDirectory | None = None
+        self._life = ExitStack()
         self._lock = threading.Lock()
 
     def call(self, function: str, *arguments: Any, seconds: float = SECONDS, failed: Any = None) -> Any:
-        """What the function gives.
+        """What the function gives for arguments that JSON can say.
 
         Raises:
             ValueError: the function raised one; any other error is a failed call.
@@ -150,14 +149,11 @@ class Worker:
         with self._lock:
             if self._child is None or self._child.poll() is not None:
                 self._start()
-            line = json.dumps([function, list(arguments)])
-            try:
-                self._child.stdin.write(line.encode() + b"\n")
+            reply = None
+            with suppress(OSError):
+                self._child.stdin.write(json.dumps([function, list(arguments)]).encode() + b"\n")
                 self._child.stdin.flush()
-            except OSError:
-                self.close()
-                return failed
-            reply = self._read(seconds)
+                reply = self._read(seconds)
             if reply is None:
                 self.close()
                 return failed
@@ -167,24 +163,12 @@ class Worker:
 
     def _start(self) -> None:
         self.close()
-        self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        code = (
-            f"import sys; sys.path[:] = {[os.path.abspath(p) for p in sys.path]!r}; "
-            "from llada.rewards.sandbox import serve; "
-            f"serve({self._module!r}, {self._prepare!r}, {self._memory})"
-        )
-        self._child = subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=self._folder.name,
-            env={"PATH": "", "HOME": self._folder.name, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        path = [os.path.abspath(folder) for folder in sys.path]
+        code = f"import sys; sys.path[:] = {path!r}; from {__name__} import serve; serve({self._arguments})"
+        self._child = self._life.enter_context(_process(code))
         if self._read(120.0) is None:  # the module's imports
             self.close()
-            raise RuntimeError(f"the verifier process of {self._module} does not start")
+            raise RuntimeError(f"the process for ({self._arguments}) does not start")
 
     def _read(self, seconds: float) -> dict[str, Any] | None:
         """One line of the process as JSON; None if none comes in time."""
@@ -196,19 +180,14 @@ class Worker:
             if not chunk or len(data) > FILE_SIZE:
                 return None
             data += chunk
-        try:
+        with suppress(ValueError):
             return json.loads(data)
-        except ValueError:
-            return None
+        return None
 
     def close(self) -> None:
         """Ends the process; the next call starts another."""
-        if self._child is not None:
-            _end(self._child)
-            self._child = None
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        self._life.close()
+        self._child = None
 
     def __del__(self) -> None:
         with suppress(Exception):  # at interpreter exit the modules this needs may be gone
@@ -216,9 +195,8 @@ class Worker:
 
 
 def serve(module: str, prepare: str | None, memory: int) -> None:
-    """The worker's side: imports the module, confines itself, and answers calls until its input ends."""
-    import importlib
-
+    """In the process: imports the module, confines itself, and answers calls until its input ends."""
+    # Replies are JSON, never pickles: whoever takes this process over must not reach the one that reads them.
     requests, reply = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     for stream in (0, 1, 2):  # what a library prints is no answer
         os.dup2(os.open(os.devnull, os.O_RDWR), stream)

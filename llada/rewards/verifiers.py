@@ -2,7 +2,7 @@
 
 Every function takes text that a model wrote. Sudoku and countdown are bounded by themselves; the libraries
 behind `math_equal` and `reasoning_gym` may hang on a text, or evaluate it, and are only called in a
-`llada.rewards.sandbox.Worker`.
+`llada.rewards.sandbox.ConfinedModule`.
 """
 
 import ast
