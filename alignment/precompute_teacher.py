@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from llada.autoregressive.causal_lm import causal_lm_files, load_causal_lm
+from llada.autoregressive.causal_lm import describe_causal_lm, load_causal_lm
 from llada.autoregressive.teacher_files import TeacherFile, read_teacher_records
 from llada.autoregressive.teacher_model import NO_NUMBERS, Question, TeacherModel
 from llada.autoregressive.teacher_rows import (
@@ -189,8 +189,8 @@ def from_model(config: Config, student: Student) -> None:
     )  # fmt: skip
     if not teacher.vocabulary.is_identity:
         print(f"{teacher.vocabulary.coverage:.1%} of the teacher's tokens are tokens of the student too")
-    files = causal_lm_files(config.teacher, config.teacher_gguf_file)
-    source = {"teacher": files, "responses": config.responses}
+    described = describe_causal_lm(config.teacher, config.teacher_gguf_file)
+    source = {"teacher": described, "responses": config.responses}
     if config.responses == "generate":
         source |= {name: getattr(config, name) for name in ("temperature", "max_new_tokens", "seed")}
 

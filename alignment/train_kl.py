@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     run = start_run(config.device, output_dir=config.output_dir)
     tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, chat=True)
-    model = load_trainable(config.model_name_or_path, config)
+    model = load_trainable(config)
     ids = special_ids(model.config, tokenizer)
     data_dir = Path(config.output_dir, "data")  # for conversations that have to be tokenised
     rows = load_aligned(config.train_data_path, tokenizer, config, run, prepared=data_dir / "train")

@@ -80,7 +80,6 @@ def new_teacher(
 ) -> LlamaForCausalLM:
     """A randomly initialised Llama with the shape of a named LLaDA size."""
     shape = new_config(config_name, tokenizer, max_length=max_length)
-    ends = [i for i in (shape.eot_token_id, shape.eos_token_id) if i is not None]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(
@@ -96,7 +95,7 @@ def new_teacher(
                 tie_word_embeddings=shape.weight_tying,
                 vocab_size=shape.embedding_size,
                 bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=ends,
+                eos_token_id=shape.end_ids,
                 pad_token_id=shape.pad_token_id,
             )
         )

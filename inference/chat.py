@@ -160,9 +160,7 @@ class Chat:
         ids = special_ids(self.model.config, self.tokenizer)
         view = None
         if self.watch:
-            view = DenoisingView(
-                self.tokenizer, settings.gen_length, {ids.eos, ids.eot} - {None}, is_live=self.is_live
-            )
+            view = DenoisingView(self.tokenizer, settings.gen_length, ids.ends, is_live=self.is_live)
         started = time.monotonic()
         try:
             output = self.model.generate(

@@ -39,7 +39,7 @@ from llada.data.records import read_records
 from llada.diffusion.likelihood import Request, score
 from llada.flags import flag, parse
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
-from llada.models import checkpoint_files, load_model, load_tokenizer, special_ids
+from llada.models import describe_checkpoint, load_model, load_tokenizer, special_ids
 from llada.resumable import RequestLog
 from llada.rewards.verifiers import final_answer
 from llada.run import barrier, end_run, start_run
@@ -201,7 +201,7 @@ def choose(
 def fingerprint(config: Config) -> dict[str, Any]:
     """What the answers depend on: the flags, the prompts are keyed one by one, and the checkpoint's files."""
     flags = {name: value for name, value in asdict(config).items() if name not in FREE}
-    return {"flags": flags, "files": checkpoint_files(config.model_name_or_path, config.adapter_path)}
+    return {"flags": flags, "checkpoint": describe_checkpoint(config.model_name_or_path, config.adapter_path)}
 
 
 def merge(items: list[Item], answers: RequestLog, output_path: Path) -> None:

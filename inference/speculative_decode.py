@@ -32,11 +32,11 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from llada.autoregressive.causal_lm import causal_lm_files, end_ids, load_causal_lm, prompt_ids
+from llada.autoregressive.causal_lm import describe_causal_lm, load_causal_lm, prompt_ids
 from llada.data.prompts import prompt_of
 from llada.data.records import read_records
 from llada.flags import flag, parse
-from llada.models import checkpoint_files, load_model, load_tokenizer, special_ids
+from llada.models import describe_checkpoint, end_ids, load_model, load_tokenizer, special_ids
 from llada.resumable import RequestLog
 from llada.run import barrier, end_run, start_run
 from llada.speculative.bridge import BRIDGES, Bridge
@@ -273,9 +273,11 @@ def main(argv: list[str] | None = None) -> None:
 
     parts = None if config.output_path is None else f"{config.output_path}.parts"
     flags = {name: value for name, value in asdict(config).items() if name not in FREE}
-    files = checkpoint_files(config.model_name_or_path, config.adapter_path)
-    files += causal_lm_files(config.verifier, config.verifier_gguf_file)
-    settings = {"flags": flags, "files": files}
+    settings = {
+        "flags": flags,
+        "drafter": describe_checkpoint(config.model_name_or_path, config.adapter_path),
+        "verifier": describe_causal_lm(config.verifier, config.verifier_gguf_file),
+    }
     answers = RequestLog(parts, settings, run.rank)
     keys = [answers.key("speculate", [i.index, i.verifier_ids, i.drafter_ids]) for i in items]
     mine = [n for n in range(run.rank, len(items), run.world_size) if answers.get(keys[n]) is None]

@@ -3,16 +3,20 @@
 Shapes: none; everything here is about folders, tokenizers and modules.
 """
 
+import hashlib
+import json
 import os
 import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from llada.flags import read_yaml
 from modelling_final import LLaDAConfig, LLaDAModelLM
@@ -109,6 +113,11 @@ class SpecialIds:
     eos: int
     pad: int
     eot: int | None
+
+    @property
+    def ends(self) -> set[int]:
+        """Ids at which an answer ends."""
+        return {self.eos, self.eot} - {None}
 
 
 def resolve_checkpoint(path: str) -> str:
@@ -213,6 +222,28 @@ def special_ids(config: LLaDAConfig, tokenizer: PreTrainedTokenizerBase) -> Spec
     return SpecialIds(mask=config.mask_token_id, eos=config.eos_token_id, pad=config.pad_token_id, eot=eot)
 
 
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, closing: int | None) -> list[int]:
+    """Ids that end an answer of an autoregressive model; LLaDA's: `SpecialIds.ends`, `LLaDAConfig.end_ids`.
+
+    Those of its generation config, its tokenizer's EOS, and `closing`, the end of a turn in its template.
+    """
+    named = model.generation_config.eos_token_id
+    named = named if isinstance(named, list) else [named]
+    return sorted({*named, tokenizer.eos_token_id, closing} - {None})
+
+
+def base_and_adapter(path: str, adapter_path: str | None = None) -> tuple[str, str | None]:
+    """(the checkpoint with the weights, the LoRA adapter on it or None) that these paths mean.
+
+    An adapter folder names its base itself.
+    """
+    path = resolve_checkpoint(path)
+    if adapter_path is None and Path(path, "adapter_config.json").is_file():
+        adapter_path = path
+        path = LoraConfig.from_pretrained(adapter_path).base_model_name_or_path
+    return resolve_checkpoint(path), None if adapter_path is None else resolve_checkpoint(adapter_path)
+
+
 def load_model(
     path: str,
     *,
@@ -222,6 +253,7 @@ def load_model(
     device: torch.device | str | None = None,
     merge_adapter: bool = True,
     rope: RopeScaling = NO_SCALING,
+    has_values: bool = True,
 ) -> LLaDAModelLM | PeftModel:
     """The model of a checkpoint, with every weight accounted for.
 
@@ -233,20 +265,26 @@ def load_model(
         device: where to put it; default CPU.
         merge_adapter: fold the adapter into the weights (for inference); else return a trainable PeftModel.
         rope: how to stretch the positions.
+        has_values: False builds it on the meta device, from the configuration alone.
 
     Raises:
         ValueError: no such checkpoint, or one with missing or unexpected weights.
     """
-    path = resolve_checkpoint(path)
-    if adapter_path is None and Path(path, "adapter_config.json").is_file():
-        adapter_path = path
-        path = resolve_checkpoint(LoraConfig.from_pretrained(adapter_path).base_model_name_or_path)
+    path, adapter_path = base_and_adapter(path, adapter_path)
     config = load_config(path)
-    if adapter_path is not None and Path(resolve_checkpoint(adapter_path), "config.json").is_file():
+    if adapter_path is not None and Path(adapter_path, "config.json").is_file():
         stretched = load_config(adapter_path)  # an adapter trained on stretched positions says so there
         for name in ("rope_theta", "rope_parameters", "max_sequence_length"):
             setattr(config, name, getattr(stretched, name))
     config = rope.apply(config)
+    if not has_values:
+        with torch.device("meta"):
+            model = LLaDAModelLM(config).to(DTYPES[dtype])
+            if adapter_path is None:
+                return model
+            adapter = LoraConfig.from_pretrained(adapter_path)
+            adapter.inference_mode = False  # as saved; what training continues is trainable
+            return get_peft_model(model, adapter)
     model, report = LLaDAModelLM.from_pretrained(
         path,
         config=config,
@@ -261,17 +299,63 @@ def load_model(
                 f"--model_name_or_path {path}: {len(keys)} {kind.replace('_', ' ')}: {keys[:3]} ..."
             )
     if adapter_path is not None:
-        model = _put_adapter(model, adapter_path, merge=merge_adapter)
+        try:
+            model = PeftModel.from_pretrained(model, adapter_path, is_trainable=not merge_adapter)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ValueError(
+                f"--adapter_path {adapter_path}: does not fit this base model: {error}"
+            ) from error
+        if merge_adapter:
+            model = model.merge_and_unload()
     return model.to(device) if device is not None else model
 
 
-def _put_adapter(model: LLaDAModelLM, adapter_path: str, *, merge: bool) -> LLaDAModelLM | PeftModel:
-    adapter_path = resolve_checkpoint(adapter_path)
-    try:
-        adapted = PeftModel.from_pretrained(model, adapter_path, is_trainable=not merge)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise ValueError(f"--adapter_path {adapter_path}: does not fit this base model: {error}") from error
-    return adapted.merge_and_unload() if merge else adapted
+def start_model(flags: Any, *, has_values: bool = True) -> LLaDAModelLM | PeftModel:
+    """What a run starts from: new weights, a checkpoint, or one with the adapter that training continues.
+
+    Args:
+        flags: a stage's Config, or the flags in a run's config.yaml; those a stage has not may be absent.
+        has_values: False builds it on the meta device.
+    """
+    if getattr(flags, "config_name", None) is not None:
+        tokenizer = load_tokenizer(flags.tokenizer_name)
+        with nullcontext() if has_values else torch.device("meta"):
+            return new_model(flags.config_name, tokenizer, seed=flags.seed, max_length=flags.max_length)
+    kind, factor = getattr(flags, "rope_scaling", "none"), getattr(flags, "rope_factor", 1.0)
+    return load_model(
+        flags.model_name_or_path,
+        dtype=flags.dtype if flags.use_lora else "float32",  # all that is trained is float32
+        adapter_path=getattr(flags, "sft_adapter_path", None),
+        attn_implementation=getattr(flags, "attn_implementation", None),
+        merge_adapter=False,
+        rope=RopeScaling(kind, factor, flags.max_length),
+        has_values=has_values,
+    )
+
+
+def build_model(flags: Any, *, has_values: bool = True) -> LLaDAModelLM | PeftModel:
+    """The model that a run trains, before its first step: `start_model`, with fresh adapters for --use_lora.
+
+    Training, its dry run and scripts/export_checkpoint.py all build it here.
+    """
+    model = start_model(flags, has_values=has_values)
+    if not flags.use_lora or hasattr(model, "peft_config"):
+        return model
+    with nullcontext() if has_values else torch.device("meta"):
+        return attach_lora(
+            model,
+            rank=flags.lora_r,
+            alpha=flags.lora_alpha,
+            dropout=flags.lora_dropout,
+            target_modules=flags.lora_target_modules,
+            seed=flags.seed,
+        )
+
+
+def has_fresh_adapter(flags: Any) -> bool:
+    """Whether `build_model` puts on an adapter of its own: off, the model is the one the run started from."""
+    continues = getattr(flags, "sft_adapter_path", None)
+    return flags.use_lora and base_and_adapter(flags.model_name_or_path, continues)[1] is None
 
 
 def new_config(config_name: str, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> LLaDAConfig:
@@ -376,11 +460,46 @@ def save_model(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def checkpoint_files(*paths: str | None) -> list[list[Any]]:
-    """Name, size and time of every file of these checkpoints: changes when what they hold does."""
-    files = []
+_PIECES, _PIECE_BYTES = 256, 1 << 16  # of a weight file: 16 MiB, so that every matrix is met
+# Where the files were written, not what they hold.
+_NOISE = ("transformers_version", "peft_version", "base_model_name_or_path", "auto_map", "_name_or_path")
+
+
+def describe_checkpoint(*paths: str | Path | None) -> str:
+    """A hash of the weights and settings of these checkpoints, the same on any machine; None is skipped.
+
+    Of weights, pieces spread over each file, so it is always cheap; of an adapter, its base too.
+
+    Args:
+        paths: folders, run folders, hub names, or single files (GGUF).
+    """
+    digest = hashlib.sha256()
     for path in filter(None, paths):
-        folder = Path(resolve_checkpoint(path))
-        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-            files.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
-    return files
+        parts = [str(path)] if Path(path).is_file() else filter(None, base_and_adapter(str(path)))
+        files = [file for part in parts for file in _described_files(Path(part))]
+        if not any(file.suffix != ".json" for file in files):
+            raise ValueError(f"{path}: no weight files there to recognise the checkpoint by")
+        for file in files:
+            if file.suffix == ".json":
+                settings = json.loads(file.read_text(encoding="utf-8"))
+                kept = {name: value for name, value in settings.items() if name not in _NOISE}
+                digest.update(json.dumps(kept, sort_keys=True).encode())
+                continue
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size};".encode())
+            with file.open("rb") as stream:
+                if size <= _PIECES * _PIECE_BYTES:
+                    digest.update(stream.read())
+                    continue
+                for place in range(_PIECES):
+                    stream.seek(place * (size - _PIECE_BYTES) // (_PIECES - 1))
+                    digest.update(stream.read(_PIECE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _described_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    folder = path if path.is_dir() else Path(cached_file(str(path), "config.json")).parent
+    named = ("config.json", "adapter_config.json")
+    return [f for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".bin") or f.name in named]

@@ -32,12 +32,12 @@ from llada.diffusion.losses import masked_diffusion_loss
 from llada.diffusion.masking import generator
 from llada.diffusion.stream import Curriculum, MaskedStream
 from llada.flags import flag, parse
-from llada.models import ROPE_SCALING, RopeScaling, load_config, load_tokenizer, new_model, special_ids
+from llada.models import ROPE_SCALING, RopeScaling, load_config, load_tokenizer, special_ids
 from llada.run import end_run, start_run
 from llada.training import dry_run as preflight
 from llada.training.config import TrainConfig
 from llada.training.cost import flops_counter
-from llada.training.loop import fit, load_trainable, prepare_trainable
+from llada.training.loop import fit, load_trainable
 from llada.training.validation import validation_loss
 
 RESUME_MUST_AGREE = (
@@ -115,11 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     run = start_run(config.device, output_dir=config.output_dir)
     tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path)
-    if config.config_name is not None:
-        model = new_model(config.config_name, tokenizer, seed=config.seed, max_length=config.max_length)
-        model = prepare_trainable(model, config)
-    else:
-        model = load_trainable(config.model_name_or_path, config, rope=rope)
+    model = load_trainable(config)
     ids = special_ids(model.config, tokenizer)
 
     load = partial(

@@ -34,7 +34,7 @@ from llada.data.prompts import Prompt, read_prompts
 from llada.diffusion.masking import generator
 from llada.flags import flag, parse
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
-from llada.models import checkpoint_files, load_model, load_tokenizer, special_ids
+from llada.models import describe_checkpoint, load_model, load_tokenizer, special_ids
 from llada.resumable import RequestLog
 from llada.rewards.flags import RewardFlags
 from llada.rewards.functions import compute_rewards
@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
         limit=config.max_samples,
     )
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
-    settings["files"] = checkpoint_files(config.model_name_or_path, config.adapter_path)
+    settings["checkpoint"] = describe_checkpoint(config.model_name_or_path, config.adapter_path)
     parts = str(Path(config.output_dir, "parts"))
     log = RequestLog(parts, settings, run.rank)
     mine = [p for p in prompts[run.rank :: run.world_size] if log.get(key_of(log, p)) is None]

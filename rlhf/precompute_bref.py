@@ -37,7 +37,7 @@ from llada.data.records import input_files
 from llada.diffusion.bound_gradient import draw_values, make_draws
 from llada.diffusion.likelihood import Request
 from llada.flags import flag, parse
-from llada.models import load_model, load_tokenizer, resolve_checkpoint
+from llada.models import load_model, load_tokenizer
 from llada.policies.kto_reference import (
     base_seed,
     draw_masks,
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     encoded = encode_answers([(where, item.prompt, item.completion) for where, item in items], encoding)
     tokens = [found.tokens for found in encoded]
     settings = fingerprint(
-        [resolve_checkpoint(config.model_path)],
+        config.model_path,
         tokenizer,
         max_length=config.max_length,
         mask_id=model.config.mask_token_id,

@@ -43,10 +43,10 @@ from llada.flags import flag, parse
 from llada.models import load_tokenizer, special_ids
 from llada.policies.answer_stream import AnswerBatch, Answers, AnswerStream
 from llada.policies.config import PolicyConfig
-from llada.policies.reference_model import Reference, load_policy, make_reference, precompute_reference
+from llada.policies.reference_model import Reference, make_reference, precompute_reference
 from llada.run import Run, autocast, end_run, start_run, sum_over_ranks
 from llada.training import dry_run as preflight
-from llada.training.loop import Loss, LossParts, fit
+from llada.training.loop import Loss, LossParts, fit, load_trainable
 
 # Beside the flags of every stage.
 RESUME_MUST_AGREE = (
@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
         )  # fmt: skip
         return
     tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, chat=True)
-    model = load_policy(config)
+    model = load_trainable(config)
     disable_dropout(model)
     ids = special_ids(model.config, tokenizer)
     fill = (ids.eos, config.max_length) if config.eos == "padded" else None

@@ -37,7 +37,7 @@ from llada.diffusion.bound_gradient import (
 from llada.diffusion.likelihood import Request
 from llada.diffusion.preference_losses import Z0_MODES, kto_baseline, kto_losses
 from llada.flags import flag, parse
-from llada.models import load_tokenizer, resolve_checkpoint, special_ids
+from llada.models import load_tokenizer, special_ids
 from llada.policies.answer_stream import AnswerBatch, Answers, AnswerStream
 from llada.policies.config import PolicyConfig
 from llada.policies.kto_reference import (
@@ -50,10 +50,10 @@ from llada.policies.kto_reference import (
     read_bref,
     subsample,
 )
-from llada.policies.reference_model import Reference, load_policy, make_reference
+from llada.policies.reference_model import Reference, make_reference
 from llada.run import Run, autocast, end_run, start_run, sum_over_ranks
 from llada.training import dry_run as preflight
-from llada.training.loop import Loss, LossParts, fit
+from llada.training.loop import Loss, LossParts, fit, load_trainable
 
 # Beside the flags of every stage.
 RESUME_MUST_AGREE = (
@@ -165,7 +165,7 @@ def check_made_with(file: BrefFile, config: Config, tokenizer: PreTrainedTokeniz
         return
     reference = config.ref_model_name_or_path or config.sft_adapter_path or config.model_name_or_path
     expected = fingerprint(
-        [resolve_checkpoint(reference)],
+        reference,
         tokenizer,
         max_length=config.max_length,
         mask_id=mask_id,
@@ -316,7 +316,7 @@ def main(argv: list[str] | None = None) -> None:
     files = [read(path, config, tokenizer) for path in paths]
     records = usable(files[0], config)
     config.resolve(run, len(records))
-    model = load_policy(config)
+    model = load_trainable(config)
     disable_dropout(model)
     ids = special_ids(model.config, tokenizer)
     for file in files:

@@ -41,15 +41,15 @@ from llada.diffusion.bound_gradient import adapter_off, disable_dropout
 from llada.diffusion.sampler_likelihood import check_settings
 from llada.flags import flag, parse
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
-from llada.models import load_tokenizer, resolve_checkpoint, special_ids
+from llada.models import has_fresh_adapter, load_tokenizer, special_ids
 from llada.policies.config import OlderFlags, PolicyConfig
 from llada.policies.grpo import BASELINES, LOSS_TYPES, SCALES, Objective, grpo_loss
 from llada.policies.likelihood_terms import ESTIMATORS, TermBuilder
-from llada.policies.reference_model import load_frozen, load_policy
+from llada.policies.reference_model import load_frozen
 from llada.policies.rollouts import ReferenceModel, RolloutFiles, RolloutStream, Sampler
 from llada.rewards.flags import RewardFlags
 from llada.run import Run, end_run, start_run, sum_over_ranks
-from llada.training.loop import fit
+from llada.training.loop import fit, load_trainable
 
 # Beside the flags of every stage: what decides a rollout, its advantages, or its loss.
 RESUME_MUST_AGREE = (
@@ -179,9 +179,7 @@ def make_reference(config: Config, run: Run) -> ReferenceModel | None:
     """Where the reference is found: the policy without its fresh adapters, or a model of its own."""
     if config.beta == 0:
         return None
-    starts = resolve_checkpoint(config.model_name_or_path)
-    is_fresh = config.sft_adapter_path is None and not Path(starts, "adapter_config.json").is_file()
-    if config.ref_model_name_or_path is None and config.use_lora and is_fresh:
+    if config.ref_model_name_or_path is None and has_fresh_adapter(config):
 
         @contextmanager
         def without_adapter(policy: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -253,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
         settings = settings.changed(early_stop=False)  # every rank must take part in as many forwards
     rewards = config.load_rewards()
     tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, chat=True)
-    model = load_policy(config)
+    model = load_trainable(config)
     disable_dropout(model)
     ids = special_ids(model.config, tokenizer)
     model.config.eot_token_id = ids.eot

@@ -12,11 +12,10 @@ Run:
 
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from types import SimpleNamespace
 
 from llada.flags import flag, parse, read_yaml
-from llada.models import DTYPES, RopeScaling, attach_lora, load_model, load_tokenizer, new_model, save_model
+from llada.models import DTYPES, build_model, load_tokenizer, save_model
 from llada.training.checkpoint import find_resume, load_weights, read_meta
 
 
@@ -28,28 +27,6 @@ class Config:
     output_dir: str = flag(help="New folder for the checkpoint.")
     step: int | None = flag(None, help="Which step-N; default the latest.")
     dtype: str = flag("float32", help="Of the weights written.", choices=list(DTYPES))
-
-
-def model_of(settings: dict) -> torch.nn.Module:
-    """The model that the run trains, before its training."""
-    path = settings.get("model_name_or_path")
-    length = settings["max_length"]
-    if path is None:
-        tokenizer = load_tokenizer(settings["tokenizer_name"])
-        return new_model(settings["config_name"], tokenizer, seed=settings["seed"], max_length=length)
-    rope = RopeScaling(settings.get("rope_scaling", "none"), settings.get("rope_factor", 1.0), length)
-    dtype = settings["dtype"] if settings["use_lora"] else "float32"
-    model = load_model(path, dtype=dtype, merge_adapter=False, rope=rope)
-    if settings["use_lora"] and not hasattr(model, "peft_config"):
-        model = attach_lora(
-            model,
-            rank=settings["lora_r"],
-            alpha=settings["lora_alpha"],
-            dropout=settings["lora_dropout"],
-            target_modules=settings["lora_target_modules"],
-            seed=settings["seed"],
-        )
-    return model
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,10 +42,11 @@ def main(argv: list[str] | None = None) -> None:
         saved = sorted(path.name for path in run.glob("step-*") if (path / "meta.json").is_file())
         raise ValueError(f"--run {run}: no such state there; it has {', '.join(saved) or 'none'}")
     settings = read_yaml(run / "config.yaml")
-    model = model_of(settings)
+    flags = SimpleNamespace(**{"model_name_or_path": None, "tokenizer_name": None} | settings)
+    model = build_model(flags)
     load_weights(state, model)
     chat = "random_length_probability" not in settings  # pretraining alone adds no chat tokens
-    tokenizer = load_tokenizer(settings.get("tokenizer_name") or settings["model_name_or_path"], chat=chat)
+    tokenizer = load_tokenizer(flags.tokenizer_name or flags.model_name_or_path, chat=chat)
     save_model(model.to(DTYPES[config.dtype]), tokenizer, output_dir)
     print(f"{output_dir}: the weights of {state} (step {read_meta(state)['step']})")
 

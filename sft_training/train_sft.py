@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     run = start_run(config.device, output_dir=config.output_dir)
     tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, chat=True)
-    model = load_trainable(config.model_name_or_path, config)
+    model = load_trainable(config)
     ids = special_ids(model.config, tokenizer)
 
     load = partial(

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from llada.models import describe_checkpoint
 from llada.policies.kto_reference import (
     base_seed,
     check_fingerprint,
     derive_seed,
-    describe_checkpoint,
     draw_masks,
     find_masks,
     mask_checks,
@@ -104,8 +104,8 @@ def test_a_checkpoint_is_recognised_by_its_weights(tmp_path):
         (tmp_path / name).mkdir()
         weights = np.arange(1 << 21) + (name == "other")  # 16 MiB: more than is read at once
         (tmp_path / name / "model.safetensors").write_bytes(weights.tobytes())
-        (tmp_path / name / "config.json").write_text(json.dumps({"written": name}))
-    found = {name: describe_checkpoint([tmp_path / name]) for name in ("one", "same", "other")}
+        (tmp_path / name / "config.json").write_text(json.dumps({"transformers_version": name}))
+    found = {name: describe_checkpoint(tmp_path / name) for name in ("one", "same", "other")}
     assert found["one"] == found["same"] != found["other"]
 
 

@@ -1,5 +1,7 @@
 """A state of any step becomes the plain checkpoint that the run would have written there."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -43,6 +45,24 @@ def test_adapters_saved_by_two_ranks(shard, model_dir, tmp_path):
     assert_same(tmp_path / "out", tmp_path / "run/final")
     names = {path.name for path in (tmp_path / "run/final").iterdir()}
     assert names <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_an_adapter_that_training_continues(model_dir, tmp_path):
+    """Its own rank and alpha, not the flags': the update would be many times too strong."""
+    lora = ["--use_lora", "--lora_r", "2", "--lora_alpha", "3"]
+    train_sft(sft_flags(tmp_path / "sft", model_dir, *lora))
+    adapter = str(tmp_path / "sft/final")
+    train_dpo = load_script("rlhf/train_dpo.py").main
+    pair = {"prompt": "What is 2 + 3?", "chosen": "5", "rejected": "4"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    flags = ["--train_data_path", str(tmp_path / "pairs.jsonl"), "--output_dir", str(tmp_path / "run")]
+    flags += ["--max_steps", "2", "--batch_size", "1", "--max_length", "64", "--learning_rate", "1e-2"]
+    train_dpo(["--model_name_or_path", str(model_dir), "--sft_adapter_path", adapter, *flags])
+    export(["--run", str(tmp_path / "run"), "--output_dir", str(tmp_path / "out")])
+    assert_same(tmp_path / "out", tmp_path / "run/final")
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (2, 3)
+    assert not torch.equal(*(next(iter(weights(tmp_path / f / "final").values())) for f in ("run", "sft")))
 
 
 def test_half_precision(model_dir, tmp_path):

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from llada.data.chat import encode_texts, render_template
 from llada.data.messages import Message
-from llada.models import DTYPES, checkpoint_files
+from llada.models import DTYPES, describe_checkpoint
 
 
 def load_causal_lm(
@@ -53,12 +53,9 @@ def load_causal_lm(
     return model.to(device).eval(), tokenizer
 
 
-def causal_lm_files(path: str, gguf_file: str | None) -> list[list[Any]]:
-    """Name, size and time of such a model's files: other ones give other answers."""
-    if gguf_file is None:
-        return checkpoint_files(path)
-    found = Path(path, gguf_file)
-    return [[found.name, found.stat().st_size, found.stat().st_mtime_ns]] if found.is_file() else []
+def describe_causal_lm(path: str, gguf_file: str | None) -> str:
+    """A hash of such a model's weights and settings: other ones give other answers."""
+    return describe_checkpoint(cached_file(path, gguf_file) if gguf_file else path)
 
 
 def prompt_ids(prompt: str | Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -66,10 +63,3 @@ def prompt_ids(prompt: str | Sequence[Message], tokenizer: PreTrainedTokenizerBa
     if isinstance(prompt, str):
         return tokenizer(prompt, verbose=False)["input_ids"]
     return encode_texts([render_template(prompt, tokenizer, header=True)], tokenizer)[0]
-
-
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, closing: int | None) -> list[int]:
-    """Tokens that end an answer: those of the model's generation config, of the tokenizer, and `closing`."""
-    named = model.generation_config.eos_token_id
-    named = named if isinstance(named, list) else [named]
-    return sorted({i for i in (*named, tokenizer.eos_token_id, closing) if i is not None})

@@ -15,6 +15,7 @@ from llada.autoregressive.vocabulary import OTHER, VocabMap
 from llada.data.chat import encode_texts, render_prompt, render_template
 from llada.data.messages import Message
 from llada.diffusion.masking import generator
+from llada.models import end_ids
 
 NO_NUMBERS = "%s: the teacher's logits for this answer hold NaN or inf"
 
@@ -112,17 +113,11 @@ class TeacherModel:
             text = render_template(messages, self.tokenizer, header=True)
         return encode_texts([text], self.tokenizer)[0]
 
-    def _ends(self) -> list[int]:
-        """Tokens after which an answer is over."""
-        named = self.model.generation_config.eos_token_id
-        named = named if isinstance(named, list) else [named]
-        ends = {*named, self.tokenizer.eos_token_id, self.vocabulary.source.closing}
-        return sorted(i for i in ends if i is not None)
-
     @torch.inference_mode()
     def _generate(self, prompts: list[list[int]], wheres: list[str]) -> Iterator[tuple[list[int], bool]]:
         """(tokens of the answer without its end, did it end by itself) for each prompt, in order."""
-        ends, order = self._ends(), np.argsort([len(p) for p in prompts], kind="stable")
+        ends = end_ids(self.model, self.tokenizer, self.vocabulary.source.closing)
+        order = np.argsort([len(p) for p in prompts], kind="stable")
         found: dict[int, tuple[list[int], bool]] = {}
         for start in range(0, len(prompts), self.batch_size):
             places = order[start : start + self.batch_size].tolist()

@@ -21,7 +21,7 @@ from llada.diffusion.bound_estimator import ESTIMATORS, EXACT_TOKENS
 from llada.diffusion.likelihood import KINDS, Request, iter_greedy, iter_scores
 from llada.flags import flag, parse
 from llada.inference.sampler_flags import SamplerFlags
-from llada.models import checkpoint_files, load_model, load_tokenizer, special_ids
+from llada.models import describe_checkpoint, load_model, load_tokenizer, special_ids
 from llada.resumable import RequestLog
 from llada.run import start_run
 from modelling_final import LLaDAGenerationConfig
@@ -122,7 +122,7 @@ class EvalRank:
                 "leave it out, it is read from the model"
             )
         settings = {k: value for k, value in dataclasses.asdict(args).items() if k not in NO_EFFECT}
-        settings["files"] = checkpoint_files(args.model_path, args.adapter_path)
+        settings["checkpoint"] = describe_checkpoint(args.model_path, args.adapter_path)
         self.log = RequestLog(args.record_dir, settings, self.run.rank)
 
     def serve(self) -> None:
@@ -230,9 +230,8 @@ class EvalRank:
             record_ids=[int(key[:15], 16) for key in batch],
         )
         answers = output.sequences[:, -settings["gen_length"] :].tolist()
-        ends = {self.ids.eos, self.ids.eot}
         for (key, prompt), token_ids in zip(batch.items(), answers, strict=True):
-            end = next((i for i, token in enumerate(token_ids) if token in ends), len(token_ids))
+            end = next((i for i, token in enumerate(token_ids) if token in self.ids.ends), len(token_ids))
             text = self.tokenizer.decode(token_ids[:end], skip_special_tokens=True)
             raw = self.tokenizer.decode(token_ids)
             yield key, cut_answer(text, prompt.until), {"prompt": prompt.text, "raw": raw, "num_tokens": end}

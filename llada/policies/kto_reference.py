@@ -15,17 +15,14 @@ Shapes: T answer tokens, K draws.
 Source: vaibhavjindal/elbo-kto precompute_bref.py (file format and seeds); arXiv 2510.23658.
 """
 
-import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from llada.data.answers import Encoding, Tokens, encode_answers
 from llada.data.messages import to_labelled
@@ -33,6 +30,7 @@ from llada.data.records import read_records
 from llada.data.shards import describe_tokenizer
 from llada.diffusion.bound_estimator import MaskPlan
 from llada.diffusion.bound_gradient import mask_hash
+from llada.models import describe_checkpoint
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,6 @@ GLOBAL_SEED = 0x1A2B3C4D5E6F7788
 _BITS = 2**64 - 1
 ESTIMATOR = "elbo-kto 1"  # changes when the same flags would give other numbers
 PUBLISHED = {"eos": "padded", "max_length": 4096}  # how the published program encodes
-_SAMPLES, _SAMPLE_BYTES = 256, 1 << 16  # of a weight file: 16 MiB, so that every matrix is met
 
 
 def mix64(x: int) -> int:
@@ -230,29 +227,8 @@ def _matches(record: dict[str, Any], masks: np.ndarray, num_draws: int) -> bool:
     return all(name not in record or record[name][:num_draws] == values for name, values in found.items())
 
 
-def describe_checkpoint(paths: Sequence[str | Path]) -> str:
-    """A hash of the weights in some checkpoint folders: of pieces spread over each file, so always cheap."""
-    digest = hashlib.sha256()
-    for path in paths:
-        folder = Path(path) if Path(path).is_dir() else Path(cached_file(str(path), "config.json")).parent
-        files = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".bin")]
-        if not files:
-            raise ValueError(f"--model_path {path}: no weight files there to recognise the checkpoint by")
-        for file in files:
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size};".encode())
-            with file.open("rb") as stream:
-                if size <= _SAMPLES * _SAMPLE_BYTES:
-                    digest.update(stream.read())
-                    continue
-                for place in np.linspace(0, size - _SAMPLE_BYTES, _SAMPLES).astype(np.int64):
-                    stream.seek(int(place))
-                    digest.update(stream.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:16]
-
-
 def fingerprint(
-    checkpoint: Sequence[str | Path],
+    checkpoint: str,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,

@@ -11,11 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llada.diffusion.bound_gradient import Draws, adapter_off, disable_dropout, draw_values
-from llada.models import load_model, resolve_checkpoint
+from llada.models import has_fresh_adapter, load_model, start_model
 from llada.policies.answer_stream import AnswerStream
 from llada.policies.config import PolicyConfig
 from llada.run import Run, autocast, sum_over_ranks
-from llada.training.loop import load_trainable, prepare_trainable
 from llada.training.parallel import parallelize
 
 Reference = Callable[[torch.nn.Module, Sequence[Draws]], Tensor]
@@ -28,9 +27,7 @@ def make_reference(config: PolicyConfig, run: Run) -> Reference:
     The latter needs a second copy of the weights, except with fresh LoRA adapters, which are switched off
     instead. Adapters that training starts from are not fresh: without them the model would be another one.
     """
-    starts = resolve_checkpoint(config.model_name_or_path)
-    is_fresh = config.sft_adapter_path is None and not Path(starts, "adapter_config.json").is_file()
-    if config.ref_model_name_or_path is None and config.use_lora and is_fresh:
+    if config.ref_model_name_or_path is None and has_fresh_adapter(config):
 
         def without_adapter(policy: torch.nn.Module, chunks: Sequence[Draws]) -> Tensor:
             with adapter_off(policy):
@@ -49,15 +46,15 @@ def make_reference(config: PolicyConfig, run: Run) -> Reference:
 
 def load_frozen(config: PolicyConfig) -> torch.nn.Module:
     """The reference's weights, without gradients and without dropout."""
-    is_policy = config.ref_model_name_or_path is None
-    model = load_model(
-        config.model_name_or_path if is_policy else config.ref_model_name_or_path,
-        # the same precision as the policy's, so that equal weights give equal numbers
-        dtype=config.dtype if config.use_lora else "float32",
-        adapter_path=config.sft_adapter_path if is_policy else None,
-        attn_implementation=config.attn_implementation,
-        merge_adapter=not is_policy,  # merged weights round differently from the policy's own sum
-    )
+    if config.ref_model_name_or_path is None:
+        model = start_model(config)  # its adapter not merged, as in the policy: merged, weights round
+    else:
+        model = load_model(
+            config.ref_model_name_or_path,
+            # the same precision as the policy's, so that equal weights give equal numbers
+            dtype=config.dtype if config.use_lora else "float32",
+            attn_implementation=config.attn_implementation,
+        )
     disable_dropout(model)
     return model.eval().requires_grad_(False)
 
@@ -108,17 +105,3 @@ def precompute_reference(
         cache.parent.mkdir(parents=True, exist_ok=True)
         np.savez(cache, values=flat, key=key)
     return flat
-
-
-def load_policy(config: PolicyConfig) -> torch.nn.Module:
-    """The model to train; with --sft_adapter_path that adapter on it, trainable."""
-    if config.sft_adapter_path is None:
-        return load_trainable(config.model_name_or_path, config)
-    model = load_model(
-        config.model_name_or_path,
-        dtype=config.dtype,
-        adapter_path=config.sft_adapter_path,
-        attn_implementation=config.attn_implementation,
-        merge_adapter=False,
-    )
-    return prepare_trainable(model, config)

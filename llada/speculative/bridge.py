@@ -71,7 +71,7 @@ class Bridge:
                 f"({self.vocabulary.coverage:.0%} of the drafter's tokens are also the verifier's); use "
                 "--bridge vocabulary (drafts of common tokens) or --bridge text (text tokenised again)"
             )
-        ends = {config.eos_token_id, config.eot_token_id, self.vocabulary.source.closing}
+        ends = {*config.end_ids, self.vocabulary.source.closing}
         never = {config.mask_token_id, config.pad_token_id, drafter_tokenizer.bos_token_id} - ends
         target_of[[i for i in never if i is not None and i < len(target_of)]] = OTHER
         target_of[target_of >= num_outputs] = OTHER

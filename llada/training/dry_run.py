@@ -18,7 +18,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -27,7 +26,7 @@ from llada.data.messages import to_messages
 from llada.data.records import OnBytes, files_of, read_records
 from llada.data.rows import encode_conversations, encode_documents, load_conversations, load_corpus
 from llada.data.shards import Item, is_prepared, read_manifest
-from llada.models import DTYPES, load_config, load_tokenizer, new_model, resolve_checkpoint, special_ids
+from llada.models import base_and_adapter, load_config, load_tokenizer, special_ids
 from llada.run import Run
 from llada.training.checkpoint import check_meta, find_resume, read_meta
 from llada.training.config import RESUME_MUST_AGREE, TrainConfig
@@ -41,7 +40,7 @@ from llada.training.cost import (
     flops_per_token,
     memory,
 )
-from llada.training.loop import prepare_trainable
+from llada.training.loop import load_trainable
 from llada.training.monitor import PEAK_FLOPS
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
@@ -209,7 +208,7 @@ def report(
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     ranks = Ranks.of(config.shard, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
     tokenizer = load_tokenizer(config.tokenizer_name or checkpoint, chat=chat)
-    model, files = _build(config, tokenizer, checkpoint, config_name)
+    model, files = _build(config, checkpoint)
     shape = model.config if isinstance(model, LLaDAModelLM) else model.get_base_model().config
     ids = special_ids(shape, tokenizer)
     parameters = count_parameters(model)
@@ -235,27 +234,16 @@ def report(
     print("dry run: nothing was loaded, nothing was written", flush=True)
 
 
-def _build(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, checkpoint: str | None, config_name: str | None
-) -> tuple[nn.Module, str]:
+def _build(config: TrainConfig, checkpoint: str | None) -> tuple[nn.Module, str]:
     """The model as training would have it, on the meta device, and a note about its weight files."""
+    model = load_trainable(config, has_values=False)
+    if checkpoint is None:
+        return model, ", new weights"
+    base, _ = base_and_adapter(checkpoint)
     with torch.device("meta"):
-        if config_name is not None:
-            model = new_model(config_name, tokenizer, seed=config.seed, max_length=config.max_length)
-            return prepare_trainable(model, config), ", new weights"
-        folder = resolve_checkpoint(checkpoint)
-        adapter = (
-            LoraConfig.from_pretrained(folder) if Path(folder, "adapter_config.json").is_file() else None
-        )
-        base = folder if adapter is None else resolve_checkpoint(adapter.base_model_name_or_path)
-        model = LLaDAModelLM(load_config(base))
-        size = check_weight_files(base, model)
-        model.to(DTYPES[config.dtype if config.use_lora else "float32"])
-        if adapter is not None:
-            adapter.inference_mode = False
-            model = get_peft_model(model, adapter)
-        note = f", {size / GB:.2f} GB of weights" if size else ", weights not looked at (no safetensors here)"
-        return prepare_trainable(model, config), note
+        size = check_weight_files(base, LLaDAModelLM(load_config(base)))
+    note = f"{size / GB:.2f} GB of weights" if size else "weights not looked at (no safetensors here)"
+    return model, f", {note}"
 
 
 def _describe_parameters(parameters: Parameters) -> str:

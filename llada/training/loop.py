@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llada.diffusion.losses import LossParts
 from llada.flags import write_yaml
-from llada.models import NO_SCALING, RopeScaling, attach_lora, load_model, save_model
+from llada.models import build_model, save_model
 from llada.run import Metrics, Run, sum_over_ranks
 from llada.training import checkpoint
 from llada.training.config import RESUME_MUST_AGREE, TrainConfig
@@ -48,26 +48,13 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.A
     )
 
 
-def load_trainable(path: str, config: TrainConfig, *, rope: RopeScaling = NO_SCALING) -> torch.nn.Module:
-    """The model to train, from a checkpoint: all its weights in float32, or LoRA adapters on weights in
-    --dtype."""
-    dtype = config.dtype if config.use_lora else "float32"
-    options = {"attn_implementation": config.attn_implementation, "merge_adapter": False}
-    model = load_model(path, dtype=dtype, rope=rope, **options)
-    return prepare_trainable(model, config)
+def load_trainable(config: TrainConfig, *, has_values: bool = True) -> torch.nn.Module:
+    """The model that the flags describe, ready to train; on the meta device without `has_values`."""
+    return prepare_trainable(build_model(config, has_values=has_values), config)
 
 
 def prepare_trainable(model: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
-    """Puts on what the flags ask for: adapters, activation checkpointing, compiled blocks, training mode."""
-    if config.use_lora and not hasattr(model, "peft_config"):
-        model = attach_lora(
-            model,
-            rank=config.lora_r,
-            alpha=config.lora_alpha,
-            dropout=config.lora_dropout,
-            target_modules=config.lora_target_modules,
-            seed=config.seed,
-        )
+    """Puts on activation checkpointing, compiled blocks and training mode."""
     wrap_blocks(model, activation_checkpointing=config.recompute, compile=config.compile)
     return model.train()
 

@@ -81,7 +81,7 @@ def our_arm(model: LLaDAModelLM, settings: LLaDAGenerationConfig) -> Arm:
 
 def canvas_arm(model: LLaDAModelLM, sampler: Sampler) -> Arm:
     """An arm that runs a sampler of whole canvases."""
-    end_ids = {model.config.eos_token_id, model.config.eot_token_id} - {None}
+    end_ids = set(model.config.end_ids)
 
     def run(prompts: list[Prompt]) -> Answers:
         answers = sampler([p.token_ids for p in prompts])
