@@ -40,7 +40,8 @@ from transformers import PreTrainedTokenizerBase
 
 from llada.autoregressive.teacher_rows import KIND
 from llada.autoregressive.teacher_stream import RULES, AlignedBatch, AlignmentStream, Windows
-from llada.data.rows import load_conversations
+from llada.data.prepared import load
+from llada.data.rows import ConversationRows
 from llada.data.shards import describe_tokenizer, is_prepared, load_rows, read_manifest
 from llada.diffusion.distillation_losses import Objective, RowScore, accepted_length
 from llada.flags import flag, parse
@@ -123,8 +124,7 @@ class Config(TrainConfig):
 def planned_rows(path: str, tokenizer: PreTrainedTokenizerBase, *, config: Config) -> preflight.Rows:
     """How much data `path` holds, for --dry_run."""
     if not has_teacher(path):
-        options = {"max_length": config.max_length, "turns": "all", "long": "error"}
-        return preflight.conversation_rows(path, tokenizer, **options)
+        return preflight.data_rows(path, tokenizer, kind=ConversationRows(config.max_length))
     check_rows(path, tokenizer, config)
     counts = read_manifest(path)["statistics"]
     return preflight.Rows(counts["rows"], counts["tokens"], counts["answer_tokens"], is_exact=True)
@@ -156,7 +156,7 @@ def load_aligned(
 ) -> Dataset:
     """Rows with a teacher, or conversations without; ValueError if they do not fit this model."""
     if not has_teacher(path):
-        return load_conversations([path], tokenizer, prepared=prepared, max_length=config.max_length, run=run)
+        return load([path], ConversationRows(config.max_length), tokenizer, prepared=prepared, run=run)
     check_rows(path, tokenizer, config)
     return load_rows(path)
 

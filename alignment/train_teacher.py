@@ -20,7 +20,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from llada.data.rows import load_conversations
+from llada.data.prepared import load as load_rows
+from llada.data.rows import ConversationRows
 from llada.diffusion.batches import Example, MaskedBatch, Noised
 from llada.diffusion.stream import MaskedStream
 from llada.flags import flag, parse
@@ -127,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     ids = SpecialIds(
         mask=tokenizer.pad_token_id, eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id, eot=None
     )
-    load = partial(load_conversations, tokenizer=tokenizer, max_length=config.max_length, run=run)
+    load = partial(load_rows, rows=ConversationRows(config.max_length), tokenizer=tokenizer, run=run)
     data_dir = Path(config.output_dir, "data")
     rows = load([config.train_data_path], prepared=data_dir / "train").with_format("numpy")
     config.resolve(run, len(rows))

@@ -26,7 +26,8 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from llada.data.rows import load_corpus
+from llada.data.prepared import load as load_rows
+from llada.data.rows import CorpusRows
 from llada.diffusion.batches import Example
 from llada.diffusion.losses import masked_diffusion_loss
 from llada.diffusion.masking import generator
@@ -99,14 +100,11 @@ def main(argv: list[str] | None = None) -> None:
     rope = RopeScaling(config.rope_scaling, config.rope_factor, config.max_length)
     if config.model_name_or_path is not None:
         rope.apply(load_config(config.model_name_or_path))  # says now what does not fit
+    kind = CorpusRows(config.max_length, rows="documents" if config.packing else "joined")
     if config.dry_run:
         preflight.report(
             config,
-            partial(
-                preflight.corpus_rows,
-                max_length=config.max_length,
-                rows="documents" if config.packing else "joined",
-            ),
+            partial(preflight.data_rows, kind=kind),
             train=[config.train_data_path],
             held_out=config.eval_data_path,
             checkpoint=config.model_name_or_path,
@@ -118,15 +116,9 @@ def main(argv: list[str] | None = None) -> None:
     model = load_trainable(config)
     ids = special_ids(model.config, tokenizer)
 
-    load = partial(
-        load_corpus,
-        tokenizer=tokenizer,
-        max_length=config.max_length,
-        run=run,
-        rows="documents" if config.packing else "joined",
-    )
+    load = partial(load_rows, rows=kind, tokenizer=tokenizer, run=run)
     data_dir = Path(config.output_dir, "data")  # for raw text that has to be tokenised
-    rows = load(config.train_data_path, prepared=data_dir / "train").with_format("numpy")
+    rows = load([config.train_data_path], prepared=data_dir / "train").with_format("numpy")
     config.resolve(run, len(rows))
     stream = MaskedStream.over(rows, partial(example_of, rows, config, True), config, run, ids)
     stream.curriculum = Curriculum(
@@ -138,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     validate = None
     if config.eval_data_path is not None:
-        held_out = load(config.eval_data_path, prepared=data_dir / "validation").with_format("numpy")
+        held_out = load([config.eval_data_path], prepared=data_dir / "validation").with_format("numpy")
         masks = MaskedStream.over(held_out, partial(example_of, held_out, config, False), config, run, ids)
         validate = partial(validation_loss, stream=masks, config=config, run=run)
 

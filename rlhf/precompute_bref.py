@@ -31,7 +31,8 @@ from datasets import load_dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from llada.data.answers import EOS, LONG, Encoded, Encoding, Tokens, encode_answers, read_labelled
+from llada.data.answers import EOS, Encoded, Encoding, Tokens, encode_answers, read_labelled
+from llada.data.chat import LONG
 from llada.data.messages import Labelled
 from llada.data.records import input_files
 from llada.diffusion.bound_gradient import draw_values, make_draws

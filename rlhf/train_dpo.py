@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llada.data.answers import EOS, LONG, Encoding, Tokens, load_pairs
+from llada.data.answers import EOS, Encoding, Tokens, load_pairs
+from llada.data.chat import LONG
 from llada.data.messages import PAIR_KEYS
 from llada.diffusion.bound_estimator import SIZE_LAWS
 from llada.diffusion.bound_gradient import (

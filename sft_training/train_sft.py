@@ -25,8 +25,9 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from llada.data.chat import TURNS
-from llada.data.rows import LONG, load_conversations
+from llada.data.chat import LONG, TURNS
+from llada.data.prepared import load as load_rows
+from llada.data.rows import ConversationRows
 from llada.diffusion.batches import Example
 from llada.diffusion.losses import masked_diffusion_loss
 from llada.diffusion.stream import MaskedStream
@@ -93,11 +94,11 @@ def example_of(rows: Dataset, config: Config, eos_id: int, record_id: int, _: in
 def main(argv: list[str] | None = None) -> None:
     """Runs SFT with the given flags."""
     config = parse(Config, argv, description=__doc__)
+    kind = ConversationRows(config.max_length, turns=config.turns, long=config.long)
     if config.dry_run:
-        options = {"max_length": config.max_length, "turns": config.turns, "long": config.long}
         preflight.report(
             config,
-            partial(preflight.conversation_rows, **options),
+            partial(preflight.data_rows, kind=kind),
             train=config.train_data_path,
             held_out=config.eval_data_path,
             weights=config.data_weights,
@@ -110,14 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     model = load_trainable(config)
     ids = special_ids(model.config, tokenizer)
 
-    load = partial(
-        load_conversations,
-        tokenizer=tokenizer,
-        max_length=config.max_length,
-        turns=config.turns,
-        long=config.long,
-        run=run,
-    )
+    load = partial(load_rows, rows=kind, tokenizer=tokenizer, run=run)
     data_dir = Path(config.output_dir, "data")  # for raw records that have to be tokenised
     rows = load(
         config.train_data_path, prepared=data_dir / "train", weights=config.data_weights, seed=config.seed

@@ -8,16 +8,10 @@ import torch
 
 from chat_samples import PARIS, WITHOUT_SYSTEM, learned, small_tokenizer, write_jsonl
 from conftest import load_script
-from llada.data.rows import (
-    interleave,
-    load_conversations,
-    load_corpus,
-    load_rows,
-    read_manifest,
-    render_prompt,
-    tokenize_conversations,
-    tokenize_corpus,
-)
+from llada.data.chat import render_prompt
+from llada.data.prepared import interleave, load, prepare
+from llada.data.rows import ConversationRows, CorpusRows
+from llada.data.shards import load_rows, read_manifest
 from llada.models import CHAT_TEMPLATE, load_tokenizer
 from llada.run import Run
 
@@ -40,7 +34,7 @@ def with_template(plain):
 def test_corpus_rows_are_the_documents_joined_by_eos(plain, tmp_path):
     texts = ["one two", "", "three " * 9, "été 12"]
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
-    rows = tokenize_corpus([path], plain, tmp_path / "rows", max_length=8)
+    rows = prepare([path], CorpusRows(8), plain, tmp_path / "rows")
     tokens = [token_id for row in rows for token_id in row["input_ids"]]
     expected = [i for text in texts if text for i in [*plain(text)["input_ids"], plain.eos_token_id]]
     assert tokens == expected
@@ -58,7 +52,7 @@ def test_corpus_rows_are_the_documents_joined_by_eos(plain, tmp_path):
 def test_unigram_entropy_of_a_uniform_corpus(plain, tmp_path):
     # three documents "a", each with its EOS: two tokens, equally often
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}] * 3)
-    tokenize_corpus([path], plain, tmp_path / "rows", max_length=4)
+    prepare([path], CorpusRows(4), plain, tmp_path / "rows")
     assert read_manifest(tmp_path / "rows")["statistics"]["unigram_entropy"] == pytest.approx(math.log(2))
 
 
@@ -68,7 +62,7 @@ def test_held_out_documents_do_not_depend_on_order_or_copies(plain, tmp_path):
     second = write_jsonl(tmp_path / "b.jsonl", [{"text": text} for text in reversed(texts * 2)])
 
     def documents(path, hash_range, name):
-        rows = tokenize_corpus([path], plain, tmp_path / name, max_length=10**6, hash_range=hash_range)
+        rows = prepare([path], CorpusRows(10**6), plain, tmp_path / name, hash_range=hash_range)
         return plain.decode(rows[0]["input_ids"]).split(plain.eos_token)[:-1]
 
     held_out = documents(first, (0.0, 0.25), "held_out")
@@ -84,7 +78,7 @@ def test_one_question_is_never_on_both_sides(plain, tmp_path):
     sides = []
     for hash_range in ((0.0, 0.4), (0.4, 1.0)):
         folder = tmp_path / str(hash_range)
-        found = tokenize_conversations([path], plain, folder, max_length=99, hash_range=hash_range)
+        found = prepare([path], ConversationRows(99), plain, folder, hash_range=hash_range)
         sides.append({plain.decode(row["input_ids"]).split("answer")[0] for row in found})
     assert sides[0] and sides[1] and not sides[0] & sides[1]
 
@@ -109,7 +103,7 @@ def test_one_question_is_never_on_both_sides(plain, tmp_path):
 def test_bad_corpora(plain, tmp_path, content, message):
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(ValueError) as error:
-        tokenize_corpus([tmp_path / "a.jsonl"], plain, tmp_path / "rows", max_length=8)
+        prepare([tmp_path / "a.jsonl"], CorpusRows(8), plain, tmp_path / "rows")
     assert str(error.value) == f"{tmp_path}/{message}"
 
 
@@ -125,7 +119,7 @@ def test_bad_corpora(plain, tmp_path, content, message):
 def test_bad_conversations(plain, tmp_path, content, message):
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(ValueError) as error:
-        tokenize_conversations([tmp_path / "a.jsonl"], plain, tmp_path / "rows", max_length=99)
+        prepare([tmp_path / "a.jsonl"], ConversationRows(99), plain, tmp_path / "rows")
     assert str(error.value).startswith(f"{tmp_path}/{message}")
 
 
@@ -134,9 +128,9 @@ def test_nothing_left(plain, tmp_path):
     with pytest.raises(
         ValueError, match=r"rows: no row is left to write; counts: \{'records': 1, 'empty': 1"
     ):
-        tokenize_corpus([path], plain, tmp_path / "rows", max_length=8)
+        prepare([path], CorpusRows(8), plain, tmp_path / "rows")
     with pytest.raises(ValueError, match="--max_length 0 must be at least 1"):
-        tokenize_corpus([path], plain, tmp_path / "other", max_length=0)
+        prepare([path], CorpusRows(0), plain, tmp_path / "other")
 
 
 def long_file(tmp_path, plain):
@@ -149,25 +143,22 @@ def long_file(tmp_path, plain):
 def test_long_rows_stop_by_default(plain, tmp_path):
     path, prompt = long_file(tmp_path, plain)
     with pytest.raises(ValueError) as error:
-        tokenize_conversations([path], plain, tmp_path / "rows", max_length=prompt + 5)
+        prepare([path], ConversationRows(prompt + 5), plain, tmp_path / "rows")
     assert str(error.value) == (
         f"{path}:2: {prompt + 52} tokens ({prompt} before the first answer) do not fit in --max_length "
         f"{prompt + 5}; raise it, or use --long drop or --long truncate"
     )
     with pytest.raises(ValueError, match="--long 'cut': use one of error, drop, truncate"):
-        tokenize_conversations([path], plain, tmp_path / "rows", max_length=8, long="cut")
+        prepare([path], ConversationRows(8, long="cut"), plain, tmp_path / "rows")
 
 
 def test_long_rows_dropped_or_truncated_and_counted(plain, tmp_path):
     path, prompt = long_file(tmp_path, plain)
-    options = {
-        "max_length": prompt + 5,
-        "shard_size": 1,
-    }  # two shards without rows
-    rows = tokenize_conversations([path], plain, tmp_path / "drop", long="drop", **options)
+    length, options = prompt + 5, {"shard_size": 1}  # two shards without rows
+    rows = prepare([path], ConversationRows(length, long="drop"), plain, tmp_path / "drop", **options)
     statistics = read_manifest(tmp_path / "drop")["statistics"]
     assert (len(rows), statistics["dropped"], statistics["truncated"]) == (1, 2, 0)
-    rows = tokenize_conversations([path], plain, tmp_path / "truncate", long="truncate", **options)
+    rows = prepare([path], ConversationRows(length, long="truncate"), plain, tmp_path / "truncate", **options)
     statistics = read_manifest(tmp_path / "truncate")["statistics"]
     assert (len(rows), statistics["dropped"], statistics["truncated"]) == (2, 1, 1)
     assert learned(rows[1], plain) == ["bbbbb"]
@@ -179,7 +170,7 @@ def test_lost_system_messages_are_counted(with_template, tmp_path):
     path = write_jsonl(
         tmp_path / "a.jsonl", [{"system": "s", "user": "a", "assistant": "b"}, {"messages": PARIS}]
     )
-    tokenize_conversations([path], tokenizer, tmp_path / "rows", max_length=99)
+    prepare([path], ConversationRows(99), tokenizer, tmp_path / "rows")
     assert read_manifest(tmp_path / "rows")["statistics"]["system_left_out"] == 1
 
 
@@ -190,31 +181,29 @@ def run():
 
 def test_load_corpus_takes_prepared_rows_or_raw_text(plain, tmp_path, run):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "one two three"}] * 5)
-    raw = load_corpus(str(path), plain, prepared=tmp_path / "p" / "train", max_length=8, run=run)
-    assert raw[:] == load_corpus(str(tmp_path / "p" / "train"), plain, prepared="", max_length=8, run=run)[:]
+    raw = load([str(path)], CorpusRows(8), plain, prepared=tmp_path / "p" / "train", run=run)
+    assert raw[:] == load([str(tmp_path / "p" / "train")], CorpusRows(8), plain, prepared="", run=run)[:]
     with pytest.raises(ValueError, match=r"holds prepared splits; name one, for example .*p/train"):
-        load_corpus(str(tmp_path / "p"), plain, prepared="", max_length=8, run=run)
+        load([str(tmp_path / "p")], CorpusRows(8), plain, prepared="", run=run)
     with pytest.raises(ValueError, match="p/train has rows of 8 tokens, --max_length is 4"):
-        load_corpus(str(tmp_path / "p" / "train"), plain, prepared="", max_length=4, run=run)
+        load([str(tmp_path / "p" / "train")], CorpusRows(4), plain, prepared="", run=run)
     with pytest.raises(ValueError, match="holds rows of kind 'corpus', this stage needs 'conversations'"):
-        load_conversations([str(tmp_path / "p" / "train")], plain, prepared="", max_length=8, run=run)
+        load([str(tmp_path / "p" / "train")], ConversationRows(8), plain, prepared="", run=run)
     other = load_script("scripts/train_tokenizer.py").train_tokenizer(["other"], vocab_size=270)
     with pytest.raises(ValueError, match=r"p/train was prepared with tokenizer \w+, this model's is \w+"):
-        load_corpus(str(tmp_path / "p" / "train"), other, prepared="", max_length=8, run=run)
+        load([str(tmp_path / "p" / "train")], CorpusRows(8), other, prepared="", run=run)
 
 
 def test_saving_a_tokenizer_again_does_not_make_it_another(plain, tmp_path, run):
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": PARIS}])
-    tokenize_conversations([path], plain, tmp_path / "rows", max_length=99)
+    prepare([path], ConversationRows(99), plain, tmp_path / "rows")
     tokenizer = plain
     for name in ("first", "second"):
         tokenizer.save_pretrained(tmp_path / name)
         tokenizer = load_tokenizer(str(tmp_path / name), chat=True)
         tokenizer(["a", "b c"], padding=True)  # leaves its mark in the tokenizer's state
-        assert (
-            len(load_conversations([str(tmp_path / "rows")], tokenizer, prepared="", max_length=99, run=run))
-            == 1
-        )
+        rows = load([str(tmp_path / "rows")], ConversationRows(99), tokenizer, prepared="", run=run)
+        assert len(rows) == 1
 
 
 def test_mixing_data_sets(plain, tmp_path, run):
@@ -222,9 +211,9 @@ def test_mixing_data_sets(plain, tmp_path, run):
     for name, size in (("a", 300), ("b", 20)):
         pairs = [{"prompt": f"{name}{i}", "completion": name} for i in range(size)]
         paths.append(str(write_jsonl(tmp_path / f"{name}.jsonl", pairs)))
-    options = {"tokenizer": plain, "prepared": tmp_path / "p", "max_length": 99, "run": run}
-    assert len(load_conversations(paths, **options)) == 320
-    mixed = load_conversations(paths, weights=[3, 1], seed=1, **options)
+    options = {"rows": ConversationRows(99), "tokenizer": plain, "prepared": tmp_path / "p", "run": run}
+    assert len(load(paths, **options)) == 320
+    mixed = load(paths, weights=[3, 1], seed=1, **options)
     share = np.mean([learned(row, plain)[0].startswith("b") for row in mixed])
     assert abs(share - 0.25) < 3 * math.sqrt(0.25 * 0.75 / len(mixed))  # three standard errors
     assert len({tuple(row["input_ids"]) for row in mixed}) == 320  # every row is there

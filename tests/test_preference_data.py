@@ -129,7 +129,7 @@ def test_long_answers(tokenizer):
     prompt = whole.prompt_length
     assert (whole.outcome, whole.text_length) == ("kept", len(whole.tokens))
     short = encoding(tokenizer, eos="none", max_length=prompt + 3)
-    with pytest.raises(ValueError, match=r"f:1: \d+ tokens \(\d+ of the prompt\) do not fit"):
+    with pytest.raises(ValueError, match=r"f:1: \d+ tokens \(\d+ before the first answer\) do not fit"):
         encode_answers(item, short)
     (cut,) = encode_answers(item, encoding(tokenizer, eos="none", max_length=prompt + 3, long="truncate"))
     assert cut.outcome == "truncated" and np.array_equal(cut.tokens.answer, whole.tokens.answer[:3])

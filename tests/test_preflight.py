@@ -9,7 +9,8 @@ import torch
 from datasets import Dataset
 
 from conftest import ROOT, load_script
-from llada.data.rows import load_conversations
+from llada.data.prepared import load
+from llada.data.rows import ConversationRows
 from llada.models import attach_lora, load_tokenizer
 from llada.run import Run
 from llada.training import dry_run as preflight
@@ -138,7 +139,7 @@ def test_report_of_sft(model_dir, tmp_path, capsys, monkeypatch):
     lines = printed(capsys)
     tokenizer = load_tokenizer(str(model_dir), chat=True)
     alone = Run(0, 1, torch.device("cpu"))
-    rows = load_conversations([SFT], tokenizer, prepared=tmp_path / "rows", max_length=256, run=alone)
+    rows = load([SFT], ConversationRows(256), tokenizer, prepared=tmp_path / "rows", run=alone)
     num_tokens = sum(map(len, rows["input_ids"]))
     assert lines["data"].startswith(f"{len(rows)} rows, {num_tokens:,} tokens")
     assert lines["held out"] == lines["data"]
@@ -206,17 +207,17 @@ def test_large_raw_files_are_judged_by_their_first_records(model_dir, tmp_path, 
     num_records = 20 * (ROOT / "data/samples/sft.jsonl").read_text().count("\n")
     large.write_text(20 * (ROOT / "data/samples/sft.jsonl").read_text())
     tokenizer = load_tokenizer(str(model_dir), chat=True)
-    options = {"max_length": 256, "turns": "all", "long": "error"}
-    exact = preflight.conversation_rows(str(large), tokenizer, **options)
+    options = {"kind": ConversationRows(256)}
+    exact = preflight.data_rows(str(large), tokenizer, **options)
     assert exact.is_exact
     monkeypatch.setattr(preflight, "SAMPLE_RECORDS", num_records // 10)
-    guess = preflight.conversation_rows(str(large), tokenizer, **options)
+    guess = preflight.data_rows(str(large), tokenizer, **options)
     assert not guess.is_exact
     assert (guess.num_rows, guess.num_tokens) == pytest.approx((exact.num_rows, exact.num_tokens), rel=1e-6)
     # Parquet tells its bytes a thousand records at a time
     lines = [json.loads(line) for line in large.read_text().splitlines()]
     Dataset.from_list(10 * lines).to_parquet(tmp_path / "large.parquet")
-    guess = preflight.conversation_rows(str(tmp_path / "large.parquet"), tokenizer, **options)
+    guess = preflight.data_rows(str(tmp_path / "large.parquet"), tokenizer, **options)
     assert guess.num_rows == pytest.approx(10 * exact.num_rows, rel=1e-2)
 
 

@@ -7,7 +7,9 @@ import pytest
 from chat_samples import learned, small_tokenizer, write_jsonl
 from conftest import ROOT, load_script
 from llada.data import shards
-from llada.data.rows import load_rows, read_manifest, tokenize_conversations, tokenize_corpus
+from llada.data.prepared import prepare
+from llada.data.rows import ConversationRows, CorpusRows
+from llada.data.shards import load_rows, read_manifest
 
 corpus = load_script("pretraining/prepare_corpus.py")
 sft = load_script("sft_training/prepare_sft.py")
@@ -157,8 +159,8 @@ def contents(folder):
 
 def test_a_stopped_run_keeps_its_shards_and_ends_with_the_same_rows(tmp_path, monkeypatch):
     path = documents(tmp_path / "a.jsonl")
-    options = {"max_length": 16, "shard_size": 10}
-    whole = tokenize_corpus([path], small_tokenizer(), tmp_path / "whole", **options)
+    options = {"shard_size": 10}
+    whole = prepare([path], CorpusRows(16), small_tokenizer(), tmp_path / "whole", **options)
 
     written = []
     real = shards._write_shard
@@ -171,7 +173,7 @@ def test_a_stopped_run_keeps_its_shards_and_ends_with_the_same_rows(tmp_path, mo
 
     monkeypatch.setattr(shards, "_write_shard", stop_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
-        tokenize_corpus([path], small_tokenizer(), tmp_path / "out", **options)
+        prepare([path], CorpusRows(16), small_tokenizer(), tmp_path / "out", **options)
     with pytest.raises(ValueError, match="out: preparation was interrupted; run the same command again"):
         load_rows(tmp_path / "out")
     # half a shard, as a kill leaves it
@@ -179,27 +181,27 @@ def test_a_stopped_run_keeps_its_shards_and_ends_with_the_same_rows(tmp_path, mo
     (tmp_path / "out" / "shard-00003.tmp" / "data.arrow").write_bytes(b"half")
 
     monkeypatch.setattr(shards, "_write_shard", lambda *args: written.append(args[2]) or real(*args))
-    rows = tokenize_corpus([path], small_tokenizer(), tmp_path / "out", **options)
+    rows = prepare([path], CorpusRows(16), small_tokenizer(), tmp_path / "out", **options)
     assert written == [0, 1, 2, 3, 4]  # the first three were not made again
     assert rows[:] == whole[:] and contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert read_manifest(tmp_path / "out") == read_manifest(tmp_path / "whole")
-    tokenize_corpus([path], small_tokenizer(), tmp_path / "out", **options)
+    prepare([path], CorpusRows(16), small_tokenizer(), tmp_path / "out", **options)
     assert written == [0, 1, 2, 3, 4]  # nothing left to do
 
 
 def test_other_settings_or_inputs_are_refused_by_name_unless_overwritten(tmp_path):
     path = documents(tmp_path / "a.jsonl")
     out = tmp_path / "out"
-    tokenize_corpus([path], small_tokenizer(), out, max_length=16, shard_size=5)
+    prepare([path], CorpusRows(16), small_tokenizer(), out, shard_size=5)
     with pytest.raises(ValueError) as error:
-        tokenize_corpus([path], small_tokenizer(), out, max_length=8, shard_size=5)
+        prepare([path], CorpusRows(8), small_tokenizer(), out, shard_size=5)
     assert str(error.value) == (
         f"{out} was prepared differently: max_length was 16, is 8. Use another folder, or --overwrite"
     )
     documents(path, count=51)
     with pytest.raises(ValueError, match=r"was prepared differently: inputs was .*a.jsonl.*, is .*a.jsonl"):
-        tokenize_corpus([path], small_tokenizer(), out, max_length=16, shard_size=5)
-    rows = tokenize_corpus([path], small_tokenizer(), out, max_length=8, shard_size=50, overwrite=True)
+        prepare([path], CorpusRows(16), small_tokenizer(), out, shard_size=5)
+    rows = prepare([path], CorpusRows(8), small_tokenizer(), out, shard_size=50, overwrite=True)
     assert read_manifest(out)["statistics"]["rows"] == len(rows)
     assert len(list(out.glob("shard-*"))) == 2
 
@@ -207,7 +209,7 @@ def test_other_settings_or_inputs_are_refused_by_name_unless_overwritten(tmp_pat
 def test_a_folder_with_other_files_is_refused(tmp_path):
     path = documents(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match="is not empty and holds no prepared rows; choose another output"):
-        tokenize_corpus([path], small_tokenizer(), tmp_path, max_length=16, overwrite=True)
+        prepare([path], CorpusRows(16), small_tokenizer(), tmp_path, overwrite=True)
     with pytest.raises(ValueError, match=r"no prepared rows there \(manifest.json is missing\)"):
         load_rows(tmp_path)
 
@@ -215,9 +217,9 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
 def test_two_processes_write_the_rows_of_one(tmp_path):
     pairs = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(40)]
     path = write_jsonl(tmp_path / "a.jsonl", pairs)
-    options = {"max_length": 99, "shard_size": 3}
-    tokenize_conversations([path], small_tokenizer(), tmp_path / "one", **options)
-    tokenize_conversations([path], small_tokenizer(), tmp_path / "two", num_proc=2, **options)
+    options = {"shard_size": 3}
+    prepare([path], ConversationRows(99), small_tokenizer(), tmp_path / "one", **options)
+    prepare([path], ConversationRows(99), small_tokenizer(), tmp_path / "two", num_proc=2, **options)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert read_manifest(tmp_path / "one") == read_manifest(tmp_path / "two")
 
@@ -225,4 +227,4 @@ def test_two_processes_write_the_rows_of_one(tmp_path):
 def test_an_error_in_a_worker_reaches_the_user(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "fine"}, {"text": "<|mdm_mask|>"}])
     with pytest.raises(ValueError, match=r"a.jsonl:2: the text contains the mask token"):
-        tokenize_corpus([path], small_tokenizer(), tmp_path / "o", max_length=9, shard_size=1, num_proc=2)
+        prepare([path], CorpusRows(9), small_tokenizer(), tmp_path / "o", shard_size=1, num_proc=2)

@@ -10,19 +10,27 @@ Where an answer ends is a policy, because the likelihood of an answer depends on
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from llada.data.chat import encode_rows, encode_texts, refuse_mask_token, render_template, split_conversation
+from llada.data.chat import (
+    Row,
+    Segment,
+    encode_rows,
+    encode_texts,
+    fit,
+    refuse_mask_token,
+    render_template,
+    split_conversation,
+)
 from llada.data.messages import Labelled, Pair, Text, to_labelled, to_pair
 from llada.data.records import read_records
 
 EOS = ("one", "filled", "none", "padded")
-LONG = ("error", "drop", "truncate")
 _BATCH = 256
 
 
@@ -70,75 +78,67 @@ class Encoded(NamedTuple):
 
 def encode_answers(items: Sequence[tuple[str, Text, Text]], encoding: Encoding) -> list[Encoded]:
     """The tokens of each ("file:line", prompt, answer)."""
-    tokenizer = encoding.tokenizer
     found: list[Encoded] = []
     for start in range(0, len(items), _BATCH):
         batch = items[start : start + _BATCH]
-        encode = _joint_rows if encoding.eos == "padded" else _segmented_rows
-        rows = encode([_segments(*item, encoding) for item in batch], encoding)
-        for (where, _, _), (context, answer) in zip(batch, rows, strict=True):
-            refuse_mask_token([*context, *answer], tokenizer, where)
-            found.append(_fit(context, answer, where, encoding))
+        encode = _encode_joined if encoding.eos == "padded" else encode_rows
+        rows = encode([_segments(*item, encoding) for item in batch], encoding.tokenizer)
+        for (where, _, _), row in zip(batch, rows, strict=True):
+            refuse_mask_token(row["input_ids"], encoding.tokenizer, where)
+            found.append(_fitted(_ended(row, encoding), where, encoding))
     return found
 
 
-def _segments(where: str, prompt: Text, answer: Text, encoding: Encoding) -> tuple[list[str], str]:
-    """(pieces of the prompt, the answer) as texts, each tokenised on its own unless joined later."""
+def _segments(where: str, prompt: Text, answer: Text, encoding: Encoding) -> list[Segment]:
+    """Pieces of the prompt and then the answer, each tokenised on its own unless joined later."""
     if isinstance(prompt, str) and not encoding.chat:
-        return [prompt], answer
+        return [(prompt, False), (answer, True)]
     if isinstance(prompt, str):
         prompt, answer = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": answer}]
     if encoding.eos == "padded":
-        return [render_template(prompt, encoding.tokenizer, header=True)], answer[0]["content"]
+        header = render_template(prompt, encoding.tokenizer, header=True)
+        return [(header, False), (answer[0]["content"], True)]
     try:
         (row,) = split_conversation([*prompt, *answer], encoding.tokenizer, turns="last")
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    return [text for text, _ in row[:-1]], row[-1][0]
+    return row
 
 
-def _segmented_rows(
-    segments: Sequence[tuple[list[str], str]], encoding: Encoding
-) -> Iterable[tuple[list[int], list[int]]]:
+def _encode_joined(rows: Sequence[Sequence[Segment]], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """Prompt and answer tokenised as one text; the published program counts the prompt's tokens apart."""
+    found = []
+    prompts = [row[0][0] for row in rows]
+    texts = ["".join(text for text, _ in row) for row in rows]
+    ids_of = zip(encode_texts(prompts, tokenizer), encode_texts(texts, tokenizer), strict=True)
+    for prompt, ids in ids_of:
+        found.append({"input_ids": ids, "in_answer": [i >= len(prompt) for i in range(len(ids))]})
+    return found
+
+
+def _ended(row: Row, encoding: Encoding) -> Row:
+    """The row with the end that `encoding.eos` asks for; an answer is the last part of its row."""
     tokenizer = encoding.tokenizer
-    rows = encode_rows(
-        [[*((piece, False) for piece in pieces), (answer, True)] for pieces, answer in segments], tokenizer
-    )
-    specials = set(tokenizer.all_special_ids) | {
-        token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
-    for row in rows:
-        start = row["in_answer"].index(True)
-        context, answer = row["input_ids"][:start], row["input_ids"][start:]
-        while encoding.eos == "none" and answer and answer[-1] in specials:
-            answer.pop()
-        if encoding.eos == "filled":
-            answer += [tokenizer.eos_token_id] * (encoding.max_length - len(context) - len(answer))
-        yield context, answer
+    input_ids, in_answer = list(row["input_ids"]), list(row["in_answer"])
+    if encoding.eos == "none":
+        added = tokenizer.added_tokens_decoder
+        specials = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+        while in_answer and in_answer[-1] and input_ids[-1] in specials:
+            input_ids.pop(), in_answer.pop()
+    if encoding.eos == "filled":
+        missing = max(0, encoding.max_length - len(input_ids))
+        input_ids += [tokenizer.eos_token_id] * missing
+        in_answer += [True] * missing
+    return {"input_ids": input_ids, "in_answer": in_answer}
 
 
-def _joint_rows(
-    segments: Sequence[tuple[list[str], str]], encoding: Encoding
-) -> Iterable[tuple[list[int], list[int]]]:
-    texts = ["".join(pieces) for pieces, _ in segments]
-    whole = encode_texts([text + answer for text, (_, answer) in zip(texts, segments, strict=True)],
-                         encoding.tokenizer)  # fmt: skip
-    for prompt, ids in zip(encode_texts(texts, encoding.tokenizer), whole, strict=True):
-        yield ids[: len(prompt)], ids[len(prompt) :]
-
-
-def _fit(context: list[int], answer: list[int], where: str, encoding: Encoding) -> Encoded:
-    room, length = encoding.max_length - len(context), len(context) + len(answer)
-    outcome = "kept" if len(answer) <= room else "truncated"
-    if outcome != "kept" and encoding.long == "error":
-        raise ValueError(
-            f"{where}: {length} tokens ({len(context)} of the prompt) do not fit in --max_length "
-            f"{encoding.max_length}; raise it, or use --long drop or --long truncate"
-        )
-    if not answer or room <= 0 or (outcome != "kept" and encoding.long == "drop"):
-        return Encoded(None, "dropped", len(context), length)
-    tokens = Tokens(np.array(context, dtype=np.int32), np.array(answer[:room], dtype=np.int32))
-    return Encoded(tokens, outcome, len(context), length)
+def _fitted(row: Row, where: str, encoding: Encoding) -> Encoded:
+    start, length = row["in_answer"].count(False), len(row["input_ids"])
+    outcome, cut = fit(row, where, encoding.max_length, encoding.long)
+    if cut is None or start == length:  # no answer, or nothing left of it
+        return Encoded(None, "dropped", start, length)
+    ids = np.array(cut["input_ids"], dtype=np.int32)
+    return Encoded(Tokens(ids[:start], ids[start:]), outcome, start, length)
 
 
 def load_pairs(

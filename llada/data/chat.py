@@ -17,6 +17,7 @@ Segment = tuple[str, bool]
 """(text, is it learned)."""
 
 TURNS = ("all", "last", "split")
+LONG = ("error", "drop", "truncate")
 
 
 def render_template(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, header: bool) -> str:
@@ -112,6 +113,26 @@ def encode_rows(rows: Sequence[Sequence[Segment]], tokenizer: PreTrainedTokenize
             in_answer.append(True)
         result.append({"input_ids": input_ids, "in_answer": in_answer})
     return result
+
+
+def fit(row: Row, where: str, max_length: int, long: str) -> tuple[str, Row | None]:
+    """("kept" | "truncated" | "dropped", the row as --long leaves it in `max_length` tokens).
+
+    A longer row is an error, dropped, or cut at its end; dropped, too, if no token of an answer remains.
+    """
+    length = len(row["input_ids"])
+    if length <= max_length:
+        return "kept", row
+    if long == "error":
+        before = [*row["in_answer"], True].index(True)
+        raise ValueError(
+            f"{where}: {length} tokens ({before} before the first answer) do not fit in "
+            f"--max_length {max_length}; raise it, or use --long drop or --long truncate"
+        )
+    cut = {name: values[:max_length] for name, values in row.items()}
+    if long == "truncate" and any(cut["in_answer"]):
+        return "truncated", cut
+    return "dropped", None
 
 
 def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

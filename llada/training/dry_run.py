@@ -11,8 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,10 +21,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from llada.data.messages import to_messages
-from llada.data.records import OnBytes, files_of, read_records
-from llada.data.rows import encode_conversations, encode_documents, load_conversations, load_corpus
-from llada.data.shards import Item, is_prepared, read_manifest
+from llada.data.prepared import is_usable
+from llada.data.records import files_of
+from llada.data.rows import Rows as DataRows
+from llada.data.shards import read_manifest
 from llada.models import base_and_adapter, load_config, load_tokenizer, special_ids
 from llada.run import Run
 from llada.training.checkpoint import check_meta, find_resume, read_meta
@@ -46,7 +45,6 @@ from modelling_final import LLaDAConfig, LLaDAModelLM
 
 SAMPLE_RECORDS = 256  # of raw files; enough for lengths within a few per cent
 MFU = 0.4  # a usual share of a GPU's peak
-_ALONE = Run(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -66,65 +64,20 @@ RowsOf = Callable[[str, PreTrainedTokenizerBase], Rows]
 """(path, tokenizer) -> its rows; ValueError where the stage could not read it."""
 
 
-def corpus_rows(
-    path: str, tokenizer: PreTrainedTokenizerBase, *, max_length: int, rows: str = "joined"
-) -> Rows:
-    """The rows that pretraining gets from `path`, prepared or raw."""
-    if _is_prepared(path):
-        load_corpus(path, tokenizer, prepared="", max_length=max_length, run=_ALONE)
+def data_rows(path: str, tokenizer: PreTrainedTokenizerBase, *, kind: DataRows) -> Rows:
+    """The rows that a stage gets from `path`: counted where it is prepared, else estimated."""
+    if is_usable(path, kind, tokenizer):
         counts = read_manifest(path)["statistics"]
-        return Rows(counts["rows"], counts["tokens"], counts["tokens"], is_exact=True)
-
-    def documents(on_bytes: OnBytes) -> Iterator[Item]:
-        for where, record in read_records(path, on_bytes=on_bytes):
-            if not isinstance(record.get("text"), str):
-                raise ValueError(f"{where}: a document needs a string field 'text', has {sorted(record)}")
-            yield where, record["text"]
-
-    def encode(items: list[Item]) -> Counter:
-        return encode_documents(items, tokenizer=tokenizer, max_length=max_length, rows=rows)[1]
-
-    return _sampled(path, documents, encode)
-
-
-def conversation_rows(
-    path: str, tokenizer: PreTrainedTokenizerBase, *, max_length: int, turns: str, long: str
-) -> Rows:
-    """The rows that SFT gets from `path`, prepared or raw."""
-    if _is_prepared(path):
-        load_conversations([path], tokenizer, prepared="", max_length=max_length, run=_ALONE)
-        counts = read_manifest(path)["statistics"]
-        return Rows(counts["rows"], counts["tokens"], counts["answer_tokens"], is_exact=True)
-
-    def conversations(on_bytes: OnBytes) -> Iterator[Item]:
-        for where, record in read_records(path, on_bytes=on_bytes):
-            yield where, to_messages(record, where)
-
-    def encode(items: list[Item]) -> Counter:
-        options = {"max_length": max_length, "turns": turns, "long": long}
-        return encode_conversations(items, tokenizer=tokenizer, **options)[1]
-
-    return _sampled(path, conversations, encode)
-
-
-def _is_prepared(path: str) -> bool:
-    # Of a folder of prepared splits too, since loading it says which one to name.
-    return is_prepared(path) or is_prepared(Path(path, "train"))
-
-
-def _sampled(
-    path: str, read: Callable[[OnBytes], Iterator[Item]], encode: Callable[[list[Item]], Counter]
-) -> Rows:
-    """The rows of raw files, from their first records and the bytes these take."""
+        return Rows(counts["rows"], counts["tokens"], counts.get("answer_tokens", counts["tokens"]), True)
     used = 0
 
     def on_bytes(count: int) -> None:
         nonlocal used
         used += count
 
-    records = read(on_bytes)
+    records = kind.items([path], on_bytes=on_bytes)
     items = list(islice(records, SAMPLE_RECORDS))
-    counts = encode(items)
+    _, counts = kind.encode(items, tokenizer=tokenizer)
     if not counts["rows"]:
         raise ValueError(f"{path}: no usable row in its first {len(items)} records; counts: {dict(counts)}")
     found = Rows(counts["rows"], counts["tokens"], counts.get("answer_tokens", counts["tokens"]), True)
@@ -138,7 +91,7 @@ def _sampled(
 
 
 def _mixture(parts: list[Rows], weights: Sequence[float] | None) -> Rows:
-    """All parts once, or as `llada.data.rows.interleave` mixes them: until each has been seen in full."""
+    """All parts once, or as `llada.data.prepared.interleave` mixes them: until each has been seen in full."""
     if weights:
         if len(weights) != len(parts):
             raise ValueError(f"--data_weights has {len(weights)} numbers for {len(parts)} data sets")

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from llada.data.rows import load_corpus
+from llada.data.prepared import load
+from llada.data.rows import CorpusRows
 from llada.diffusion.batches import Example, MaskedBatch
 from llada.diffusion.stream import MaskedStream
 from llada.flags import flag, parse
@@ -57,8 +58,9 @@ def full_rows(config: Config) -> np.ndarray:
     tokenizer = load_tokenizer(config.model_name_or_path[0])
     alone = Run(rank=0, world_size=1, device=torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
-        options = {"prepared": Path(folder, "rows"), "max_length": config.max_length, "run": alone}
-        rows = load_corpus(config.data_path, tokenizer, **options).with_format("numpy")
+        kind = CorpusRows(config.max_length)
+        rows = load([config.data_path], kind, tokenizer, prepared=Path(folder, "rows"), run=alone)
+        rows = rows.with_format("numpy")
         full = []
         for row in rows:
             if len(row["input_ids"]) == config.max_length:

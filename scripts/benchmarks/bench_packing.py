@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llada.data.rows import load_rows
+from llada.data.shards import load_rows
 from llada.diffusion.batches import Example, MaskedBatch, collate
 from llada.diffusion.losses import masked_diffusion_loss
 from llada.diffusion.stream import MaskedStream, row_lengths
