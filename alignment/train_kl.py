@@ -46,7 +46,7 @@ from llada.data.shards import describe_tokenizer, is_prepared, load_rows, read_m
 from llada.diffusion.distillation_losses import Objective, RowScore, accepted_length
 from llada.flags import flag, parse
 from llada.models import load_tokenizer, special_ids
-from llada.run import Run, autocast, end_run, start_run, sum_over_ranks
+from llada.run import Run, Sums, autocast, end_run, start_run, sum_over_ranks
 from llada.training import dry_run as preflight
 from llada.training.config import TrainConfig
 from llada.training.loop import LossParts, fit, load_trainable
@@ -175,27 +175,27 @@ class Alignment:
     uses_streaks: bool
     window_length: int
 
-    def score(self, batch: AlignedBatch, total_count: float) -> RowScore:
-        """The losses of a micro-batch's rows, divided by the global count."""
+    def score(self, batch: AlignedBatch, total_units: float) -> RowScore:
+        """The losses of a micro-batch's rows, divided by the global number of units."""
         return RowScore(
             self.objective,
             targets=batch.targets,
-            weights=batch.weights / total_count,
+            weights=batch.weights / total_units,
             teacher=batch.teacher,
             has_teacher=batch.has_teacher,
-            teacher_weights=batch.teacher_weights / total_count,
+            teacher_weights=batch.teacher_weights / total_units,
             starts_window=batch.places == 1,
             forbidden_ids=self.forbidden_ids.to(batch.rows.device),
             uses_streaks=self.uses_streaks,
         )
 
-    def loss(self, model: torch.nn.Module, batch: AlignedBatch, total_count: float) -> LossParts:
+    def loss(self, model: torch.nn.Module, batch: AlignedBatch, total_units: float) -> LossParts:
         """A micro-batch's share of the loss, with acceptance and tau to be logged."""
-        score = self.score(batch, total_count)
+        score = self.score(batch, total_units)
         loss = forward(model, batch, score)
-        return LossParts(loss.detach(), [lambda: loss], self.means(batch, score))
+        return LossParts(loss.detach(), [lambda: loss], self.sums(batch, score))
 
-    def means(self, batch: AlignedBatch, score: RowScore) -> dict[str, tuple[float, float]]:
+    def sums(self, batch: AlignedBatch, score: RowScore) -> Sums:
         """name -> (sum, number): acceptance by place; with windows also tau, sampled and greedy."""
         found = {}
         for k in range(1, (self.window_length or 1) + 1):
@@ -222,8 +222,8 @@ class Alignment:
             score = self.score(batch, 1.0)
             with autocast(run.device, config.dtype):
                 total += float(forward(model, batch, score))
-            count += batch.count
-            for name, pair in self.means(batch, score).items():
+            count += batch.num_units
+            for name, pair in self.sums(batch, score).items():
                 sums[name] = tuple(map(sum, zip(sums.get(name, (0.0, 0.0)), pair, strict=True)))
         model.train(was_training)
         flat = sum_over_ranks([total, count, *(number for pair in sums.values() for number in pair)])

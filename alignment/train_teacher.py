@@ -61,19 +61,19 @@ def example_of(rows: Dataset, record_id: int, _: int, __: int) -> Example:
     """One conversation; its answer tokens weigh 1 / their number."""
     row = rows[record_id]
     in_answer = row["in_answer"].astype(bool)
-    return Example(row["input_ids"], in_answer, weight=1.0 / in_answer.sum(), count=1.0)
+    return Example(row["input_ids"], in_answer, weight=1.0 / in_answer.sum(), num_units=1.0)
 
 
-def causal_loss(model: torch.nn.Module, batch: MaskedBatch, total_count: float) -> torch.Tensor:
+def causal_loss(model: torch.nn.Module, batch: MaskedBatch, total_units: float) -> torch.Tensor:
     """Mean over records of the mean nll of an answer's tokens given all before, in nats per answer token.
 
-    L = sum_j weight_j * -log p(x_j | x_<j) / total_count,   weight_j = 1 / answer length
+    L = sum_j weight_j * -log p(x_j | x_<j) / total_units,   weight_j = 1 / answer length
     """
     input_ids = batch.input_ids.flatten().index_copy(0, batch.rows, batch.targets).view_as(batch.input_ids)
     logits = model(input_ids=input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     before = logits.flatten(0, 1).index_select(0, batch.rows - 1)  # row j - 1 predicts token j
     nll = torch.nn.functional.cross_entropy(before.float(), batch.targets, reduction="none")
-    return (nll * batch.weights).sum() / total_count
+    return (nll * batch.weights).sum() / total_units
 
 
 def new_teacher(

@@ -91,6 +91,26 @@ def sum_over_ranks(values: list[float]) -> list[float]:
     return total.tolist()
 
 
+Sums = dict[str, tuple[float, float]]
+"""Name -> (sum, number of values): what micro-batches and ranks add up before a mean is taken."""
+
+
+def add_sums(sums: Sums, more: Sums) -> None:
+    """Adds `more` to `sums`, name by name."""
+    for name, (total, number) in more.items():
+        before = sums.get(name, (0.0, 0.0))
+        sums[name] = (before[0] + total, before[1] + number)
+
+
+def means_over_ranks(sums: Sums) -> dict[str, float]:
+    """The mean of each name over all ranks, which must name the same; one without values is left out."""
+    if not sums:
+        return {}
+    flat = sum_over_ranks([number for pair in sums.values() for number in pair])
+    pairs = zip(sums, flat[::2], flat[1::2], strict=True)
+    return {name: total / number for name, total, number in pairs if number}
+
+
 def max_over_ranks(value: float) -> float:
     """The largest of all ranks' values."""
     if not dist.is_initialized():

@@ -87,7 +87,7 @@ def example_of(rows: Dataset, config: Config, cut: bool, record_id: int, epoch: 
         random = generator(config.seed, "length", record_id, epoch)
         if random.random() < config.random_length_probability:
             input_ids = input_ids[: random.integers(1, len(input_ids) + 1)]
-    return Example(input_ids, np.ones(len(input_ids), dtype=bool), weight=1.0, count=len(input_ids))
+    return Example(input_ids, np.ones(len(input_ids), dtype=bool), weight=1.0, num_units=len(input_ids))
 
 
 def main(argv: list[str] | None = None) -> None:

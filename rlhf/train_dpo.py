@@ -45,7 +45,7 @@ from llada.models import load_tokenizer, special_ids
 from llada.policies.answer_stream import AnswerBatch, Answers, AnswerStream
 from llada.policies.config import PolicyConfig
 from llada.policies.reference_model import Reference, make_reference, precompute_reference
-from llada.run import Run, autocast, end_run, start_run, sum_over_ranks
+from llada.run import Run, Sums, autocast, end_run, start_run, sum_over_ranks
 from llada.training import dry_run as preflight
 from llada.training.loop import Loss, LossParts, fit, load_trainable
 
@@ -54,8 +54,6 @@ RESUME_MUST_AGREE = (
     "beta", "loss_type", "loss_weights", "label_smoothing", "rpo_alpha", "ipo", "n_mc_samples", "estimator",
     "l_sampling", "eos", "precompute_ref_log_probs", "ref_model_name_or_path",
 )  # fmt: skip
-
-Means = dict[str, tuple[float, float]]
 
 
 @dataclass(kw_only=True)
@@ -148,7 +146,7 @@ def answers_of(
 
 def pair_losses(
     config: Config, reference: Reference | None, model: torch.nn.Module, batch: AnswerBatch
-) -> tuple[torch.Tensor, torch.Tensor, Means]:
+) -> tuple[torch.Tensor, torch.Tensor, Sums]:
     """([P] losses, the leaf [P, 2] of log-likelihoods that they were computed from, sums to log)."""
     drawn = draw_values(model, batch.chunks)
     policy = drawn.sum(0).view(-1, 2).requires_grad_()
@@ -181,11 +179,11 @@ def pair_losses(
 def make_loss(config: Config, reference: Reference | None) -> Loss:
     """The loss of a step, in as many parts as it has forwards."""
 
-    def loss(model: torch.nn.Module, batch: AnswerBatch, total_count: float) -> LossParts:
-        losses, policy, means = pair_losses(config, reference, model, batch)
-        value = losses.sum() / total_count
+    def loss(model: torch.nn.Module, batch: AnswerBatch, total_units: float) -> LossParts:
+        losses, policy, sums = pair_losses(config, reference, model, batch)
+        value = losses.sum() / total_units
         coefficients = differentiate(value, policy).flatten()
-        return LossParts(value.detach(), gradient_parts(model, batch.chunks, coefficients), means)
+        return LossParts(value.detach(), gradient_parts(model, batch.chunks, coefficients), sums)
 
     return loss
 
@@ -198,9 +196,9 @@ def validate(
     sums: Counter = Counter()
     for batch, ids in stream.all_records(config.eval_limit):
         with autocast(run.device, config.dtype):
-            losses, _, means = pair_losses(config, reference, model, batch.to(run.device))
+            losses, _, found = pair_losses(config, reference, model, batch.to(run.device))
         if ids:
-            sums.update({name: total for name, (total, _) in means.items()})
+            sums.update({name: total for name, (total, _) in found.items()})
             sums.update({"loss": float(losses.sum()), "pairs": len(ids)})
     names = ["loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected"]
     count, *totals = sum_over_ranks([sums["pairs"], *(sums[name] for name in names)])

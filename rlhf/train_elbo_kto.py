@@ -51,7 +51,7 @@ from llada.policies.kto_reference import (
     subsample,
 )
 from llada.policies.reference_model import Reference, make_reference
-from llada.run import Run, autocast, end_run, start_run, sum_over_ranks
+from llada.run import Run, Sums, autocast, end_run, start_run, sum_over_ranks
 from llada.training import dry_run as preflight
 from llada.training.loop import Loss, LossParts, fit, load_trainable
 
@@ -203,13 +203,13 @@ def mismatch(model: torch.nn.Module, batch: AnswerBatch, reference: Reference) -
     return policy - reference(model, batch.others).sum(0)
 
 
-def step_means(
+def step_sums(
     ratios: torch.Tensor, z0: torch.Tensor, policy: torch.Tensor, batch: AnswerBatch, beta: float
-) -> dict[str, tuple[float, float]]:
-    """Sums and counts to log: the published program's names, then TRL's."""
+) -> Sums:
+    """What to log: the published program's names, then TRL's."""
     desirable = batch.numbers["is_desirable"].bool()
     s = (beta * (ratios - z0)).abs()
-    means = {
+    values_of = {
         "abs_beta_r/mean": (beta * ratios).abs(),
         "abs_beta_s/mean": s,
         "abs_r_hat_z0/mean": (ratios - z0).abs(),
@@ -222,13 +222,13 @@ def step_means(
         "logps/chosen": policy[desirable],
         "logps/rejected": policy[~desirable],
     }
-    return {name: (float(values.sum()), len(values)) for name, values in means.items()}
+    return {name: (float(values.sum()), len(values)) for name, values in values_of.items()}
 
 
 def make_loss(config: Config, reference: Reference | None, carried: dict[str, float]) -> Loss:
     """The loss of a step. `carried` keeps the moving average of --z0_mode ema."""
 
-    def loss(model: torch.nn.Module, batch: AnswerBatch, total_count: float) -> LossParts:
+    def loss(model: torch.nn.Module, batch: AnswerBatch, total_units: float) -> LossParts:
         leaf = log_likelihoods(model, batch.chunks).requires_grad_()
         ratios = leaf - batch.numbers["reference"]
         compared = ratios.detach() if reference is None else mismatch(model, batch, reference)
@@ -244,10 +244,10 @@ def make_loss(config: Config, reference: Reference | None, carried: dict[str, fl
             lambda_d=config.kto_lambda_D,
             lambda_u=config.kto_lambda_U,
         )
-        value = losses.sum() / total_count
+        value = losses.sum() / total_units
         coefficients = differentiate(value, leaf) / config.n_mc_samples
-        means = step_means(ratios.detach(), z0, leaf.detach(), batch, config.kto_beta)
-        return LossParts(value.detach(), gradient_parts(model, batch.chunks, coefficients), means)
+        sums = step_sums(ratios.detach(), z0, leaf.detach(), batch, config.kto_beta)
+        return LossParts(value.detach(), gradient_parts(model, batch.chunks, coefficients), sums)
 
     return loss
 

@@ -88,7 +88,7 @@ def example_of(rows: Dataset, config: Config, eos_id: int, record_id: int, _: in
         padding = longest - len(input_ids)
         input_ids = np.pad(input_ids, (0, padding), constant_values=eos_id)
         in_answer = np.pad(in_answer, (0, padding), constant_values=True)
-    return Example(input_ids, in_answer, weight=1.0 / in_answer.sum(), count=1.0)
+    return Example(input_ids, in_answer, weight=1.0 / in_answer.sum(), num_units=1.0)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -35,12 +35,12 @@ def negative_log_likelihoods(model, mask):
 def expected_loss(model, t):
     """E over all masks at time t of the loss that `masked_diffusion_loss` computes, by its own code path."""
     p_mask = mask_probability(t)
-    example = Example(TOKENS, np.ones(4, dtype=bool), weight=1.0, count=4.0)
+    example = Example(TOKENS, np.ones(4, dtype=bool), weight=1.0, num_units=4.0)
     total = 0.0
     for mask in all_masks(4):
         probability = p_mask ** mask.sum() * (1 - p_mask) ** (~mask).sum()
         batch = collate([[Noised(example, mask, 1 / p_mask, 0)]], mask_id=MASK, pad_id=0)
-        total += probability * float(masked_diffusion_loss(model, batch, batch.count).detach())
+        total += probability * float(masked_diffusion_loss(model, batch, batch.num_units).detach())
     return total
 
 

@@ -25,7 +25,7 @@ CPU = Run(rank=0, world_size=1, device=torch.device("cpu"))
 def example_of(record_id, epoch, longest):
     tokens = np.random.default_rng(record_id).integers(0, MASK - 1, size=LENGTHS[record_id])
     maskable = np.arange(len(tokens)) >= 1
-    return Example(tokens, maskable, weight=1.0 / maskable.sum(), count=float(len(tokens)))
+    return Example(tokens, maskable, weight=1.0 / maskable.sum(), num_units=float(len(tokens)))
 
 
 def make_stream(**changes):
@@ -46,7 +46,7 @@ def on_ranks(world_size, **changes):
 
 def loss_and_gradient(batches):
     model = tiny_model()
-    count = sum(batch.count for batch in batches)
+    count = sum(batch.num_units for batch in batches)
     total = 0.0
     for batch in batches:
         part = masked_diffusion_loss(model, batch, count)
@@ -123,7 +123,7 @@ def test_validation_is_the_same(world_size):
     ]  # fmt: skip
     assert len({len(part) for part in batches}) == 1
     reference = list(make_stream().validation(50))
-    for flat in ([b for part in batches for b in part if b.count], reference):
+    for flat in ([b for part in batches for b in part if b.num_units], reference):
         assert sum(b.num_tokens for b in flat) == LENGTHS[:50].sum()
     assert contents([b for part in batches for b in part])[0] == contents(reference)[0]
     found = validation_loss(model, stream=make_stream(row_length=ROW), config=config, run=CPU)
@@ -140,7 +140,7 @@ def test_a_length_curriculum_cuts_records_into_documents_with_their_own_noise():
         min(4, n - start) ** 2 for record, _ in whole.records_of(1) for n in [LENGTHS[record]]
         for start in range(0, n, 4)
     )  # fmt: skip
-    assert sum(b.count for b in early) == pytest.approx(sum(b.count for b in plain))
+    assert sum(b.num_units for b in early) == pytest.approx(sum(b.num_units for b in plain))
     assert loss_and_gradient(early)[0] == pytest.approx(loss_and_gradient(plain)[0], rel=0.6)
     late = cut(4), whole(4)
     assert contents(late[0]) == contents(late[1])

@@ -135,7 +135,7 @@ def production_gradient(model, terms, advantages, *, objective=None, weights=Non
         weights=torch.ones_like(advantages) if weights is None else weights,
         old=None,
         ref=None,
-        count=1.0,
+        num_units=1.0,
         record_ids=[],
     )
     loss = grpo_loss(model, batch, total, objective=objective)
@@ -333,15 +333,15 @@ def test_the_policy_that_sampled_has_ratio_one_and_kl_zero_exactly(estimator):
     objective = Objective(beta=0.1)
     batch = GroupBatch(
         terms=terms, advantages=advantages, weights=torch.ones_like(advantages), old=values, ref=values,
-        count=1.0, record_ids=[],
+        num_units=1.0, record_ids=[],
     )  # fmt: skip
     loss = grpo_loss(model, batch, float(terms.shares.sum()), objective=objective)
     model.zero_grad()
     for part in loss.parts:
         part().backward()
     with_values = [p.grad.clone() for p in model.parameters()]
-    assert loss.means["ratio/mean"][0] == loss.means["ratio/mean"][1]
-    assert loss.means["kl"][0] == 0.0
+    assert loss.sums["ratio/mean"][0] == loss.sums["ratio/mean"][1]
+    assert loss.sums["kl"][0] == 0.0
     mean = float((terms.shares * advantages[terms.owners]).sum() / terms.shares.sum())
     assert float(loss.value) == pytest.approx(-mean, abs=1e-12)
 

@@ -15,7 +15,7 @@ LENGTHS = np.array([3, 9, 5, 7, 4, 8, 6, 2, 9, 5])
 def example_of(record_id, epoch, longest):
     length = LENGTHS[record_id]
     maskable = np.arange(length) >= 1  # the first token stands for a prompt
-    return Example(np.arange(length) + 10 * record_id, maskable, weight=0.5, count=float(length))
+    return Example(np.arange(length) + 10 * record_id, maskable, weight=0.5, num_units=float(length))
 
 
 def make_stream(**changes):
@@ -112,7 +112,7 @@ def test_padding_is_on_the_right_and_not_attended():
     for b, record_id in enumerate(batch.record_ids):
         assert batch.attention_mask[b].tolist() == [1] * LENGTHS[record_id] + [0] * (9 - LENGTHS[record_id])
         assert (batch.input_ids[b, LENGTHS[record_id] :] == PAD).all()
-    assert batch.count == LENGTHS[batch.record_ids].sum() == batch.num_tokens
+    assert batch.num_units == LENGTHS[batch.record_ids].sum() == batch.num_tokens
 
 
 def test_full_rows_need_no_attention_mask():
@@ -131,11 +131,11 @@ def test_validation_masks_never_change_and_do_not_depend_on_the_ranks():
     assert sorted(once) == list(range(10))
     ranks = [make_stream(run=Run(rank=rank, world_size=3, device=torch.device("cpu"))) for rank in range(3)]
     batches = [batch for stream in ranks for batch in stream.validation()]
-    assert once == as_rows([batch for batch in batches if batch.count])
+    assert once == as_rows([batch for batch in batches if batch.num_units])
     # ranks forward equally often, also where one has run out of records
     narrow = [make_stream(run=stream.run, micro_batch_size=1) for stream in ranks]
     assert [len(list(stream.validation())) for stream in narrow] == [4, 4, 4]
-    assert sum(batch.count for stream in narrow for batch in stream.validation()) == LENGTHS.sum()
+    assert sum(batch.num_units for stream in narrow for batch in stream.validation()) == LENGTHS.sum()
     assert sorted(as_rows(make_stream().validation(limit=4))) == [0, 1, 2, 3]
 
 

@@ -125,7 +125,7 @@ def test_windows_are_what_a_drafter_sees(rows_dir, model_dir):
                 batch.weights[index], (weights / weights.sum())[: len(index)], rtol=1e-5
             )
             starts.setdefault(record_id, set()).add(first)
-        assert batch.count == 4
+        assert batch.num_units == 4
     assert all(len(found) > 3 for found in starts.values())  # another window in every epoch
 
 
@@ -147,7 +147,7 @@ def test_weights_of_the_predecessors_rules(rule, rows_dir, model_dir):
         torch.testing.assert_close(weights, weights[:1].expand_as(weights))
         torch.testing.assert_close(teacher_weights, weights * num_answer / num_known)
     expected = 4.0 if rule == "masked" else float(sum(map(sum, rows["in_answer"])))
-    assert batch.count == expected
+    assert batch.num_units == expected
 
 
 @pytest.mark.parametrize("rule", ["masked", "answer", "windows"])
@@ -159,7 +159,7 @@ def test_loss_is_the_one_written_out(rule, kind, rows_dir, model_dir):
     model = load_model(str(model_dir)).eval()
     objective = {"ce": Objective(1, 0), "kl": Objective(0, 1, 2.0, True), "hybrid": Objective(0.3, 0.7)}[kind]
     alignment = train_kl.Alignment(objective, torch.tensor([ids.mask]), False, 4 if rule == "windows" else 0)
-    parts = alignment.loss(model, batch, batch.count)
+    parts = alignment.loss(model, batch, batch.num_units)
     table, width, expected = TeacherTable(rows), batch.input_ids.shape[1], 0.0
     with torch.no_grad():
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)
@@ -181,11 +181,11 @@ def test_loss_is_the_one_written_out(rule, kind, rows_dir, model_dir):
         scale = objective.temperature**2 if objective.times_t2 else 1.0
         kl = float((p * (p / q).log()).sum())
         expected += objective.beta * float(batch.teacher_weights[m]) * scale * kl
-    assert float(parts.value) == pytest.approx(expected / batch.count, rel=1e-4)
+    assert float(parts.value) == pytest.approx(expected / batch.num_units, rel=1e-4)
     (part,) = parts.parts
     part().backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-    assert ("tau" in parts.means) == (rule == "windows")
+    assert ("tau" in parts.sums) == (rule == "windows")
 
 
 def encode_one(items):
@@ -211,7 +211,7 @@ def test_a_long_dense_teacher_stays_on_disk(model_dir, tmp_path):
     del answer, log_probs
     tracemalloc.start()  # counts numpy's memory, where the distributions are
     (batch,) = stream(0)
-    parts = alignment.loss(model, batch, batch.count)
+    parts = alignment.loss(model, batch, batch.num_units)
     parts.parts[0]().backward()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

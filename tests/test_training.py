@@ -42,7 +42,7 @@ def tiny_model(seed=0, **changes):
 def example_of(record_id, epoch, longest):
     tokens = np.random.default_rng(record_id).integers(0, MASK - 1, size=LENGTHS[record_id])
     maskable = np.arange(len(tokens)) >= 2
-    return Example(tokens, maskable, weight=1.0 / max(1, maskable.sum()), count=1.0)
+    return Example(tokens, maskable, weight=1.0 / max(1, maskable.sum()), num_units=1.0)
 
 
 def make_stream(config, run=CPU):
@@ -76,7 +76,7 @@ def gradient_of_one_step(micro_batch_size):
     config = make_config("unused", micro_batch_size=micro_batch_size)
     model = tiny_model()
     batches = make_stream(config)(0)
-    count = sum(batch.count for batch in batches)
+    count = sum(batch.num_units for batch in batches)
     loss = 0.0
     for batch in batches:
         part = masked_diffusion_loss(model, batch, count)

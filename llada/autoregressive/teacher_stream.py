@@ -39,7 +39,7 @@ class AlignedBatch:
         weights: [M] float32 of the cross-entropy; teacher_weights: [M] of the distance to the teacher.
         has_teacher: [M] bool; teacher: the distributions of those rows.
         places: [M] place in the window, from 1; always 1 without windows.
-        count: what this micro-batch adds to the global normaliser.
+        num_units: of its records; see `Example`.
         num_tokens: tokens the model reads, padding excluded.
     """
 
@@ -52,7 +52,7 @@ class AlignedBatch:
     has_teacher: torch.Tensor
     places: torch.Tensor
     teacher: TeacherChunks
-    count: float
+    num_units: float
     record_ids: list[int]
     num_tokens: int
 
@@ -114,7 +114,9 @@ class _WindowStream(MaskedStream):
         known = example.input_ids[: len(canvas)]
         canvas[: len(known)] = known
         is_masked = np.arange(len(canvas)) >= first
-        return Noised(Example(canvas, is_masked, example.weight, example.count), is_masked, 1.0, record_id)
+        return Noised(
+            Example(canvas, is_masked, example.weight, example.num_units), is_masked, 1.0, record_id
+        )
 
 
 class AlignmentStream:
@@ -149,14 +151,14 @@ class AlignmentStream:
         row = self._rows[record_id]
         in_answer = row["in_answer"].astype(bool)
         if self._rule == "masked":
-            return Example(row["input_ids"], in_answer, weight=1.0 / in_answer.sum(), count=1.0)
+            return Example(row["input_ids"], in_answer, weight=1.0 / in_answer.sum(), num_units=1.0)
         if self._rule == "answer":
-            return Example(row["input_ids"], in_answer, weight=1.0, count=float(in_answer.sum()))
+            return Example(row["input_ids"], in_answer, weight=1.0, num_units=float(in_answer.sum()))
         visible = np.flatnonzero(~in_answer)
         in_answer[: visible[-1] + 1 if len(visible) else 0] = False  # earlier turns are part of the prompt
         if self._table is not None:
             in_answer[self._table.positions(record_id)[-1] + 1 :] = False
-        return Example(row["input_ids"], in_answer, weight=1.0, count=1.0)
+        return Example(row["input_ids"], in_answer, weight=1.0, num_units=1.0)
 
     def _align(self, batch: MaskedBatch) -> AlignedBatch:
         """The batch with the rows that the rule scores, and their distributions."""
@@ -172,7 +174,7 @@ class AlignmentStream:
         tensors = {name: torch.from_numpy(np.concatenate([r[name] for r in scored])) for name in _NO_ROWS}
         return AlignedBatch(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, **tensors,
-            teacher=TeacherChunks(parts), count=batch.count, record_ids=batch.record_ids,
+            teacher=TeacherChunks(parts), num_units=batch.num_units, record_ids=batch.record_ids,
             num_tokens=batch.num_tokens,
         )  # fmt: skip
 

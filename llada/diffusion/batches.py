@@ -56,21 +56,21 @@ class Example:
         input_ids: [L] the clean tokens x_0.
         maskable: [L] bool, the tokens that may be masked and are scored.
         weight: factor on every token's loss: 1 for pretraining, 1 / answer length for SFT.
-        count: what the record adds to the global normaliser: its tokens in pretraining, 1 in SFT.
+        num_units: of what the loss is a mean over: its tokens in pretraining, 1 (the record) in SFT.
     """
 
     input_ids: np.ndarray
     maskable: np.ndarray
     weight: float
-    count: float
+    num_units: float
 
     def part(self, start: int, end: int) -> "Example":
-        """Some of its tokens, with their share of the count."""
+        """Some of its tokens, with their share of the units."""
         input_ids = self.input_ids[start:end]
         if len(input_ids) == len(self.input_ids):
             return self
-        count = self.count * len(input_ids) / len(self.input_ids)
-        return Example(input_ids, self.maskable[start:end], self.weight, count)
+        num_units = self.num_units * len(input_ids) / len(self.input_ids)
+        return Example(input_ids, self.maskable[start:end], self.weight, num_units)
 
 
 @dataclass
@@ -82,8 +82,8 @@ class MaskedBatch:
         attention_mask: [B, L] 1 = token, 0 = padding; None when all rows are full.
         rows: [M] flat positions b * L + i of the masked tokens.
         targets: [M] their clean tokens.
-        weights: [M] float32 loss weights before the division by the global count.
-        count: what this micro-batch adds to the global normaliser.
+        weights: [M] float32 loss weights before the division by the global number of units.
+        num_units: of its records.
         record_ids: the records, for messages.
         num_tokens: tokens the model reads, padding excluded.
         num_pairs: (query, key) pairs of its attention: the squared lengths of its records, added up.
@@ -96,7 +96,7 @@ class MaskedBatch:
     rows: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor
-    count: float
+    num_units: float
     record_ids: list[int]
     num_tokens: int
     num_pairs: int
@@ -157,7 +157,7 @@ def collate(rows: list[list[Noised]], *, mask_id: int, pad_id: int, packed: bool
         rows=torch.from_numpy(np.flatnonzero(is_masked)),
         targets=torch.from_numpy(x_0[is_masked]),
         weights=torch.from_numpy(weights[is_masked]),
-        count=float(sum(item.example.count for item in items)),
+        num_units=float(sum(item.example.num_units for item in items)),
         record_ids=[item.record_id for item in items if item.record_id >= 0],
         num_tokens=sum(sizes),
         num_pairs=sum(size**2 for size in sizes),

@@ -117,7 +117,7 @@ def make_draws(
         is_masked[:num_masks, answer] = plan.masks
         weights[:num_masks, n] = plan.weights
         masks.append(is_masked)
-        examples.append(Example(tokens, is_masked.any(axis=0), weight=1.0, count=1.0))
+        examples.append(Example(tokens, is_masked.any(axis=0), weight=1.0, num_units=1.0))
     batches = []
     for k in range(num_draws):
         pairs = zip(examples, masks, strict=True)

@@ -41,14 +41,14 @@ class AnswerBatch:
         others: answers that are scored but not learned from (mismatched ones), in the same way.
         lengths: [N] tokens of each answer.
         numbers: name -> [N] float64.
-        count: records.
+        num_units: records.
     """
 
     chunks: list[Draws]
     others: list[Draws]
     lengths: Tensor
     numbers: dict[str, Tensor]
-    count: float
+    num_units: float
     record_ids: list[int]
 
     @property
@@ -118,7 +118,7 @@ class AnswerStream:
             used = ids or [num_records - 1]
             yield self._batch([[(i, 0, (i + 1) % num_records) for i in used]], float(len(ids))), ids
 
-    def _batch(self, micro_batches: list[list[tuple[int, int, int]]], count: float) -> AnswerBatch:
+    def _batch(self, micro_batches: list[list[tuple[int, int, int]]], num_units: float) -> AnswerBatch:
         built = [[self.answers_of(*record) for record in records] for records in micro_batches]
         flat = [answers for micro in built for answers in micro]
         scored = [[pair for a in micro for pair in zip(a.requests, a.plans, strict=True)] for micro in built]
@@ -129,7 +129,7 @@ class AnswerStream:
             others=[self._draws(pairs) for pairs in others if pairs],
             lengths=torch.tensor([len(request.answer) for a in flat for request in a.requests]),
             numbers={name: torch.tensor(values, dtype=torch.float64) for name, values in numbers.items()},
-            count=count,
+            num_units=num_units,
             record_ids=[record_id for records in micro_batches for record_id, _, _ in records],
         )
 

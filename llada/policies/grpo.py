@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from llada.policies.likelihood_terms import Terms
+from llada.run import Sums
 from llada.training.loop import LossParts
 
 BASELINES = ("group_mean", "leave_one_out")
@@ -71,7 +72,7 @@ class Objective:
     loss_type: str = "grpo"
 
     def weights(self, lengths: Tensor, *, longest: int) -> tuple[Tensor, float]:
-        """([N] weight of a completion's every term, what this rank adds to the normaliser).
+        """([N] weight of a completion's every term, what this rank adds to the units).
 
         grpo: mean over completions of the mean over terms. dapo, bnpo: mean over all terms of the global
         batch. dr_grpo: sum over terms / (completions x longest).
@@ -113,7 +114,7 @@ class GroupBatch:
     Attributes:
         weights: [N] of every term of a completion.
         old, ref: [T] log-likelihoods under the sampling policy (None: this is it) and the reference.
-        means: (sum, count) pairs to log beside those of the loss.
+        sums: to log beside those of the loss.
     """
 
     terms: Terms
@@ -121,9 +122,9 @@ class GroupBatch:
     weights: Tensor
     old: Tensor | None
     ref: Tensor | None
-    count: float
+    num_units: float
     record_ids: list[int]
-    means: dict[str, tuple[float, float]] = field(default_factory=dict)
+    sums: Sums = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -137,13 +138,13 @@ class GroupBatch:
 
 
 def grpo_loss(
-    model: torch.nn.Module, batch: GroupBatch, total_count: float, *, objective: Objective
+    model: torch.nn.Module, batch: GroupBatch, total_units: float, *, objective: Objective
 ) -> LossParts:
-    """This rank's share of the surrogate, of which `total_count` counts the global batch."""
+    """This rank's share of the surrogate, of a global batch of `total_units` units."""
     terms = batch.terms
-    means = dict(batch.means)
+    sums = dict(batch.sums)
     owners = terms.owners
-    weights = terms.shares * batch.weights[owners] / total_count
+    weights = terms.shares * batch.weights[owners] / total_units
     advantages = batch.advantages[owners]
 
     def loss_of(new: Tensor, which: slice) -> Tensor:
@@ -151,12 +152,12 @@ def grpo_loss(
         ref = None if batch.ref is None else batch.ref[which]
         losses, logged = objective.losses(new, old, ref, advantages[which], terms.sizes[which])
         for name, values in logged.items():
-            total, count = means.get(name, (0.0, 0.0))
-            means[name] = (
+            total, count = sums.get(name, (0.0, 0.0))
+            sums[name] = (
                 total + float((values * terms.shares[which]).sum()),
                 count + float(terms.shares[which].sum()),
             )
         return (losses * weights[which]).sum()
 
     value, parts = terms.parts(model, loss_of, on_policy=batch.old is None and batch.ref is None)
-    return LossParts(value, parts, means)
+    return LossParts(value, parts, sums)

@@ -257,7 +257,7 @@ class TermBuilder:
             hidden = generator(self.seed, "prompt mask", answer.key).random(len(prompt)) < self.p_mask_prompt
             tokens = np.concatenate([np.where(hidden, self.ids.mask, prompt), filled]).astype(np.int64)
             is_answer = np.arange(len(tokens)) >= len(prompt)
-            noised.append(Noised(Example(tokens, is_answer, weight=1.0, count=1.0), is_answer, 1.0, n))
+            noised.append(Noised(Example(tokens, is_answer, weight=1.0, num_units=1.0), is_answer, 1.0, n))
         size = self.micro_batch_size
         chunks = [
             collate(

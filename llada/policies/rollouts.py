@@ -307,7 +307,7 @@ class RolloutStream:
         completions = self._completions
         answers = self._answers(completions, rollout)
         lengths = self.terms_of.lengths(answers)
-        weights, count = self.objective.weights(lengths, longest=self.sampler.settings.gen_length)
+        weights, num_units = self.objective.weights(lengths, longest=self.sampler.settings.gen_length)
         advantages = [c.advantage for c in completions]
         chosen = list(range(len(completions)))
         if completions[0].old is None and completions[0].ref is None:
@@ -319,9 +319,9 @@ class RolloutStream:
             weights=weights[chosen],
             old=_flat([c.old for c in completions]),
             ref=_flat([c.ref for c in completions]),
-            count=count,
+            num_units=num_units,
             record_ids=[c.prompt for c in completions],
-            means={name: (value, 1.0) for name, value in self._metrics.items()},
+            sums={name: (value, 1.0) for name, value in self._metrics.items()},
         )
 
     def _needed(self) -> tuple[list[int], list[float]]:

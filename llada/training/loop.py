@@ -1,8 +1,8 @@
 """The one training loop. A stage gives it a model, a stream of batches and a loss; it knows nothing else of
 the stage.
 
-One step: take this rank's micro-batches -> sum their counts over all ranks -> forward and backward of each
-with that global count -> clip -> check -> AdamW (llada.training.step) -> log, validate, save.
+One step: take this rank's micro-batches -> sum their units over all ranks -> forward and backward of each
+with that global number -> clip -> check -> AdamW (llada.training.step) -> log, validate, save.
 """
 
 import dataclasses
@@ -148,9 +148,9 @@ def fit(
         last_step = first_step if carried and carried.get("stop") else config.max_steps
         for step, batches in _steps(stream, first_step, last_step, prefetch and config.num_workers > 0):
             state.phases.mark("data")
-            count, tokens, flops, stop, written = sum_over_ranks(
+            num_units, tokens, flops, stop, written = sum_over_ranks(
                 [
-                    sum(batch.count for batch in batches),
+                    sum(batch.num_units for batch in batches),
                     sum(batch.num_tokens for batch in batches),
                     sum(flops_of(batch) for batch in batches),
                     signal.received,
@@ -167,7 +167,7 @@ def fit(
                     (output_dir / "PREEMPTED").touch()
                     print(f"stopped by a signal after {step} steps; the same command continues", flush=True)
                 return
-            values = trainer.step(step, batches, count)
+            values = trainer.step(step, batches, num_units)
             state.note_step(tokens, flops)
             done = step + 1
             if (distance := watch.note(values["loss"])) is not None:

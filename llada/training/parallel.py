@@ -1,7 +1,7 @@
 """Data parallelism on PyTorch's own engine: replicated (DDP), sharded (FSDP2), or within a node (HSDP).
 
-The loss of a micro-batch is already divided by the global count, and all three average gradients over ranks,
-so the loop multiplies by the number of ranks and the sum comes out.
+The loss of a micro-batch is already divided by the units of the global batch, and all three average gradients
+over ranks, so the loop multiplies by the number of ranks and the sum comes out.
 """
 
 import os

@@ -1,22 +1,22 @@
 """The arithmetic of one training step: accumulate, clip, check, update."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
 from llada.diffusion.losses import LossParts
-from llada.run import Run, autocast, sum_over_ranks
+from llada.run import Run, Sums, add_sums, autocast, means_over_ranks, sum_over_ranks
 from llada.training.config import TrainConfig, learning_rate
 from llada.training.monitor import MAX_SKIPPED_IN_A_ROW, Progress, gather_records
 from llada.training.parallel import gradient_sync, whole
 
 
 class Batch(Protocol):
-    """What the loop needs of a micro-batch."""
+    """What the loop needs of a micro-batch. Its loss is a mean over units: tokens, records or completions."""
 
-    count: float
+    num_units: float
     record_ids: list[int]
 
     @property
@@ -26,7 +26,7 @@ class Batch(Protocol):
 
 
 Loss = Callable[[torch.nn.Module, Batch, float], torch.Tensor | LossParts]
-"""(model, micro-batch, count of the global batch) -> this micro-batch's share of the loss."""
+"""(model, micro-batch, units of the global batch) -> this micro-batch's share of the loss."""
 
 
 class Trainer:
@@ -48,23 +48,20 @@ class Trainer:
         # Sharded weights are gathered in the right precision already.
         self._dtype = config.dtype if config.shard == "none" else "float32"
 
-    def step(self, step: int, batches: list[Batch], count: float) -> dict[str, float]:
-        """Forward, backward and update for one global batch whose counts sum to `count` over all ranks."""
+    def step(self, step: int, batches: list[Batch], total_units: float) -> dict[str, float]:
+        """Forward, backward and update for this rank's part of a global batch of `total_units` units."""
         rate = learning_rate(step, self._config)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         losses: list[torch.Tensor] = []
-        sums: dict[str, tuple[float, float]] = {}
+        sums: Sums = {}
         for i, batch in enumerate(batches):
-            loss, means = self._forward_backward(batch, count, last=i == len(batches) - 1)
+            loss, more = self._forward_backward(batch, total_units, last=i == len(batches) - 1)
             losses.append(loss)
-            for name, (total, number) in means.items():
-                before = sums.get(name, (0.0, 0.0))
-                sums[name] = (before[0] + total, before[1] + number)
+            add_sums(sums, more)
         max_norm = self._config.max_grad_norm or math.inf
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(self._parameters, max_norm))
-        flat = [number for pair in sums.values() for number in pair]
-        loss_value, *flat = sum_over_ranks([float(sum(losses)), *flat])
+        (loss_value,) = sum_over_ranks([float(sum(losses))])
         self._state.phases.mark("forward_backward")
         if math.isfinite(loss_value) and math.isfinite(grad_norm):
             self._optimizer.step()
@@ -73,22 +70,16 @@ class Trainer:
             self._skip_or_stop(step, batches, losses, f"loss {loss_value}, gradient norm {grad_norm}")
         self._optimizer.zero_grad(set_to_none=True)
         self._state.phases.mark("optimizer")
-        means = {
-            name: total / number
-            for name, total, number in zip(sums, flat[::2], flat[1::2], strict=True)
-            if number
-        }
-        return {"loss": loss_value, "grad_norm": grad_norm, "learning_rate": rate} | means
+        step_values = {"loss": loss_value, "grad_norm": grad_norm, "learning_rate": rate}
+        return step_values | means_over_ranks(sums)
 
-    def _forward_backward(
-        self, batch: Batch, count: float, *, last: bool
-    ) -> tuple[torch.Tensor, Mapping[str, tuple[float, float]]]:
+    def _forward_backward(self, batch: Batch, total_units: float, *, last: bool) -> tuple[torch.Tensor, Sums]:
         """The micro-batch's share of the loss, its gradients added, and its sums to log."""
-        # Gradients are averaged over ranks; the loss is already divided by the global count.
+        # Gradients are averaged over ranks; the loss is already divided by the global number of units.
         always = self._config.reduce_always
         with gradient_sync(self._model, last=last or always):
             with autocast(self._run.device, self._dtype):
-                loss = self._loss(self._model, batch.to(self._run.device), count)
+                loss = self._loss(self._model, batch.to(self._run.device), total_units)
             if isinstance(loss, torch.Tensor):
                 (loss * self._run.world_size).backward()
                 return loss.detach(), {}
@@ -97,7 +88,7 @@ class Trainer:
                 with autocast(self._run.device, self._dtype):
                     value = part()
                 (value * self._run.world_size).backward()
-        return loss.value, loss.means
+        return loss.value, loss.sums
 
     def _skip_or_stop(self, step: int, batches: list[Batch], losses: list[torch.Tensor], found: str) -> None:
         """What --on_nonfinite asks for. Loss and norm are those of all ranks, so all of them come here."""

@@ -31,7 +31,7 @@ def validation_loss(
     for batch in stream.validation(config.eval_limit):
         with autocast(run.device, config.dtype):
             total += loss(model, batch.to(run.device), 1.0).double().cpu()
-        count += batch.count
+        count += batch.num_units
     model.train(was_training)
     total_sum, count_sum = sum_over_ranks([float(total), count])
     return total_sum / count_sum

@@ -78,7 +78,7 @@ def masks_of(rows: np.ndarray, config: Config, mask_id: int) -> list[MaskedBatch
 
     def example_of(record_id: int, _epoch: int, _longest: int) -> Example:
         ids = rows[record_id % len(rows)]
-        return Example(ids, np.ones(len(ids), dtype=bool), weight=1.0, count=float(len(ids)))
+        return Example(ids, np.ones(len(ids), dtype=bool), weight=1.0, num_units=float(len(ids)))
 
     stream = MaskedStream(
         example_of, np.full(len(rows) * config.draws, config.max_length), batch_size=config.batch_size,

@@ -68,7 +68,7 @@ class Arms:
 
         def example_of(record_id: int, _epoch: int, _longest: int) -> Example:
             ids = rows[record_id]["input_ids"]
-            return Example(ids, np.ones(len(ids), dtype=bool), weight=1.0, count=float(len(ids)))
+            return Example(ids, np.ones(len(ids), dtype=bool), weight=1.0, num_units=float(len(ids)))
 
         lengths = row_lengths(rows)
         if lengths.max() > config.max_length:
@@ -117,7 +117,7 @@ class Arms:
         )
 
 
-def dense_loss(model: LLaDAModelLM, batch: MaskedBatch, total_count: float) -> torch.Tensor:
+def dense_loss(model: LLaDAModelLM, batch: MaskedBatch, total_units: float) -> torch.Tensor:
     """The loss of a packed batch with one boolean [L, L] mask for each row."""
     shape = batch.input_ids.shape
     sees = same_document(batch.document_borders, *shape)
@@ -129,7 +129,7 @@ def dense_loss(model: LLaDAModelLM, batch: MaskedBatch, total_count: float) -> t
         attention_bias=mask,
         rows=batch.rows,
         targets=batch.targets,
-        weights=batch.weights / total_count,
+        weights=batch.weights / total_units,
     ).loss
 
 
@@ -143,7 +143,7 @@ def step_of(
     """(loss, seconds) of one whole step; the learning rate is 0, so the weights stay."""
     device = next(model.parameters()).device
     loss_of = dense_loss if arm == "dense" else masked_diffusion_loss
-    count, loss = sum(batch.count for batch in batches), 0.0
+    count, loss = sum(batch.num_units for batch in batches), 0.0
     # On a CPU the seconds of this process: what else the machine does is no part of the step.
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     if device.type == "cuda":

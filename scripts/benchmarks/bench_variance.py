@@ -78,7 +78,7 @@ def make_stream(records: np.ndarray, config: Config, *, t_sampling: str, mask_co
 
     def example_of(record_id: int, _epoch: int, _longest: int) -> Example:
         ids = records[record_id]
-        return Example(ids, np.ones(len(ids), dtype=bool), weight=1.0, count=float(len(ids)))
+        return Example(ids, np.ones(len(ids), dtype=bool), weight=1.0, num_units=float(len(ids)))
 
     return MaskedStream(
         example_of,
@@ -113,7 +113,7 @@ def train(model: LLaDAModelLM, records: np.ndarray, config: Config) -> float:
     losses = []
     for step in range(config.train_steps):
         (batch,) = stream(step)
-        loss = masked_diffusion_loss(model, batch, batch.count)
+        loss = masked_diffusion_loss(model, batch, batch.num_units)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -128,7 +128,7 @@ def draw_losses(model: LLaDAModelLM, stream: MaskedStream, draws: int) -> tuple[
     losses, shares = np.empty(draws), np.empty(draws)
     for n in range(draws):
         (batch,) = stream(n)
-        losses[n] = float(masked_diffusion_loss(model, batch, batch.count))
+        losses[n] = float(masked_diffusion_loss(model, batch, batch.num_units))
         shares[n] = batch.rows.numel() / batch.input_ids.numel()
     return losses, shares
 
@@ -140,7 +140,7 @@ def draw_gradients(model: LLaDAModelLM, stream: MaskedStream, draws: int) -> np.
     for n in range(draws):
         (batch,) = stream(n)
         model.zero_grad()
-        masked_diffusion_loss(model, batch, batch.count).backward()
+        masked_diffusion_loss(model, batch, batch.num_units).backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
     model.zero_grad()
     stacked = torch.stack(gradients)  # [N, P]
