@@ -49,9 +49,11 @@ def read_prompts(input_ids: Prompts, attention_mask: Tensor | None, mask_id: int
 def check_lengths(
     prompts: list[list[int]],
     gen_length: Sequence[int] | None,
+    suffixes: Sequence[Sequence[int]],
     settings: LLaDAGenerationConfig,
     max_length: int,
 ) -> list[int]:
+    """The answers' lengths; ValueError unless each fits its prompt, its suffix and the context."""
     lengths = [settings.gen_length] * len(prompts) if gen_length is None else [int(n) for n in gen_length]
     if len(lengths) != len(prompts):
         raise ValueError(f"gen_length has {len(lengths)} entries for {len(prompts)} prompts")
@@ -59,10 +61,15 @@ def check_lengths(
         if length < 1:
             raise ValueError(f"gen_length must be from 1, got {length}")
         settings.steps_per_block(length)
-    for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
-        if len(prompt) + length > max_length:
+    if len(suffixes) != len(prompts):
+        raise ValueError(f"suffixes has {len(suffixes)} entries for {len(prompts)} prompts")
+    if any(suffixes) and settings.method == "semi_autoregressive_origin":
+        raise ValueError("suffixes need a canvas of full length; semi_autoregressive_origin has none")
+    for row, (prompt, length, suffix) in enumerate(zip(prompts, lengths, suffixes, strict=True)):
+        if len(prompt) + length + len(suffix) > max_length:
             raise ValueError(
-                f"prompt {row} of {len(prompt)} tokens and gen_length {length} exceed the model's context of "
+                f"prompt {row} of {len(prompt)} tokens and gen_length {length}"
+                f"{f' and a suffix of {len(suffix)}' if suffix else ''} exceed the model's context of "
                 f"{max_length} tokens"
             )
     return lengths
@@ -70,26 +77,34 @@ def check_lengths(
 
 @dataclass
 class Canvas:
-    """Prompts aligned on the right, then the answers' masks."""
+    """Prompts aligned on the right, then the answers' masks, and behind each answer its suffix, if any."""
 
     tokens: Tensor  # [N, L] long
     keep: Tensor | None  # [N, L] long, 0 = padding; None without any
     positions: Tensor | None  # [N, L] long, 0 at the first token; None: the columns
     num_prompt: int  # P
     gen_lengths: list[int]
+    ends: list[int]  # answer and suffix together
     pad_id: int
 
     @classmethod
-    def of(cls, prompts: list[list[int]], gen_lengths: list[int], model: nn.Module) -> "Canvas":
-        num_prompt, num_answer = max(map(len, prompts)), max(gen_lengths)
+    def of(
+        cls,
+        prompts: list[list[int]],
+        gen_lengths: list[int],
+        suffixes: Sequence[Sequence[int]],
+        model: nn.Module,
+    ) -> "Canvas":
+        ends = [length + len(suffix) for length, suffix in zip(gen_lengths, suffixes, strict=True)]
+        num_prompt, num_answer = max(map(len, prompts)), max(ends)
         config = model.config
         pad_id = next((i for i in (config.pad_token_id, config.eos_token_id) if i is not None), 0)
         tokens = torch.full((len(prompts), num_prompt + num_answer), pad_id)
         keep = torch.zeros_like(tokens)
-        for row, (prompt, length) in enumerate(zip(prompts, gen_lengths, strict=True)):
-            tokens[row, num_prompt - len(prompt) : num_prompt] = torch.tensor(prompt)
-            tokens[row, num_prompt : num_prompt + length] = config.mask_token_id
-            keep[row, num_prompt - len(prompt) : num_prompt + length] = 1
+        for row, (prompt, length, suffix) in enumerate(zip(prompts, gen_lengths, suffixes, strict=True)):
+            whole = torch.tensor([*prompt, *[config.mask_token_id] * length, *suffix])
+            columns = slice(num_prompt - len(prompt), num_prompt + ends[row])
+            tokens[row, columns], keep[row, columns] = whole, 1
         # true positions, so that rounding in the rotary tables does not depend on the padding either
         positions = (keep.cumsum(dim=1) - 1).clamp_min(0).to(model.device)
         is_full = bool(keep.all())
@@ -99,6 +114,7 @@ class Canvas:
             positions=None if is_full else positions,
             num_prompt=num_prompt,
             gen_lengths=gen_lengths,
+            ends=ends,
             pad_id=pad_id,
         )
 

@@ -35,7 +35,7 @@ from .remasking_llada import random_key
 class LLaDAGenerateOutput(ModelOutput):
     """Answers, and what they took. Row b * num_return_sequences + c is candidate c of prompt b."""
 
-    sequences: Tensor | None = None  # [N, P + G] long: prompts left-padded, shorter answers right-padded
+    sequences: Tensor | None = None  # [N, P + G] long: padded prompts, then answers (and suffixes)
     lengths: Tensor | None = None  # [N] long, tokens of each answer before its EOS or EoT
     completions: list[list[int]] | None = None  # the answers' token ids before their EOS or EoT
     steps: Tensor | None = None  # [N] long, forwards that each sequence took part in
@@ -77,6 +77,7 @@ def generate(
     *,
     record_ids: Sequence[int] | None = None,
     gen_length: int | Sequence[int] | None = None,
+    suffixes: Sequence[Sequence[int]] | None = None,
     return_trace: bool = False,
     on_step: OnStep | None = None,
     **overrides: Any,
@@ -91,6 +92,8 @@ def generate(
         record_ids: B numbers that, with the seed, key the random draws; default 0, 1, ... Give each prompt
             of a data set its own number and it gets the same answer in any batch.
         gen_length: answer length in tokens, one for all or one for each prompt.
+        suffixes: B lists of token ids that stand behind the answers, which then fill a hole (infill). Set
+            early_stop to False, and logits_eos_inf, or an answer may end before its hole does.
         return_trace: collect what every step decided.
         on_step: called with every entry of the trace as it happens: {"row", "block", "step", "positions"
             (in the answer), "token_ids", "confidences", "remasked" (positions, ReMDM)}.
@@ -106,7 +109,10 @@ def generate(
     settings = settings.changed(**overrides)
 
     prompts = read_prompts(input_ids, attention_mask, model.config.mask_token_id)
-    lengths = check_lengths(prompts, gen_length, settings, model.config.max_sequence_length)
+    suffixes = [list(suffix) for suffix in suffixes] if suffixes is not None else [[] for _ in prompts]
+    if any(model.config.mask_token_id in suffix for suffix in suffixes):
+        raise ValueError("a suffix contains the mask token; only the answer is masked")
+    lengths = check_lengths(prompts, gen_length, suffixes, settings, model.config.max_sequence_length)
     if record_ids is None:
         record_ids = range(len(prompts))
     if len(record_ids) != len(prompts):
@@ -116,7 +122,8 @@ def generate(
     keys = [random_key(settings.seed, record, c) for record in record_ids for c in candidates]
     prompts = [prompt for prompt in prompts for _ in candidates]
     lengths = [length for length in lengths for _ in candidates]
-    canvas = Canvas.of(prompts, lengths, model)
+    suffixes = [suffix for suffix in suffixes for _ in candidates]
+    canvas = Canvas.of(prompts, lengths, suffixes, model)
 
     trace: list[dict[str, Any]] = []
     report = on_step

@@ -17,7 +17,7 @@ from modelling_final.remasking_llada import (
     transfer_schedule,
     uniform,
 )
-from peaked_llada import PAD, PROMPTS, Spy, answers, peaked_model
+from peaked_llada import EOS, EOT, PAD, PROMPTS, Spy, answers, peaked_model
 
 
 @pytest.fixture(scope="module")
@@ -273,3 +273,39 @@ def test_max_new_tokens_is_another_name(model):
     assert LLaDAGenerationConfig(max_new_tokens=6).gen_length == 6
     foreign = GenerationConfig(max_new_tokens=5)
     assert model.generate(PROMPTS, generation_config=foreign).sequences.shape == (3, 12)
+
+
+@pytest.mark.parametrize("method", ["fixed_length", "semi_autoregressive_padding"])
+def test_infill_reads_what_stands_behind_the_hole(method):
+    model = peaked_model()
+    mask_id = model.config.mask_token_id
+    prompts, suffixes, lengths = PROMPTS[:2], [[9, 30, 4], [17]], [4, 8]
+    output = model.generate(
+        prompts,
+        gen_length=lengths,
+        suffixes=suffixes,
+        method=method,
+        block_length=4,
+        early_stop=False,
+        logits_eos_inf=True,
+    )
+    for prompt, suffix, length, answer in zip(prompts, suffixes, lengths, output.completions, strict=True):
+        canvas, start = torch.tensor([*prompt, *[mask_id] * length, *suffix]), len(prompt)
+        width = length if method == "fixed_length" else 4
+        for step in range(length):  # the surest masked token of the block, one after the other
+            logits = model(input_ids=canvas[None]).logits[0].float()
+            logits[:, mask_id] = logits[:, EOS] = -torch.inf
+            sure, tokens = logits.softmax(-1).max(-1)
+            first = start + step // width * width
+            open_now = [i for i in range(first, first + width) if canvas[i] == mask_id]
+            best = max(open_now, key=lambda i: float(sure[i]))
+            canvas[best] = tokens[best]
+        decided = canvas[start : start + length].tolist()
+        end = next((i for i, token in enumerate(decided) if token == EOT), length)
+        assert answer == decided[:end]
+    with pytest.raises(ValueError, match="exceed the model's context"):
+        model.generate([[5]], gen_length=4, suffixes=[[6] * model.config.max_sequence_length])
+    with pytest.raises(ValueError, match="semi_autoregressive_origin has none"):
+        model.generate(
+            [[5]], gen_length=4, suffixes=[[6]], method="semi_autoregressive_origin", block_length=4
+        )
