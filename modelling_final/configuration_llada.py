@@ -137,6 +137,11 @@ class LLaDAConfig(PreTrainedConfig):
         """Width of one attention head."""
         return self.d_model // self.n_heads
 
+    @property
+    def end_ids(self) -> list[int]:
+        """Ids at which an answer ends: EOS and the end of a chat turn, where there are such tokens."""
+        return sorted({self.eos_token_id, self.eot_token_id} - {None})
+
     def __post_init__(self, **kwargs: Any) -> None:
         if self.n_kv_heads is None:
             self.n_kv_heads = 1 if self.multi_query_attention else self.n_heads

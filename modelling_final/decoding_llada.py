@@ -62,12 +62,11 @@ class Decoding:
         )
         config, self.device = model.config, canvas.tokens.device
         self.mask_id = config.mask_token_id
-        ends = sorted({i for i in (config.eos_token_id, config.eot_token_id) if i is not None})
-        self.end_ids = torch.tensor(ends, dtype=torch.long, device=self.device)
+        self.end_ids = torch.tensor(config.end_ids, dtype=torch.long, device=self.device)
         self.eos_id = config.eos_token_id
-        self.can_stop = settings.early_stop and bool(ends)
-        self.last_ids = self.end_ids if settings.confidence_eos_eot_inf and ends else None
-        self.exempt_ids = torch.tensor([*ends, self.mask_id], device=self.device)
+        self.can_stop = settings.early_stop and bool(config.end_ids)
+        self.last_ids = self.end_ids if settings.confidence_eos_eot_inf and config.end_ids else None
+        self.exempt_ids = torch.tensor([*config.end_ids, self.mask_id], device=self.device)
         self.steps = torch.zeros(len(keys), dtype=torch.long, device=self.device)
         self.recorder = Recorder(model) if settings.cuda_graphs else None
         self.is_running = [True] * len(keys)
