@@ -22,7 +22,6 @@ Run:
 
 import json
 import logging
-import os
 import shutil
 import time
 from collections import Counter
@@ -40,7 +39,7 @@ from llada.diffusion.likelihood import Request, score
 from llada.flags import flag, parse
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
 from llada.models import describe_checkpoint, load_model, load_tokenizer, special_ids
-from llada.resumable import RequestLog
+from llada.resumable import ResumableJob, write_atomically
 from llada.rewards.verifiers import final_answer
 from llada.run import barrier, end_run, start_run
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
@@ -88,15 +87,9 @@ class Config(SamplerFlags):
 
 # Flags that change neither an answer nor which prompts have one: a killed run may go on with others.
 FREE = (
-    "output_path",
-    "max_samples",
-    "device",
-    "num_gpus",
-    "batch_size",
-    "trace",
-    "prompt",
-    "prompts_file",
-    "cuda_graphs",
+    *("model_name_or_path", "adapter_path"),  # their contents count, not their names
+    *("prompt", "prompts_file", "output_path", "max_samples", "trace"),
+    *("device", "num_gpus", "batch_size", "cuda_graphs"),
 )
 
 
@@ -198,21 +191,13 @@ def choose(
     return 0
 
 
-def fingerprint(config: Config) -> dict[str, Any]:
-    """What the answers depend on: the flags, the prompts are keyed one by one, and the checkpoint's files."""
-    flags = {name: value for name, value in asdict(config).items() if name not in FREE}
-    return {"flags": flags, "checkpoint": describe_checkpoint(config.model_name_or_path, config.adapter_path)}
-
-
-def merge(items: list[Item], answers: RequestLog, output_path: Path) -> None:
+def merge(items: list[Item], answers: ResumableJob, output_path: Path) -> None:
     """Writes all answers in input order; the file appears whole or not at all."""
-    partial = output_path.with_name(output_path.name + ".tmp")
-    with open(partial, "w", encoding="utf-8") as file:
-        for item in items:
-            fields = answers.get(answers.key("generate", [item.index, item.token_ids]))
-            line = {"id": item.name, "prompt": item.prompt, **fields}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    os.replace(partial, output_path)
+    lines = [
+        {"id": item.name, "prompt": item.prompt, **answers[answers.key(item.index, item.token_ids)]}
+        for item in items
+    ]
+    write_atomically(output_path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -244,15 +229,18 @@ def main(argv: list[str] | None = None) -> None:
             print("approximate: other tokens than the published sampler's are possible", flush=True)
 
     parts = None if config.output_path is None else f"{config.output_path}.parts"
-    answers = RequestLog(parts, fingerprint(config), run.rank)
-    keys = {item.index: answers.key("generate", [item.index, item.token_ids]) for item in items}
-    mine = [item for item in items[run.rank :: run.world_size] if answers.get(keys[item.index]) is None]
+    settings_of_answers = {
+        **{name: value for name, value in asdict(config).items() if name not in FREE},
+        "checkpoint": describe_checkpoint(config.model_name_or_path, config.adapter_path),
+    }
+    answers = ResumableJob(parts, settings_of_answers, rank=run.rank, world_size=run.world_size)
+    keys = {item.index: answers.key(item.index, item.token_ids) for item in items}
+    mine = [items[n] for n in answers.share(list(keys.values()))]
     trace_file = None
     if config.trace is not None:
         path = config.trace if run.world_size == 1 else f"{config.trace}.rank{run.rank}"
         goes_on = len(mine) < len(items[run.rank :: run.world_size])
         trace_file = open(path, "a" if goes_on else "w", encoding="utf-8")  # noqa: SIM115 - closed below
-    barrier()  # nobody starts before all have read which answers are there
 
     num_tokens, started = 0, time.time()
     bar = tqdm(total=len(mine), desc="answers", unit="prompt", disable=not run.is_main or len(mine) < 2)
@@ -267,9 +255,10 @@ def main(argv: list[str] | None = None) -> None:
     barrier()
     if run.is_main and config.output_path is None:
         for item in items:
-            print(answers.get(keys[item.index])["completion"])
+            print(answers[keys[item.index]]["completion"])
     elif run.is_main:
-        merge(items, RequestLog(parts, fingerprint(config), run.rank), Path(config.output_path))
+        answers.read()
+        merge(items, answers, Path(config.output_path))
         shutil.rmtree(parts)
         print(f"{len(items)} answers -> {config.output_path}", flush=True)
     end_run()

@@ -37,12 +37,11 @@ from llada.data.prompts import prompt_of
 from llada.data.records import read_records
 from llada.flags import flag, parse
 from llada.models import describe_checkpoint, end_ids, load_model, load_tokenizer, special_ids
-from llada.resumable import RequestLog
+from llada.resumable import ResumableJob, write_atomically
 from llada.run import barrier, end_run, start_run
 from llada.speculative.bridge import BRIDGES, Bridge
 from llada.speculative.decoder import SpeculativeDecoder, SpeculativeStats, ends_with
 from llada.speculative.settings import SpeculativeSettings
-from llada.training.checkpoint import write_atomically
 
 
 @dataclass(kw_only=True)
@@ -78,7 +77,10 @@ class Config(SpeculativeSettings):
 
 
 # Flags that change neither an answer nor which prompts have one: a killed run may go on with others.
-FREE = ("output_path", "report_path", "max_samples", "prompt", "prompts_file")
+FREE = (
+    *("model_name_or_path", "adapter_path", "verifier"),  # their contents count, not their names
+    *("prompt", "prompts_file", "output_path", "report_path", "max_samples", "device"),
+)
 
 
 @dataclass(frozen=True)
@@ -272,16 +274,14 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{covered} of the drafter's tokens are also the verifier's ({vocabulary.coverage:.0%})")
 
     parts = None if config.output_path is None else f"{config.output_path}.parts"
-    flags = {name: value for name, value in asdict(config).items() if name not in FREE}
     settings = {
-        "flags": flags,
+        **{name: value for name, value in asdict(config).items() if name not in FREE},
         "drafter": describe_checkpoint(config.model_name_or_path, config.adapter_path),
         "verifier": describe_causal_lm(config.verifier, config.verifier_gguf_file),
     }
-    answers = RequestLog(parts, settings, run.rank)
-    keys = [answers.key("speculate", [i.index, i.verifier_ids, i.drafter_ids]) for i in items]
-    mine = [n for n in range(run.rank, len(items), run.world_size) if answers.get(keys[n]) is None]
-    barrier()  # nobody starts before all have read which answers are there
+    answers = ResumableJob(parts, settings, rank=run.rank, world_size=run.world_size)
+    keys = [answers.key(i.index, i.verifier_ids, i.drafter_ids) for i in items]
+    mine = answers.share(keys)
     if mine:
         warm_up(pair, items[mine[0]], config)
     for n in tqdm(mine, desc="answers", unit="prompt", disable=not run.is_main or len(mine) < 2):
@@ -291,8 +291,8 @@ def main(argv: list[str] | None = None) -> None:
         answers.put(keys[n], {"completion": text, **fields})
     barrier()
     if run.is_main:
-        answers = RequestLog(parts, settings, run.rank) if parts else answers
-        finish(config, items, [answers.get(key) for key in keys], pair.decoder.rule)
+        answers.read()
+        finish(config, items, [answers[key] for key in keys], pair.decoder.rule)
         if parts is not None:
             shutil.rmtree(parts)
     end_run()

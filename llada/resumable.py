@@ -1,62 +1,122 @@
-"""Finished requests of a long job, on disk as they finish, so that a killed run can continue."""
+"""What a long job keeps on disk so that a killed run continues: its settings, and its finished items.
+
+    folder/settings.json    what the results depend on; a run with other settings is refused
+    folder/rank-N.jsonl     {"key", "result", ...} for each finished item, written by rank N
+
+Generation, evaluation, preferences and reference values keep their items so. Prepared rows, too large for
+JSON, are kept as Arrow shards (llada/data/shards.py) under the same check of settings.
+"""
 
 import hashlib
 import json
 import logging
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
 
 
-class RequestLog:
-    """Finished requests in a folder of JSONL files, one file per rank, so that a killed run can continue.
+class ResumableJob:
+    """Finished items of a job, by key; those of all ranks are read, however many wrote them."""
 
-    Every line is {"key", "result", ...}; all files are read whatever the number of ranks that wrote them.
-    """
+    def __init__(
+        self, folder: str | Path | None, settings: Mapping[str, Any], *, rank: int = 0, world_size: int = 1
+    ) -> None:
+        """Opens the job, or begins it.
 
-    def __init__(self, folder: str | None, settings: dict[str, Any], rank: int) -> None:
-        self._settings = json.dumps(settings, sort_keys=True)
-        self.folder = folder
+        Args:
+            folder: None keeps everything in memory.
+            settings: all that decides a result besides the item; JSON values.
+
+        Raises:
+            ValueError: the folder holds items of other settings.
+        """
+        self.folder = None if folder is None else Path(folder)
+        self._rank, self._world_size = rank, world_size
         self._results: dict[str, Any] = {}
         self._file = None
-        if folder is None:
+        if self.folder is None:
             return
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.read()
+        self._claim(json.loads(json.dumps(settings, default=str)))
+        own = self.folder / f"rank-{rank}.jsonl"
+        ends_mid_line = own.exists() and own.stat().st_size > 0 and own.read_bytes()[-1:] != b"\n"
+        self._file = open(own, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the job
+        if ends_mid_line:
+            self._file.write("\n")
+
+    def _claim(self, settings: dict[str, Any]) -> None:
+        path = self.folder / "settings.json"
+        if self._results and path.is_file():  # a run that finished nothing binds nobody
+            refuse_changes(
+                json.loads(path.read_text(encoding="utf-8")), settings,
+                f"{self.folder} holds finished items of other settings",
+                "Give the same ones to continue, or delete the folder to start again",
+            )  # fmt: skip
+        else:
+            write_atomically(path, json.dumps(settings, indent=1) + "\n")
+
+    def read(self) -> None:
+        """Takes in what is in the folder by now, from all ranks."""
         num_broken = 0
-        for file in sorted(path.glob("requests_*.jsonl")):
-            for line in file.read_bytes().splitlines():
+        for file in sorted(self.folder.glob("rank-*.jsonl")) if self.folder else ():
+            for line in filter(None, file.read_bytes().splitlines()):
                 try:
                     entry = json.loads(line)
                     self._results[entry["key"]] = entry["result"]
                 except (ValueError, KeyError, TypeError):
                     num_broken += 1
         if num_broken:
-            log.warning("%s: %d broken lines of a killed run are computed again", folder, num_broken)
-        own = path / f"requests_rank{rank}.jsonl"
-        ends_mid_line = own.exists() and own.stat().st_size > 0 and own.read_bytes()[-1:] != b"\n"
-        self._file = open(own, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the evaluation
-        if ends_mid_line:
-            self._file.write("\n")
+            log.warning("%s: %d broken lines of a killed run are computed again", self.folder, num_broken)
 
-    def key(self, kind: str, arguments: Any) -> str:
-        """The name of a request under these settings."""
-        text = json.dumps([self._settings, kind, arguments], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+    @staticmethod
+    def key(*item: Any) -> str:
+        """The name of an item: a hash of what it asks."""
+        return hashlib.sha256(json.dumps(item, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
-    def get(self, key: str) -> Any | None:
-        """Its result, or None while it is not finished."""
-        return self._results.get(key)
+    def share(self, keys: Sequence[str]) -> list[int]:
+        """Places of the items that are left for this rank; no item is in two ranks' shares."""
+        return [n for n in range(self._rank, len(keys), self._world_size) if keys[n] not in self._results]
 
-    def learn(self, results: dict[str, Any]) -> None:
-        """Takes over results that another rank has noted."""
-        self._results.update(results)
+    def __contains__(self, key: str) -> bool:
+        return key in self._results
+
+    def __getitem__(self, key: str) -> Any:
+        """The result of a finished item."""
+        return self._results[key]
 
     def put(self, key: str, result: Any, **details: Any) -> None:
-        """Notes a finished request; `details` are for the reader of the file."""
+        """Notes a finished item; `details` are for the reader of the file."""
         self._results[key] = result
         if self._file is not None:
             line = json.dumps({"key": key, "result": result, **details}, ensure_ascii=False)
             self._file.write(line + "\n")
             self._file.flush()
+
+    def learn(self, results: Mapping[str, Any]) -> None:
+        """Takes over results that another rank has noted."""
+        self._results.update(results)
+
+
+def refuse_changes(made: Mapping[str, Any], wanted: Mapping[str, Any], what: str, remedy: str) -> None:
+    """ValueError naming each setting in which what is on disk differs from what is wanted."""
+    changed = [
+        f"{name} was {made.get(name)!r:.200}, is {wanted.get(name)!r:.200}"
+        for name in sorted(made.keys() | wanted.keys())
+        if made.get(name) != wanted.get(name)
+    ]
+    if changed:
+        raise ValueError(f"{what}: {'; '.join(changed)}. {remedy}")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces the file so that a reader sees the old text or the new, never a part."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # ranks may write the same file
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # else the new name can outlive a power cut and the text not
+    os.replace(partial, path)

@@ -35,11 +35,10 @@ from llada.diffusion.masking import generator
 from llada.flags import flag, parse
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
 from llada.models import describe_checkpoint, load_model, load_tokenizer, special_ids
-from llada.resumable import RequestLog
+from llada.resumable import ResumableJob, write_atomically
 from llada.rewards.flags import RewardFlags
-from llada.rewards.functions import compute_rewards
+from llada.rewards.functions import Reward, compute_rewards
 from llada.run import barrier, end_run, start_run
-from llada.training.checkpoint import write_atomically
 from modelling_final import LLaDAModelLM
 
 
@@ -67,7 +66,11 @@ class Config(SamplerFlags, RewardFlags):
 
 
 # Flags that change neither a completion nor its score.
-FREE = ("output_dir", "max_samples", "batch_size", "device", "pairs_per_prompt", "min_margin", "threshold")
+FREE = (
+    *("model_name_or_path", "adapter_path"),  # their contents count, not their names
+    *("prompts_file", "output_dir", "max_samples", "batch_size", "device"),
+    *("pairs_per_prompt", "min_margin", "threshold"),
+)
 
 
 def as_messages(text: str, *, chat: bool) -> str | list[dict[str, str]]:
@@ -120,14 +123,14 @@ def answer(
     model: LLaDAModelLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
-    log: RequestLog,
+    rewards: list[Reward],
+    log: ResumableJob,
     config: Config,
     *,
     is_main: bool,
 ) -> None:
     """Samples and scores the completions of each prompt, and notes them in the log."""
     settings = sampler_settings(config).changed(num_return_sequences=config.num_generations)
-    rewards = config.load_rewards()
     prompts = sorted(prompts, key=lambda prompt: len(prompt.token_ids))
     for start in tqdm(range(0, len(prompts), config.batch_size), desc="preferences", disable=not is_main):
         batch = prompts[start : start + config.batch_size]
@@ -149,22 +152,22 @@ def answer(
             own = slice(i * config.num_generations, (i + 1) * config.num_generations)
             result = {"completions": texts[own], "scores": _or_none(totals[own])}
             result["rewards"] = {name: _or_none(values[own]) for name, values in table.items()}
-            log.put(key_of(log, prompt), result)
+            log.put(key_of(prompt), result)
 
 
 def _or_none(values: np.ndarray) -> list[float | None]:
     return [None if np.isnan(value) else float(value) for value in values]
 
 
-def key_of(log: RequestLog, prompt: Prompt) -> str:
+def key_of(prompt: Prompt) -> str:
     """The name of a prompt's result; the record's fields decide its scores."""
-    return log.key("preferences", [prompt.index, prompt.token_ids, prompt.record])
+    return ResumableJob.key(prompt.index, prompt.token_ids, prompt.record)
 
 
-def write(config: Config, prompts: list[Prompt], log: RequestLog) -> dict[str, Any]:
+def write(config: Config, prompts: list[Prompt], log: ResumableJob) -> dict[str, Any]:
     """Writes the three files, and gives what results.json holds."""
     folder = Path(config.output_dir)
-    results = [(prompt, log.get(key_of(log, prompt))) for prompt in prompts]
+    results = [(prompt, log[key_of(prompt)]) for prompt in prompts]
     lines = {
         "paired.jsonl": [line for p, r in results for line in paired_records(p, r, config)],
         "unpaired.jsonl": [line for p, r in results for line in unpaired_records(p, r, config)],
@@ -196,6 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(Config, argv, description=__doc__)
     if config.num_generations < 2:
         raise ValueError(f"--num_generations {config.num_generations}: a comparison needs at least 2")
+    rewards = config.load_rewards()
     run = start_run(config.device)
     tokenizer = load_tokenizer(config.model_name_or_path, chat=config.is_instruct)
     model = load_model(
@@ -212,14 +216,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
     settings["checkpoint"] = describe_checkpoint(config.model_name_or_path, config.adapter_path)
-    parts = str(Path(config.output_dir, "parts"))
-    log = RequestLog(parts, settings, run.rank)
-    mine = [p for p in prompts[run.rank :: run.world_size] if log.get(key_of(log, p)) is None]
-    barrier()  # nobody starts before all have read what is there
-    answer(model, tokenizer, mine, log, config, is_main=run.is_main)
+    parts = Path(config.output_dir, "parts")
+    log = ResumableJob(parts, settings, rank=run.rank, world_size=run.world_size)
+    mine = [prompts[n] for n in log.share([key_of(prompt) for prompt in prompts])]
+    answer(model, tokenizer, mine, rewards, log, config, is_main=run.is_main)
     barrier()
     if run.is_main:
-        summary = write(config, prompts, RequestLog(parts, settings, run.rank))
+        log.read()
+        summary = write(config, prompts, log)
         for what, count in {**counts, **summary}.items():
             print(f"{what}: {count}", flush=True)
     end_run()

@@ -48,9 +48,8 @@ from llada.policies.kto_reference import (
     plan_of,
     prefix_means,
 )
-from llada.resumable import RequestLog
+from llada.resumable import ResumableJob, write_atomically
 from llada.run import Run, autocast, barrier, end_run, start_run
-from llada.training.checkpoint import write_atomically
 
 
 @dataclass(kw_only=True)
@@ -231,23 +230,22 @@ def main(argv: list[str] | None = None) -> None:
     )
     parts = f"{config.output_file}.parts"
     wanted = {**settings, "draws": k_vals[-1]}
-    log = RequestLog(parts, wanted, run.rank)
+    log = ResumableJob(parts, wanted, rank=run.rank, world_size=run.world_size)
     batches = batches_of(tokens, config.batch_size)
     keys = [
-        log.key("b_ref", [[i, tokens[i].context.tolist(), tokens[i].answer.tolist()] for i in batch])
+        log.key([[i, tokens[i].context.tolist(), tokens[i].answer.tolist()] for i in batch])
         for batch in batches
     ]
-    mine = [n for n in range(run.rank, len(batches), run.world_size) if log.get(keys[n]) is None]
-    for n in tqdm(mine, desc="B_ref", unit="batch", disable=not run.is_main, mininterval=2):
+    for n in tqdm(log.share(keys), desc="B_ref", unit="batch", disable=not run.is_main, mininterval=2):
         batch = [(base_seed(index), tokens[index]) for index in batches[n]]
         log.put(keys[n], score(model, batch, config, run, tokenizer.eos_token_id).tolist())
     barrier()
     if run.is_main:
-        log = RequestLog(parts, wanted, run.rank)
+        log.read()
         means = {
             index: row
             for batch, key in zip(batches, keys, strict=True)
-            for index, row in zip(batch, log.get(key), strict=True)
+            for index, row in zip(batch, log[key], strict=True)
         }
         lines = []
         for index, ((_, item), found) in enumerate(zip(items, encoded, strict=True)):

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -20,7 +21,6 @@ from llada.diffusion.likelihood import Request
 from llada.inference.eval_worker import EvalRank, _deal, cut_answer, parse_model_args
 from llada.inference.lm_eval_model import LLaDADist, with_flags
 from llada.models import new_model, save_model
-from llada.resumable import RequestLog
 
 TASKS = ROOT / "eval/tasks"
 DATA = ROOT / "data/samples/eval"
@@ -69,7 +69,7 @@ def flags(checkpoint, output, tasks, model_args="", data=DATA):
 
 def records(output):
     lines = [
-        line for file in output.glob("requests/*.jsonl") for line in file.read_text("utf-8").splitlines()
+        line for file in output.glob("requests/*/*.jsonl") for line in file.read_text("utf-8").splitlines()
     ]
     return {record["key"]: record for record in map(json.loads, lines)}
 
@@ -140,7 +140,7 @@ def test_a_killed_run_continues(finished, checkpoint, main, monkeypatch, tmp_pat
     arguments = flags(checkpoint, tmp_path, "gsm8k_local", ",generate_batch_size=1")
     with pytest.raises(KeyboardInterrupt):
         main(arguments)
-    log = tmp_path / "requests/requests_rank0.jsonl"
+    (log,) = tmp_path.glob("requests/*/rank-0.jsonl")
     with open(log, "a", encoding="utf-8") as file:
         file.write('{"key": "half a li')
     assert len(batches) == 2
@@ -167,7 +167,7 @@ def test_two_ranks_give_the_same_numbers(finished, checkpoint, tmp_path):
         assert result == (
             pytest.approx(record["result"], abs=1e-5) if type(result) is float else record["result"]
         )
-    assert len(list(tmp_path.glob("requests/requests_rank*.jsonl"))) == 2
+    assert len(list(tmp_path.glob("requests/*/rank-*.jsonl"))) == 2
 
 
 def test_the_ranks_share_the_work_evenly():
@@ -383,14 +383,10 @@ def test_the_debug_config_and_the_presets_are_valid(main):
     )
 
 
-def test_request_log_keys_depend_on_the_settings(tmp_path):
-    one, two = RequestLog(None, {"cfg": 0.0}, 0), RequestLog(None, {"cfg": 0.5}, 0)
-    assert one.key("score", [1]) != two.key("score", [1])
-    assert one.key("score", [1]) != one.key("greedy", [1])
-    assert one.get(one.key("score", [1])) is None
-    written = RequestLog(str(tmp_path), {}, 3)
-    written.put("k", 0.0, note="zero is a result")
-    assert RequestLog(str(tmp_path), {}, 0).get("k") == 0.0
+def test_results_of_other_settings_stand_beside(finished, checkpoint, main, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    main(flags(checkpoint, tmp_path, "gsm8k_local", ",gen_length=4,steps=4,block_length=4"))
+    assert len(list(tmp_path.glob("requests/*/settings.json"))) == 2
 
 
 def test_every_local_task_is_found():

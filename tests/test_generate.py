@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def test_ranks_share_the_work_and_write_the_same(run, prompts, tmp_path, monkeyp
     monkeypatch.setattr(script, "start_run", lambda device: replace(this, rank=1, world_size=2))
     with pytest.raises(FileNotFoundError):
         run(*flags, output="two.jsonl")
-    part = tmp_path / "two.jsonl.parts/requests_rank1.jsonl"
+    part = tmp_path / "two.jsonl.parts/rank-1.jsonl"
     assert len(part.read_text().splitlines()) == 2
     monkeypatch.setattr(script, "start_run", lambda device: replace(this, rank=0, world_size=2))
     assert run(*flags, output="two.jsonl") == alone
@@ -108,7 +109,7 @@ def test_a_killed_run_goes_on_where_it_stopped(run, prompts, tmp_path, monkeypat
     monkeypatch.setattr(script, "answer_batches", dies)
     with pytest.raises(KeyboardInterrupt):
         run(*common, output="killed.jsonl")
-    part = tmp_path / "killed.jsonl.parts/requests_rank0.jsonl"
+    part = tmp_path / "killed.jsonl.parts/rank-0.jsonl"
     part.write_text(part.read_text() + '{"key": "cut in the mid')
 
     def notes(*args):
@@ -140,7 +141,7 @@ def test_a_corrupt_line_stops_the_run_and_keeps_what_was_finished(run, prompts, 
     Path(prompts).write_text(good + '{"prompt": "cut')
     with pytest.raises(ValueError, match=r"prompts.jsonl:6: malformed JSON"):
         run("--prompts_file", prompts, "--is_instruct")
-    assert len((tmp_path / "out.jsonl.parts/requests_rank0.jsonl").read_text().splitlines()) == 3
+    assert len((tmp_path / "out.jsonl.parts/rank-0.jsonl").read_text().splitlines()) == 3
     Path(prompts).write_text(good)
     assert len(run("--prompts_file", prompts, "--is_instruct")) == 5
     assert sorted(answered) == [0, 1, 2, 3, 4]
@@ -153,6 +154,9 @@ def test_other_flags_do_not_reuse_answers(run, prompts, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(*common)
     monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"other settings: temperature was 0.0, is 2.0. Give the same ones"):
+        run(*common, "--temperature", "2")
+    shutil.rmtree(tmp_path / "out.jsonl.parts")
     warm = run(*common, "--temperature", "2")
     assert warm == run(*common, "--temperature", "2", output="fresh.jsonl")
 

@@ -26,6 +26,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llada.data.records import files_of
+from llada.resumable import refuse_changes, write_atomically
 
 Item = tuple[str, Any]
 """("file:line", what the encoder takes)."""
@@ -137,16 +138,10 @@ def _open(folder: Path, fingerprint: dict[str, Any], overwrite: bool) -> bool:
             shutil.rmtree(shard)
     if path.is_file():
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        old = manifest["fingerprint"]
-        changed = [
-            f"{name} was {old.get(name)!r:.200}, is {fingerprint.get(name)!r:.200}"
-            for name in sorted(old.keys() | fingerprint.keys())
-            if old.get(name) != fingerprint.get(name)
-        ]
-        if changed:
-            raise ValueError(
-                f"{folder} was prepared differently: {'; '.join(changed)}. Use another folder, or --overwrite"
-            )
+        refuse_changes(
+            manifest["fingerprint"], fingerprint, f"{folder} was prepared differently",
+            "Use another folder, or --overwrite",
+        )  # fmt: skip
         return manifest["finished"]
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no prepared rows; choose another output folder")
@@ -238,6 +233,4 @@ def _shard(folder: Path, index: int) -> Path:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, json.dumps(value, indent=1) + "\n")

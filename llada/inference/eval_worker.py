@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from llada.diffusion.likelihood import KINDS, Request, iter_greedy, iter_scores
 from llada.flags import flag, parse
 from llada.inference.sampler_flags import SamplerFlags
 from llada.models import describe_checkpoint, load_model, load_tokenizer, special_ids
-from llada.resumable import RequestLog
+from llada.resumable import ResumableJob
 from llada.run import start_run
 from modelling_final import LLaDAGenerationConfig
 
@@ -123,7 +124,9 @@ class EvalRank:
             )
         settings = {k: value for k, value in dataclasses.asdict(args).items() if k not in NO_EFFECT}
         settings["checkpoint"] = describe_checkpoint(args.model_path, args.adapter_path)
-        self.log = RequestLog(args.record_dir, settings, self.run.rank)
+        # a folder for each setting: an evaluation of several tasks may write into one --output_path
+        folder = args.record_dir and Path(args.record_dir, ResumableJob.key(settings)[:8])
+        self.log = ResumableJob(folder, settings, rank=self.run.rank)
 
     def serve(self) -> None:
         """Ranks other than 0: compute shares until rank 0 calls `dismiss`."""
@@ -142,7 +145,7 @@ class EvalRank:
             kind: "score" or "greedy" (items are `Request`s), or "answer" (`Generation`s).
             items: by key of the log.
         """
-        todo = {key: item for key, item in items.items() if self.log.get(key) is None}
+        todo = {key: item for key, item in items.items() if key not in self.log}
         if len(todo) < len(items) and self.log.folder is not None:
             log.info(
                 "%d of %d requests are already in %s", len(items) - len(todo), len(items), self.log.folder
@@ -151,7 +154,7 @@ class EvalRank:
             if self._group is not None:
                 self._broadcast((kind, todo))
             self._share(kind, todo)
-        return [self.log.get(key) for key in items]
+        return [self.log[key] for key in items]
 
     def _broadcast(self, work: tuple[str, dict[str, Any]] | None) -> tuple[str, dict[str, Any]] | None:
         box = [work]

@@ -31,6 +31,7 @@ from llada.data.shards import describe_tokenizer
 from llada.diffusion.bound_estimator import MaskPlan
 from llada.diffusion.bound_gradient import mask_hash
 from llada.models import describe_checkpoint
+from llada.resumable import refuse_changes
 
 
 @dataclass(frozen=True)
@@ -254,14 +255,8 @@ def fingerprint(
 
 def check_fingerprint(found: dict[str, Any], expected: dict[str, Any], where: str) -> None:
     """ValueError naming what B_ref was made with and training would not use."""
-    changed = [
-        f"{name} was {found.get(name)!r}, is {value!r}"
-        for name, value in expected.items()
-        if found.get(name) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"{where}: B_ref was made differently: {'; '.join(changed)}. Make it again with "
-            "rlhf/precompute_bref.py, or give the flags it was made with (--ref_model_name_or_path names the "
-            "reference where training starts from another checkpoint)"
-        )
+    refuse_changes(
+        found, expected, f"{where}: B_ref was made differently",
+        "Make it again with rlhf/precompute_bref.py, or give the flags it was made with "
+        "(--ref_model_name_or_path names the reference where training starts from another checkpoint)",
+    )  # fmt: skip

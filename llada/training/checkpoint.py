@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from llada.resumable import write_atomically
 from llada.run import STOP_SIGNALS, Run, barrier
 
 # A single process is a normal way to train; torch warns about it at every save and load.
@@ -204,16 +205,6 @@ def find_resume(output_dir: Path, wish: str) -> Path | None:
 def _saved_steps(output_dir: Path) -> list[int]:
     names = [path.name.removeprefix("step-") for path in output_dir.glob("step-*") if path.is_dir()]
     return sorted(int(name) for name in names if name.isdigit())
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces the file so that a reader sees the old text or the new, never a part."""
-    partial = path.with_name(path.name + ".tmp")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # else the new name can outlive a power cut and the text not
-    os.replace(partial, path)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from llada.diffusion.losses import LossParts
 from llada.flags import write_yaml
 from llada.models import build_model, save_model
+from llada.resumable import write_atomically
 from llada.run import Metrics, Run, sum_over_ranks
 from llada.training import checkpoint
 from llada.training.config import RESUME_MUST_AGREE, TrainConfig
@@ -194,7 +195,7 @@ def fit(
     export(output_dir / "final")
     if run.is_main:
         text = json.dumps(state.as_results(last_step), indent=1)
-        checkpoint.write_atomically(output_dir / "results.json", text)
+        write_atomically(output_dir / "results.json", text)
         (output_dir / "DONE").touch()
 
 
