@@ -37,7 +37,7 @@ from llada.inference.sampler_flags import SamplerFlags, sampler_settings
 from llada.models import describe_checkpoint, load_model, load_tokenizer, special_ids
 from llada.resumable import ResumableJob, write_atomically
 from llada.rewards.flags import RewardFlags
-from llada.rewards.functions import Reward, compute_rewards
+from llada.rewards.scoring import Reward, compute_rewards
 from llada.run import barrier, end_run, start_run
 from modelling_final import LLaDAModelLM
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from llada.flags import read_yaml
-from llada.rewards.functions import score
+from llada.rewards.functions import puzzle_solved
 
 ROOT = Path(__file__).resolve().parent.parent
 TAIL_LINES = 30
@@ -265,7 +265,7 @@ def accuracy_by_task(completions: Path, prompts: Path) -> dict[str, float]:
     for line in completions.read_text(encoding="utf-8").splitlines():
         answer = json.loads(line)
         record = records[answer["id"]]
-        solved.setdefault(record["task"], []).append(score(answer["completion"], record))
+        solved.setdefault(record["task"], []).append(puzzle_solved(answer["completion"], record))
     return {task: sum(values) / len(values) for task, values in solved.items()}
 
 

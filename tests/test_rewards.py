@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from llada.rewards import functions as rewards
-from llada.rewards.functions import Reward, compute_rewards, load_rewards, score
+from llada.rewards.functions import puzzle_solved
+from llada.rewards.scoring import Reward, compute_rewards, load_rewards
 from llada.rewards.verifiers import cells, countdown_solved, evaluate, final_answer, sudoku_solved
 
 PUZZLE = "1004420020433410"
@@ -119,11 +120,11 @@ def test_format_and_code():
 def test_reasoning_gym_gives_no_partial_credit():
     record = {"task": "countdown", "answer": "", "metadata": {"numbers": [6, 61, 94, 4], "target": 309}}
     assert answers("reasoning_gym", ["94*4 - 61 - 6", "309"], **record) == [1.0, 0.0]
-    assert score("<think>4</think>94*4 - 61 - 6", record) == 1.0
+    assert puzzle_solved("<think>4</think>94*4 - 61 - 6", record) == 1.0
     with pytest.raises(ValueError, match=r"record 7: no field \['metadata'\]"):
-        score("1", {"id": 7, "task": "countdown", "answer": ""})
+        puzzle_solved("1", {"id": 7, "task": "countdown", "answer": ""})
     with pytest.raises(ValueError, match="sudokku"):
-        score("1", {**record, "task": "sudokku"})
+        puzzle_solved("1", {**record, "task": "sudokku"})
 
 
 def test_no_text_does_harm(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from llada.rewards.sandbox import ConfinedModule, all_run_through, runs_through
+from llada.rewards.sandbox import ConfinedModule, on_all_cores, runs_through
 
 HARM = os.path.join(os.path.dirname(__file__), "harm")
 HARMFUL = {
@@ -27,7 +27,7 @@ HARMFUL = {
 
 def test_a_program_passes_when_it_runs_to_its_last_line():
     assert (
-        all_run_through(["x = 1", "import math\nassert math.pi > 3", "open('a', 'w').write('x')"])
+        on_all_cores(runs_through, ["x = 1", "import math\nassert math.pi > 3", "open('a', 'w').write('x')"])
         == [True] * 3
     )
     assert runs_through("print('x' * 10**6)")
@@ -37,7 +37,7 @@ def test_harmful_programs_fail_and_leave_nothing_behind():
     if os.geteuid() != 0:  # only another user's files are out of reach
         HARMFUL.pop("writes where it should not")
     started = time.monotonic()
-    assert all_run_through(list(HARMFUL.values()), seconds=5) == [False] * len(HARMFUL)
+    assert on_all_cores(runs_through, HARMFUL.values()) == [False] * len(HARMFUL)
     assert time.monotonic() - started < 20
     assert not os.path.exists(HARM)
 

@@ -2,19 +2,18 @@
 
 from typing import Any
 
-from llada.rewards.sandbox import all_run_through
+from llada.rewards.sandbox import on_all_cores, runs_through
 from llada.rewards.verifiers import code_blocks
 
 
 def pass_at_1(references: list[str], predictions: list[list[str]]) -> dict[str, float]:
     """Share of the programs that pass: references are the tests, predictions the programs of each problem."""
-    results = all_run_through(
-        [
-            f"{program}\n\n{test}\n"
-            for test, programs in zip(references, predictions, strict=True)
-            for program in programs
-        ]
-    )
+    programs = [
+        f"{program}\n\n{test}\n"
+        for test, programs in zip(references, predictions, strict=True)
+        for program in programs
+    ]
+    results = on_all_cores(runs_through, programs)
     return {"pass@1": sum(results) / len(results)}
 
 

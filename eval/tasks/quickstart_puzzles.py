@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from local_data import data_file, read_jsonl
 
-from llada.rewards.functions import score
+from llada.rewards.functions import puzzle_solved
 
 
 def _puzzles(name: str, *, data_dir: str | None = None, **_: Any) -> DatasetDict:
@@ -28,4 +28,4 @@ binary_matrix = partial(_puzzles, "binary_matrix")
 
 def solved(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """Whether the completion solves the puzzle."""
-    return {"accuracy": score(results[0], json.loads(doc["record"]))}
+    return {"accuracy": puzzle_solved(results[0], json.loads(doc["record"]))}

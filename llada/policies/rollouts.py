@@ -25,7 +25,7 @@ from llada.diffusion.stream import records_of
 from llada.policies.grpo import GroupBatch, Objective, group_advantages
 from llada.policies.likelihood_terms import Answer, TermBuilder, Terms
 from llada.resumable import write_atomically
-from llada.rewards.functions import Reward, compute_rewards
+from llada.rewards.scoring import Reward, compute_rewards
 from llada.run import Run, autocast, max_over_ranks, sum_over_ranks
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 

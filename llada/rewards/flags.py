@@ -5,8 +5,8 @@ from pathlib import Path
 
 from llada.chat_client import ChatClient
 from llada.flags import flag
-from llada.rewards.functions import Reward, load_rewards
 from llada.rewards.judge import MODES, RUBRIC, Judge
+from llada.rewards.scoring import Reward, load_rewards
 
 
 @dataclass(kw_only=True)

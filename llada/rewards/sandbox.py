@@ -21,10 +21,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 SECONDS = 10.0
 MEMORY = 2**30
@@ -118,12 +120,12 @@ def runs_through(program: str, *, seconds: float = SECONDS, memory: int = MEMORY
         return child.returncode == 0 and reply == word.encode()
 
 
-def all_run_through(programs: Sequence[str], *, seconds: float = SECONDS) -> list[bool]:
-    """`runs_through` of each program, one for each of this rank's CPU cores at a time."""
-    # More at a time than there are cores would run good programs out of their time.
+def on_all_cores(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """`function` of each item, in threads: one for each of this rank's CPU cores."""
+    # More programs at a time than cores would run good ones out of their time.
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     with ThreadPoolExecutor(max(1, len(cores) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))) as pool:
-        return list(pool.map(lambda program: runs_through(program, seconds=seconds), programs))
+        return list(pool.map(function, items))
 
 
 class ConfinedModule:

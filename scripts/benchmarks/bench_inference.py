@@ -47,7 +47,7 @@ from llada.data.messages import to_prompt
 from llada.data.records import read_records
 from llada.flags import flag, parse
 from llada.models import load_model, load_tokenizer, special_ids
-from llada.rewards.functions import score
+from llada.rewards.functions import puzzle_solved
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 from reference_sampler import left_padded, peer_samplers, reference_sampler
 from sampler_arms import Arm, Prompt, canvas_arm, our_arm, settings_of
@@ -159,7 +159,7 @@ def accuracies(
     for prompt in prompts:
         if "task" in prompt.record and "metadata" in prompt.record:
             text = tokenizer.decode(tokens[prompt.index], skip_special_tokens=True)
-            scores.setdefault(prompt.record["task"], []).append(score(text, prompt.record))
+            scores.setdefault(prompt.record["task"], []).append(puzzle_solved(text, prompt.record))
     everything = [value for values in scores.values() for value in values]
     return {
         "accuracy": statistics.mean(everything) if everything else math.nan,

@@ -30,7 +30,7 @@ import numpy as np
 
 from llada.diffusion.masking import generator
 from llada.flags import flag, parse, read_yaml
-from llada.rewards.functions import score
+from llada.rewards.functions import puzzle_solved
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_RESAMPLES = 10_000
@@ -108,7 +108,7 @@ class Bench:
             self.run("inference/generate.py", {**flags, **self.heldout_flags}, folder / "heldout")
         records = [json.loads(line) for line in self.heldout.read_text(encoding="utf-8").splitlines()]
         by_id = {entry["id"]: entry for entry in map(json.loads, answers.open(encoding="utf-8"))}
-        return np.array([score(by_id[record["id"]]["completion"], record) for record in records])
+        return np.array([puzzle_solved(by_id[record["id"]]["completion"], record) for record in records])
 
     def train(self, method: str, seed: int) -> tuple[Path, float]:
         """The run's folder and its CPU seconds, preferences included."""
