@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from llada.data.prepared import load as load_rows
 from llada.data.rows import ConversationRows
+from llada.data.shards import row_lengths
 from llada.diffusion.batches import Example, MaskedBatch, Noised
 from llada.diffusion.stream import MaskedStream
 from llada.flags import flag, parse
@@ -43,17 +44,10 @@ class Config(TrainConfig):
     model_name_or_path: str | None = flag(None, help="Causal checkpoint to continue.")
 
 
-class AnswerStream(MaskedStream):
+class CausalStream(MaskedStream):
     """Every answer token is asked for, once and always: there is no noise in causal training."""
 
-    def noise(self, record_id: int, epoch: int, *, longest: int, step: int, place: int) -> list[Noised]:
-        return [self._asked(record_id, epoch)]
-
-    def _fixed_noise(self, record_id: int, stratum: int, num_records: int) -> Noised:
-        return self._asked(record_id, 0)
-
-    def _asked(self, record_id: int, epoch: int) -> Noised:
-        example = self.example_of(record_id, epoch, 0)
+    def hide(self, example: Example, record_id: int, *_: object, **__: object) -> Noised:
         return Noised(example, example.maskable, example.weight, record_id)
 
 
@@ -132,11 +126,12 @@ def main(argv: list[str] | None = None) -> None:
     data_dir = Path(config.output_dir, "data")
     rows = load([config.train_data_path], prepared=data_dir / "train").with_format("numpy")
     config.resolve(run, len(rows))
-    stream = AnswerStream.over(rows, partial(example_of, rows), config, run, ids)
+    settings = config.stream(run, ids.mask, ids.pad)
+    stream = CausalStream(partial(example_of, rows), row_lengths(rows), **settings)
     validate = None
     if config.eval_data_path is not None:
         held_out = load([config.eval_data_path], prepared=data_dir / "validation").with_format("numpy")
-        asked = AnswerStream.over(held_out, partial(example_of, held_out), config, run, ids)
+        asked = CausalStream(partial(example_of, held_out), row_lengths(held_out), **settings)
         validate = partial(validation_loss, stream=asked, config=config, run=run, loss=causal_loss)
     fit(
         model, tokenizer, config, run, stream=stream, loss=causal_loss, validate=validate,

@@ -28,6 +28,7 @@ from datasets import Dataset
 
 from llada.data.prepared import load as load_rows
 from llada.data.rows import CorpusRows
+from llada.data.shards import row_lengths
 from llada.diffusion.batches import Example
 from llada.diffusion.losses import masked_diffusion_loss
 from llada.diffusion.masking import generator
@@ -120,18 +121,23 @@ def main(argv: list[str] | None = None) -> None:
     data_dir = Path(config.output_dir, "data")  # for raw text that has to be tokenised
     rows = load([config.train_data_path], prepared=data_dir / "train").with_format("numpy")
     config.resolve(run, len(rows))
-    stream = MaskedStream.over(rows, partial(example_of, rows, config, True), config, run, ids)
-    stream.curriculum = Curriculum(
-        config.start_length,
-        config.max_length,
-        config.length_steps,
-        config.start_mask_ratio,
-        config.mask_steps,
+    settings = config.stream(run, ids.mask, ids.pad)
+    stream = MaskedStream(
+        partial(example_of, rows, config, True),
+        row_lengths(rows),
+        **settings,
+        curriculum=Curriculum(
+            config.start_length,
+            config.max_length,
+            config.length_steps,
+            config.start_mask_ratio,
+            config.mask_steps,
+        ),
     )
     validate = None
     if config.eval_data_path is not None:
         held_out = load([config.eval_data_path], prepared=data_dir / "validation").with_format("numpy")
-        masks = MaskedStream.over(held_out, partial(example_of, held_out, config, False), config, run, ids)
+        masks = MaskedStream(partial(example_of, held_out, config, False), row_lengths(held_out), **settings)
         validate = partial(validation_loss, stream=masks, config=config, run=run)
 
     fit(

@@ -28,6 +28,7 @@ from datasets import Dataset
 from llada.data.chat import LONG, TURNS
 from llada.data.prepared import load as load_rows
 from llada.data.rows import ConversationRows
+from llada.data.shards import row_lengths
 from llada.diffusion.batches import Example
 from llada.diffusion.losses import masked_diffusion_loss
 from llada.diffusion.stream import MaskedStream
@@ -117,13 +118,21 @@ def main(argv: list[str] | None = None) -> None:
         config.train_data_path, prepared=data_dir / "train", weights=config.data_weights, seed=config.seed
     ).with_format("numpy")
     config.resolve(run, len(rows))
-    stream = MaskedStream.over(rows, partial(example_of, rows, config, ids.eos), config, run, ids)
-    stream.fills_rows = config.eos_padding
-    stream.full_length, stream.full_length_probability = config.max_length, config.full_padding_probability
+    settings = config.stream(run, ids.mask, ids.pad)
+    stream = MaskedStream(
+        partial(example_of, rows, config, ids.eos),
+        row_lengths(rows),
+        **settings,
+        fills_rows=config.eos_padding,
+        full_length=config.max_length,
+        full_length_probability=config.full_padding_probability,
+    )
     validate = None
     if config.eval_data_path is not None:
         held_out = load([config.eval_data_path], prepared=data_dir / "validation").with_format("numpy")
-        masks = MaskedStream.over(held_out, partial(example_of, held_out, config, ids.eos), config, run, ids)
+        masks = MaskedStream(
+            partial(example_of, held_out, config, ids.eos), row_lengths(held_out), **settings
+        )
         validate = partial(validation_loss, stream=masks, config=config, run=run)
 
     fit(

@@ -75,7 +75,6 @@ def test_an_epoch_sees_every_record_once_and_again_with_other_noise():
     first, second = as_rows(stream(0)), as_rows(stream(1))
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second
-    assert stream.epoch(2) == 2.0
 
 
 def test_noise_masks_only_maskable_tokens_and_weighs_them():

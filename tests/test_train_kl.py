@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 from conftest import ROOT, load_script
 from llada.autoregressive.teacher_rows import Distributions, TeacherAnswer, TeacherTable, as_columns, count
 from llada.autoregressive.teacher_stream import AlignmentStream, Windows
-from llada.data.shards import load_rows, write_shards
+from llada.data.shards import load_rows, row_lengths, write_shards
 from llada.diffusion.distillation_losses import Objective
 from llada.diffusion.masking import mask_probability
-from llada.diffusion.stream import row_lengths
 from llada.flags import parse
 from llada.models import load_model, load_tokenizer, special_ids
 from llada.run import Run, read_metrics

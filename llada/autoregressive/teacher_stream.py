@@ -13,15 +13,18 @@ B sequences, L positions, M scored rows, G masks of a window.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import torch
 from datasets import Dataset
 
 from llada.autoregressive.teacher_rows import TeacherChunks, TeacherTable
+from llada.data.shards import row_lengths
 from llada.diffusion.batches import Example, MaskedBatch, Noised
-from llada.diffusion.masking import generator
-from llada.diffusion.stream import MaskedStream, row_lengths
+from llada.diffusion.masking import Stratum
+from llada.diffusion.stream import MaskedStream
 from llada.models import SpecialIds
 from llada.run import Run
 from llada.training.config import TrainConfig
@@ -96,20 +99,15 @@ class _WindowStream(MaskedStream):
     """A masked stream whose noise is a window of masks behind a prefix of the answer."""
 
     window_length: int = 0
+    purpose: ClassVar[str] = "window"
 
-    def noise(self, record_id: int, epoch: int, *, longest: int, step: int, place: int) -> list[Noised]:
-        share = generator(self.seed, "window", record_id, epoch).random()
-        return [self._window(record_id, epoch, share)]
-
-    def _fixed_noise(self, record_id: int, stratum: int, num_records: int) -> Noised:
-        offset = generator(self.seed, "validation", record_id).random()
-        return self._window(record_id, 0, (stratum + offset) / num_records)
-
-    def _window(self, record_id: int, epoch: int, share: float) -> Noised:
-        """The canvas whose window begins this share of the way through the answer."""
-        example = self.example_of(record_id, epoch, 0)
+    def hide(
+        self, example: Example, record_id: int, random: np.random.Generator, stratum: Stratum, *_: object,
+        **__: object,
+    ) -> Noised:  # fmt: skip
+        """The canvas whose window begins at a random place of the answer."""
         scored = np.flatnonzero(example.maskable)
-        first = int(scored[int(share * len(scored))])
+        first = int(scored[int(stratum.time(random.random()) * len(scored))])
         canvas = np.full(first + self.window_length, self.pad_id, dtype=np.int64)
         known = example.input_ids[: len(canvas)]
         canvas[: len(known)] = known
@@ -129,10 +127,9 @@ class AlignmentStream:
         self._table = TeacherTable(rows) if "teacher_positions" in rows.column_names else None
         self.has_teacher = self._table is not None
         self._rows = self._rows.select_columns(["input_ids", "in_answer"])
-        kind = _WindowStream if rule == "windows" else MaskedStream
-        self._stream = kind.over(self._rows, self._example, config, run, ids)
-        if isinstance(self._stream, _WindowStream):
-            self._stream.window_length = windows.length
+        kind = partial(_WindowStream, window_length=windows.length) if rule == "windows" else MaskedStream
+        settings = config.stream(run, ids.mask, ids.pad)
+        self._stream = kind(self._example, row_lengths(self._rows), **settings)
 
     @property
     def num_tokens(self) -> int:

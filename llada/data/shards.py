@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -58,6 +60,13 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 def load_rows(folder: str | Path) -> Dataset:
     """All prepared rows of `folder`, memory-mapped. ValueError if there are none or they are unfinished."""
     return _load(Path(folder), read_manifest(folder)["shards"])
+
+
+def row_lengths(rows: Dataset) -> np.ndarray:
+    """[num_records] tokens of each row, without reading the tokens into Python."""
+    tables = rows.with_format("arrow").iter(batch_size=10_000)
+    lengths = [pc.list_value_length(table["input_ids"]).to_numpy() for table in tables]
+    return np.concatenate(lengths) if lengths else np.empty(0, dtype=np.int64)
 
 
 def describe_inputs(paths: Iterable[str | Path]) -> list[dict[str, Any]]:

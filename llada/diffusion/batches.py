@@ -102,6 +102,14 @@ class MaskedBatch:
     num_pairs: int
     document_borders: torch.Tensor | None = None
 
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What the model's forward takes: its nll comes out at `rows`, for `targets`."""
+        inputs = {name: getattr(self, name) for name in ("input_ids", "attention_mask", "rows", "targets")}
+        if self.document_borders is not None:
+            inputs["document_borders"] = self.document_borders
+        return inputs
+
     def to(self, device: torch.device) -> "MaskedBatch":
         """The same batch with its tensors on `device`."""
         moved = {

@@ -146,15 +146,7 @@ def draw_values(model: torch.nn.Module, chunks: Sequence[Draws]) -> Tensor:
 
 
 def _chunk_values(model: torch.nn.Module, draws: Draws) -> Tensor:
-    nll = [
-        model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            rows=batch.rows,
-            targets=batch.targets,
-        ).nll
-        for batch in draws.batches
-    ]
+    nll = [model(**batch.inputs).nll for batch in draws.batches]
     sums = [
         torch.zeros(draws.num_sequences, dtype=torch.float64).index_add_(
             0, _owners(batch).cpu(), values.cpu().double()
@@ -192,13 +184,7 @@ def gradient_parts(
 
 def _draw_loss(model: torch.nn.Module, batch: MaskedBatch, factors: Tensor) -> Tensor:
     """sum_n factors_n * (sum of the nll of sequence n's masked tokens), with its gradient."""
-    return model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        rows=batch.rows,
-        targets=batch.targets,
-        weights=factors.to(batch.rows.device)[_owners(batch)],
-    ).loss
+    return model(**batch.inputs, weights=factors.to(batch.rows.device)[_owners(batch)]).loss
 
 
 def differentiate(loss: Tensor, values: Tensor) -> Tensor:

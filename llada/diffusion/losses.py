@@ -30,14 +30,7 @@ def masked_diffusion_loss(model: torch.nn.Module, batch: MaskedBatch, total_unit
 
     Source: LLaDA GUIDELINES.md, Pre-training and SFT.
     """
-    return model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        rows=batch.rows,
-        targets=batch.targets,
-        weights=batch.weights / total_units,
-        document_borders=batch.document_borders,
-    ).loss
+    return model(**batch.inputs, weights=batch.weights / total_units).loss
 
 
 @dataclass

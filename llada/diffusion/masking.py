@@ -1,14 +1,15 @@
-"""The forward process: which tokens are masked, drawn on the CPU from a key and never from global state.
+"""The forward process: which tokens of a record are masked, and what they weigh in the loss.
 
-A draw is a pure function of (seed, record id, epoch, draw), so it is the same on any device, at any world
-size,
-for any split of the batch, and after a resume.
+Drawn on the CPU from a key and never from global state: a draw is a pure function of (seed, record id, epoch,
+piece), so it is the same on any device, at any world size, for any split of the batch, and after a resume.
 
-Shapes: L positions of one record. Symbols as in LLaDA (arXiv 2502.09992): x_0 clean, x_t noised, t the time,
-p_mask = (1 - eps) t + eps the probability that a token is masked.
+Shapes: L positions of one record, n of them maskable, l masked. Symbols as in LLaDA (arXiv 2502.09992):
+x_0 clean, x_t noised, t the time, p_mask = (1 - eps) t + eps the probability that a token is masked.
 """
 
 import hashlib
+import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,6 +26,56 @@ def generator(seed: int, *key: int | str) -> np.random.Generator:
     """
     digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """The part of (0, 1) that a time is drawn from: one of `number` equal parts, turned by `offset`."""
+
+    index: int = 0
+    number: int = 1
+    offset: float = 0.0
+
+    def time(self, u: float) -> float:
+        """t in (0, 1) from one uniform number."""
+        return (self.offset + (self.index + u) / self.number) % 1.0
+
+
+def draw_noise(
+    maskable: np.ndarray,
+    weight: float,
+    random: np.random.Generator,
+    *,
+    stratum: Stratum = Stratum(),
+    largest_t: float = 1.0,
+    mask_count: str = "bernoulli",
+) -> tuple[np.ndarray, float]:
+    """(is_masked [L], what each masked token weighs in the loss) of one record; made nowhere else.
+
+        -log p(x_0) <= E_{t ~ U(0,1)} E_{x_t} sum_{i masked} (1 / t) -log p(x_0^i | x_t)          (eq. 3)
+                     = E_{l ~ U{1..n}} E_{x_l} sum_{i masked} (n / l) -log p(x_0^i | x_l)          (eq. 6)
+
+    bernoulli   each maskable token is masked with p_mask = (1 - eps) t + eps and weighs w / p_mask
+    exact       exactly l = ceil(t n) of them are, and weigh w n / l: the same expectation, less variance
+
+    Args:
+        maskable: [L] bool.
+        weight: w of the record: 1 in pretraining, 1 / answer length in SFT.
+        random: draws t first, then the mask.
+        stratum: where t comes from; all of (0, 1) by default.
+        largest_t: t is scaled into (0, largest_t), for a curriculum.
+        mask_count: `bernoulli` (LLaDA's recipe) or `exact`.
+
+    Source: LLaDA eq. 3 and 6; GUIDELINES.md, forward_process.
+    """
+    t = stratum.time(random.random()) * largest_t
+    if mask_count == "exact":
+        num_maskable = int(maskable.sum())
+        num_masked = max(1, math.ceil(t * num_maskable))
+        return exact_mask(maskable, num_masked, random), weight * num_maskable / num_masked
+    p_mask = mask_probability(t)
+    # not w / t: p_mask is what tokens were masked with, so the estimate stays unbiased at every t
+    return bernoulli_mask(maskable, p_mask, random), weight / p_mask
 
 
 def mask_probability(t: float, eps: float = EPS) -> float:

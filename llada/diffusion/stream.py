@@ -9,17 +9,14 @@ Shapes: B sequences of a micro-batch, L positions (the longest of them), M maske
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
+from typing import ClassVar
 
 import numpy as np
-import pyarrow.compute as pc
-from datasets import Dataset
 
 from llada.diffusion.batches import Example, MaskedBatch, Noised, collate, deal, pack
-from llada.diffusion.masking import bernoulli_mask, exact_mask, generator, mask_probability, permutation
-from llada.models import SpecialIds
+from llada.diffusion.masking import Stratum, draw_noise, generator, permutation
 from llada.run import Run
-from llada.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -70,13 +67,6 @@ def records_of(step: int, batch_size: int, *, num_records: int, seed: int) -> li
     return [(int(_order(seed, epoch, num_records)[place]), epoch) for epoch, place in places]
 
 
-def row_lengths(rows: Dataset) -> np.ndarray:
-    """[num_records] tokens of each row, without reading the tokens into Python."""
-    tables = rows.with_format("arrow").iter(batch_size=10_000)
-    lengths = [pc.list_value_length(table["input_ids"]).to_numpy() for table in tables]
-    return np.concatenate(lengths) if lengths else np.empty(0, dtype=np.int64)
-
-
 _RECORDS_A_ROW = 64  # packed together in validation; the more, the fuller the rows
 
 ExampleOf = Callable[[int, int, int], Example]
@@ -118,28 +108,7 @@ class MaskedStream:
     full_length: int = 0
     full_length_probability: float = 0.0
 
-    @classmethod
-    def over(
-        cls, rows: Dataset, example_of: ExampleOf, config: TrainConfig, run: Run, ids: SpecialIds
-    ) -> "MaskedStream":
-        """The stream over prepared rows that a stage's flags describe."""
-        return cls(
-            example_of,
-            row_lengths(rows),
-            batch_size=config.batch_size,
-            micro_batch_size=config.micro_batch_size,
-            seed=config.seed,
-            run=run,
-            mask_id=ids.mask,
-            pad_id=ids.pad,
-            t_sampling=config.t_sampling,
-            mask_count=config.mask_count,
-            row_length=config.max_length if config.packing else 0,
-        )
-
-    def epoch(self, step: int) -> float:
-        """How often the data has been seen after `step` steps."""
-        return step * self.batch_size / len(self.lengths)
+    purpose: ClassVar[str] = "mask"  # names the draws of a step
 
     def records_of(self, step: int) -> list[tuple[int, int]]:
         """(record id, epoch) of the global batch of one step, in the order in which they are drawn."""
@@ -164,13 +133,12 @@ class MaskedStream:
             starts = range(self.run.rank * size, self.batch_size, self.run.world_size * size)
             by_length = [[int(place)] for place in np.argsort(lengths, kind="stable")]
             parts = [by_length[start : start + size] for start in starts]
-        noise = partial(self.noise, longest=longest, step=step)
-        return [
-            self._collate(
-                [[item for place in row for item in noise(*records[place], place=place)] for row in part]
-            )
-            for part in parts
-        ]
+
+        def noised(row: list[int]) -> list[Noised]:
+            pieces = [self.noise(*records[place], longest=longest, step=step, place=place) for place in row]
+            return [item for record in pieces for item in record]
+
+        return [self._collate([noised(row) for row in part]) for part in parts]
 
     def _collate(self, rows: list[list[Noised]]) -> MaskedBatch:
         return collate(
@@ -181,36 +149,49 @@ class MaskedStream:
         )
 
     def noise(self, record_id: int, epoch: int, *, longest: int, step: int, place: int) -> list[Noised]:
-        """The noised record, or its pieces where the curriculum cuts it."""
+        """The noised record, or its pieces where the curriculum cuts it.
+
+        Args:
+            place: the record's place in the global batch, which is its stratum.
+        """
         example = self.example_of(record_id, epoch, longest)
         length = self.curriculum.length(step) or len(example.input_ids)
+        stratum = Stratum()
+        if self.t_sampling == "stratified":
+            stratum = Stratum(place, self.batch_size, generator(self.seed, "t", step).random())
         noised = []
         for piece, start in enumerate(range(0, len(example.input_ids), length)):
-            random = generator(self.seed, "mask", record_id, epoch, *([piece] if piece else []))
-            t = random.random()
-            if self.t_sampling == "stratified":
-                offset = generator(self.seed, "t", step).random()
-                t = (offset + (place + t) / self.batch_size) % 1.0
-            t *= self.curriculum.largest_t(step)
-            noised.append(self._masked(example.part(start, start + length), record_id, t, random))
+            # a whole record's key has no piece: what the curriculum leaves whole keeps its draws
+            random = generator(self.seed, self.purpose, record_id, epoch, *([piece] if piece else []))
+            part = example.part(start, start + length)
+            noised.append(self.hide(part, record_id, random, stratum, self.curriculum.largest_t(step)))
         return noised
 
-    def _masked(self, example: Example, record_id: int, t: float, random: np.random.Generator) -> Noised:
-        if self.mask_count == "exact":
-            num_maskable = int(example.maskable.sum())
-            num_masked = max(1, int(np.ceil(t * num_maskable)))
-            is_masked = exact_mask(example.maskable, num_masked, random)
-            return Noised(example, is_masked, example.weight * num_maskable / num_masked, record_id)
-        p_mask = mask_probability(t)
-        is_masked = bernoulli_mask(example.maskable, p_mask, random)
-        return Noised(example, is_masked, example.weight / p_mask, record_id)
+    def hide(
+        self,
+        example: Example,
+        record_id: int,
+        random: np.random.Generator,
+        stratum: Stratum,
+        largest_t: float = 1.0,
+        mask_count: str | None = None,
+    ) -> Noised:
+        """One record after noise; streams that mask by another rule override this."""
+        is_masked, weight = draw_noise(
+            example.maskable,
+            example.weight,
+            random,
+            stratum=stratum,
+            largest_t=largest_t,
+            mask_count=mask_count or self.mask_count,
+        )
+        return Noised(example, is_masked, weight, record_id)
 
     def validation(self, limit: int | None = None) -> Iterator[MaskedBatch]:
         """This rank's share of the data with masks that never change, for a bound that can be compared.
 
-        Record i gets l_i of its n_i maskable tokens masked, l stratified over the records, with weight n_i /
-        l_i:
-        the low-variance form of the bound (LLaDA, arXiv 2502.09992, eq. 6).
+        Record i gets exactly l_i of its n_i maskable tokens masked, t stratified over the records: the
+        low-variance form of the bound.
         """
         num_records = min(limit or len(self.lengths), len(self.lengths))
         strata = permutation(self.seed, -1, num_records)
@@ -221,20 +202,15 @@ class MaskedStream:
             if self.row_length:
                 rows = pack(self.lengths[ids], self.row_length)
             for part in deal(rows, self.run, self.micro_batch_size):
-                rows_of_ids = [[ids[i] for i in row] for row in part]
-                yield self._collate(
-                    [[self._fixed_noise(i, int(strata[i]), num_records) for i in row] for row in rows_of_ids]
-                )
+                yield self._collate([[self._fixed(ids[i], strata) for i in row] for row in part])
 
     def _nothing(self) -> Noised:
         """A record that counts for nothing, for a rank that has run out of records."""
         nothing = np.zeros(1, dtype=bool)
         return Noised(Example(np.array([self.pad_id]), nothing, 0.0, 0.0), nothing, 0.0, -1)
 
-    def _fixed_noise(self, record_id: int, stratum: int, num_records: int) -> Noised:
+    def _fixed(self, record_id: int, strata: np.ndarray) -> Noised:
         example = self.example_of(record_id, 0, int(self.lengths[record_id]))
         random = generator(self.seed, "validation", record_id)
-        num_maskable = int(example.maskable.sum())
-        num_masked = 1 + int((stratum + random.random()) / num_records * num_maskable)
-        is_masked = exact_mask(example.maskable, num_masked, random)
-        return Noised(example, is_masked, example.weight * num_maskable / num_masked, record_id)
+        stratum = Stratum(int(strata[record_id]), len(strata))
+        return self.hide(example, record_id, random, stratum, mask_count="exact")

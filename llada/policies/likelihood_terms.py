@@ -107,13 +107,7 @@ class TokenTerms(ElboTerms):
     def _score(self, model: torch.nn.Module, batch: MaskedBatch, weights: Tensor | None = None) -> object:
         if weights is not None:
             weights = weights.float().to(batch.rows.device)
-        return model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            rows=batch.rows,
-            targets=batch.targets,
-            weights=weights,
-        )
+        return model(**batch.inputs, weights=weights)
 
 
 class StepTerms:

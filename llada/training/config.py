@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from llada.flags import flag
 from llada.run import Run
@@ -149,6 +150,15 @@ class TrainConfig:
     def recompute(self) -> str:
         """none, selective or full: what of a block its backward computes again."""
         return "full" if self.gradient_checkpointing else self.activation_checkpointing
+
+    def stream(self, run: Run, mask_id: int, pad_id: int) -> dict[str, Any]:
+        """What a `MaskedStream` takes from the flags."""
+        return {
+            **{name: getattr(self, name) for name in ("batch_size", "micro_batch_size", "seed")},
+            **{name: getattr(self, name) for name in ("t_sampling", "mask_count")},
+            **{"run": run, "mask_id": mask_id, "pad_id": pad_id},
+            "row_length": self.max_length if self.packing else 0,
+        }
 
     def resolve(self, run: Run, num_records: int) -> None:
         """Fills --micro_batch_size and --max_steps, and checks the numbers against each other."""

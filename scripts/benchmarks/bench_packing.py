@@ -27,10 +27,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llada.data.shards import load_rows
+from llada.data.shards import load_rows, row_lengths
 from llada.diffusion.batches import Example, MaskedBatch, collate
 from llada.diffusion.losses import masked_diffusion_loss
-from llada.diffusion.stream import MaskedStream, row_lengths
+from llada.diffusion.stream import MaskedStream
 from llada.flags import flag, parse
 from llada.models import load_tokenizer, new_model
 from llada.run import Run, autocast, start_run
@@ -125,10 +125,8 @@ def dense_loss(model: LLaDAModelLM, batch: MaskedBatch, total_units: float) -> t
     columns = torch.arange(shape[1], device=batch.rows.device)
     mask = sees(rows, rows, columns[None, :, None], columns[None, None, :])[:, None]
     return model(
-        input_ids=batch.input_ids,
+        **{name: value for name, value in batch.inputs.items() if name != "document_borders"},
         attention_bias=mask,
-        rows=batch.rows,
-        targets=batch.targets,
         weights=batch.weights / total_units,
     ).loss
 
