@@ -33,8 +33,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from llada.data.prompts import prompt_of
-from llada.data.records import read_records
+from llada.data.prompts import Prompt, PromptFlags
 from llada.diffusion.likelihood import Request, score
 from llada.flags import flag, parse
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
@@ -48,17 +47,12 @@ log = logging.getLogger("generate")
 
 
 @dataclass(kw_only=True)
-class Config(SamplerFlags):
+class Config(PromptFlags, SamplerFlags):
     """Flags of this script, beside those of the sampler."""
 
     model_name_or_path: str = flag(
         help="Checkpoint or run folder, LoRA adapter folder, or hub name.", aliases=["model_path"]
     )
-    prompt: str | None = flag(None, help="A prompt; its answer goes to the terminal.")
-    prompts_file: str | None = flag(None, help="File of prompts.", aliases=["dataset_path"])
-    output_path: str | None = flag(None, help="JSONL file of answers; needed with --prompts_file.")
-    max_samples: int | None = flag(None, help="Only the first so many prompts of the file.")
-    is_instruct: bool = flag(False, help="Use the chat template.")
     adapter_path: str | None = flag(None, help="LoRA adapter to put on the model.")
     dtype: str = flag(
         "auto", help="Of the weights.", choices=["auto", "float32", "bfloat16", "float16", "float64"]
@@ -93,58 +87,14 @@ FREE = (
 )
 
 
-@dataclass(frozen=True)
-class Item:
-    """One prompt of the input."""
-
-    index: int  # its number in the input, which keys its random draws
-    name: Any  # the record's id
-    prompt: Any  # as given, for the output
-    token_ids: list[int]
-
-
-def read_items(
-    config: Config, tokenizer: PreTrainedTokenizerBase, context: int
-) -> tuple[list[Item], Counter]:
-    """The prompts, and how many were dropped or truncated; ValueError names file and line."""
-    if (config.prompt is None) == (config.prompts_file is None):
-        raise ValueError("give either --prompt TEXT or --prompts_file FILE")
-    if config.prompts_file is not None and config.output_path is None:
-        raise ValueError("--prompts_file needs --output_path FILE.jsonl for the answers")
-    if config.prompt is not None:
-        records: Iterator[tuple[str, dict[str, Any]]] = iter([("--prompt", {"prompt": config.prompt})])
-    else:
-        records = read_records(config.prompts_file, text_documents="line")
-    items, counts, room = [], Counter(), context - config.gen_length
-    if room < 1:
-        raise ValueError(f"--gen_length {config.gen_length} leaves no room in a context of {context} tokens")
-    for index, (where, record) in enumerate(records):
-        if config.max_samples is not None and index >= config.max_samples:
-            break
-        _, token_ids = prompt_of(record, where, tokenizer, chat=config.is_instruct)
-        if len(token_ids) > room:
-            if config.long_prompts == "error":
-                raise ValueError(
-                    f"{where}: {len(token_ids)} prompt tokens and --gen_length {config.gen_length} exceed "
-                    f"the context of {context}; see --long_prompts"
-                )
-            counts[f"long prompts, {config.long_prompts}"] += 1
-            if config.long_prompts == "drop":
-                continue
-            token_ids = token_ids[-room:]
-        shown = next((record[k] for k in ("prompt", "text", "question", "messages") if k in record), record)
-        items.append(Item(index, record.get("id", index), shown, token_ids))
-    return items, counts
-
-
 def answer_batches(
     model: LLaDAModelLM,
     tokenizer: PreTrainedTokenizerBase,
-    items: list[Item],
+    items: list[Prompt],
     settings: LLaDAGenerationConfig,
     config: Config,
     trace_file: TextIO | None,
-) -> Iterator[tuple[Item, dict[str, Any], int]]:
+) -> Iterator[tuple[Prompt, dict[str, Any], int]]:
     """(prompt, its fields of the output, tokens generated), prompts of like length together."""
     items = sorted(items, key=lambda item: len(item.token_ids))
     num = settings.num_return_sequences
@@ -172,7 +122,7 @@ def answer_batches(
 
 
 def choose(
-    rule: str, model: LLaDAModelLM, item: Item, answers: list[list[int]], texts: list[str], config: Config
+    rule: str, model: LLaDAModelLM, item: Prompt, answers: list[list[int]], texts: list[str], config: Config
 ) -> int:
     """Which candidate to put first; of equals the earlier one."""
     if rule == "majority":
@@ -191,10 +141,10 @@ def choose(
     return 0
 
 
-def merge(items: list[Item], answers: ResumableJob, output_path: Path) -> None:
+def merge(items: list[Prompt], answers: ResumableJob, output_path: Path) -> None:
     """Writes all answers in input order; the file appears whole or not at all."""
     lines = [
-        {"id": item.name, "prompt": item.prompt, **answers[answers.key(item.index, item.token_ids)]}
+        {"id": item.name, "prompt": item.shown, **answers[answers.key(item.index, item.token_ids)]}
         for item in items
     ]
     write_atomically(output_path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -221,7 +171,12 @@ def main(argv: list[str] | None = None) -> None:
         device=run.device,
     )
     model.config.eot_token_id = special_ids(model.config, tokenizer).eot
-    items, counts = read_items(config, tokenizer, model.config.max_sequence_length)
+    items, counts = config.read(
+        tokenizer,
+        context=model.config.max_sequence_length,
+        gen_length=config.gen_length,
+        long=config.long_prompts,
+    )
     if run.is_main:
         for what, count in counts.items():
             print(f"{what}: {count}", flush=True)

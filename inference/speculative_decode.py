@@ -24,7 +24,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from llada.autoregressive.causal_lm import describe_causal_lm, load_causal_lm, prompt_ids
-from llada.data.prompts import prompt_of
-from llada.data.records import read_records
+from llada.data.prompts import Prompt, PromptFlags
 from llada.flags import flag, parse
 from llada.models import describe_checkpoint, end_ids, load_model, load_tokenizer, special_ids
 from llada.resumable import ResumableJob, write_atomically
@@ -45,7 +44,7 @@ from llada.speculative.settings import SpeculativeSettings
 
 
 @dataclass(kw_only=True)
-class Config(SpeculativeSettings):
+class Config(PromptFlags, SpeculativeSettings):
     """Flags of this script."""
 
     model_name_or_path: str = flag(
@@ -60,12 +59,7 @@ class Config(SpeculativeSettings):
         "text is tokenised again (accepted by match only).",
         choices=BRIDGES,
     )
-    prompt: str | None = flag(None, help="A prompt; its answer goes to the terminal.")
-    prompts_file: str | None = flag(None, help="File of prompts.", aliases=["dataset_path"])
-    output_path: str | None = flag(None, help="JSONL file of answers; needed with --prompts_file.")
     report_path: str | None = flag(None, help="JSON file that receives the report.")
-    max_samples: int | None = flag(None, help="Only the first so many prompts of the file.")
-    is_instruct: bool = flag(False, help="Use the chat templates, each model its own.")
     compare: bool = flag(True, help="Decode plainly, too, and compare.")
     adapter_path: str | None = flag(None, help="LoRA adapter to put on the drafter.")
     dtype: str = flag(
@@ -84,37 +78,22 @@ FREE = (
 
 
 @dataclass(frozen=True)
-class Item:
-    """One prompt of the input."""
+class Item(Prompt):
+    """A prompt in both models' tokens; `token_ids` are the drafter's."""
 
-    index: int  # its number in the input, which keys its random draws
-    where: str
-    name: Any  # the record's id
-    shown: Any  # as given, for the output
-    verifier_ids: list[int]
-    drafter_ids: list[int]
+    verifier_ids: list[int] = field(default_factory=list)
 
 
 def read_items(
     config: Config, drafter_tokenizer: PreTrainedTokenizerBase, verifier_tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[Item]:
     """The prompts in both models' tokens; ValueError names file and line."""
-    if (config.prompt is None) == (config.prompts_file is None):
-        raise ValueError("give either --prompt TEXT or --prompts_file FILE")
-    if config.prompts_file is not None and config.output_path is None:
-        raise ValueError("--prompts_file needs --output_path FILE.jsonl for the answers")
-    records: Iterator[tuple[str, dict[str, Any]]] = iter([("--prompt", {"prompt": config.prompt})])
-    if config.prompts_file is not None:
-        records = read_records(config.prompts_file, text_documents="line")
-    for index, (where, record) in enumerate(records):
-        if config.max_samples is not None and index >= config.max_samples:
-            break
-        prompt, drafter_ids = prompt_of(record, where, drafter_tokenizer, chat=config.is_instruct)
-        if config.is_instruct and isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        shown = next((record[k] for k in ("prompt", "text", "question", "messages") if k in record), record)
-        verifier_ids = prompt_ids(prompt, verifier_tokenizer)
-        yield Item(index, where, record.get("id", index), shown, verifier_ids, drafter_ids)
+    prompts, _ = config.read(drafter_tokenizer)
+    for prompt in prompts:
+        asked = prompt.prompt
+        if config.is_instruct and isinstance(asked, str):
+            asked = [{"role": "user", "content": asked}]
+        yield Item(**vars(prompt), verifier_ids=prompt_ids(asked, verifier_tokenizer))
 
 
 def answer(decoder: SpeculativeDecoder, item: Item, ends: Sequence[int], *, compare: bool) -> dict[str, Any]:
@@ -128,7 +107,7 @@ def answer(decoder: SpeculativeDecoder, item: Item, ends: Sequence[int], *, comp
         if kind == "plain":
             found[kind] = decoder.decode_plain(item.verifier_ids, **done)
         else:
-            found[kind] = decoder.decode(item.verifier_ids, item.drafter_ids, **done)
+            found[kind] = decoder.decode(item.verifier_ids, item.token_ids, **done)
         seconds[kind] = time.perf_counter() - started
     tokens, stats = found["speculative"]
     fields: dict[str, Any] = {
@@ -252,7 +231,7 @@ def warm_up(pair: Pair, item: Item, config: Config) -> None:
         "is_done": ends_with(pair.ends),
     }
     pair.decoder.decode_plain(item.verifier_ids, **limits)
-    pair.decoder.decode(item.verifier_ids, item.drafter_ids, **limits)
+    pair.decoder.decode(item.verifier_ids, item.token_ids, **limits)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -265,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     items = list(read_items(config, pair.drafter_tokenizer, pair.verifier_tokenizer))
     for item in items:
         try:
-            pair.decoder.check_lengths(len(item.verifier_ids), len(item.drafter_ids), config.max_new_tokens)
+            pair.decoder.check_lengths(len(item.verifier_ids), len(item.token_ids), config.max_new_tokens)
         except ValueError as error:
             raise ValueError(f"{item.where}: {error}") from error
     if run.is_main and config.bridge != "none":
@@ -280,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
         "verifier": describe_causal_lm(config.verifier, config.verifier_gguf_file),
     }
     answers = ResumableJob(parts, settings, rank=run.rank, world_size=run.world_size)
-    keys = [answers.key(i.index, i.verifier_ids, i.drafter_ids) for i in items]
+    keys = [answers.key(i.index, i.verifier_ids, i.token_ids) for i in items]
     mine = answers.share(keys)
     if mine:
         warm_up(pair, items[mine[0]], config)

@@ -96,7 +96,7 @@ def paired_records(prompt: Prompt, result: dict[str, Any], config: Config) -> It
     texts, scores = result["completions"], result["scores"]
     for place, (chosen, rejected) in enumerate(pairs_of(texts, scores, config, prompt.index)):
         yield {
-            "id": f"{prompt.record.get('id', prompt.index)}-{place}",
+            "id": f"{prompt.name}-{place}",
             "prompt": prompt.prompt,
             "chosen": as_messages(texts[chosen], chat=config.is_instruct),
             "rejected": as_messages(texts[rejected], chat=config.is_instruct),
@@ -111,7 +111,7 @@ def unpaired_records(prompt: Prompt, result: dict[str, Any], config: Config) -> 
     for place, (text, score) in enumerate(distinct.items()):
         if score is not None:
             yield {
-                "id": f"{prompt.record.get('id', prompt.index)}-{place}",
+                "id": f"{prompt.name}-{place}",
                 "prompt": prompt.prompt,
                 "completion": as_messages(text, chat=config.is_instruct),
                 "label": score >= config.threshold,
@@ -210,7 +210,8 @@ def main(argv: list[str] | None = None) -> None:
         config.prompts_file,
         tokenizer,
         chat=config.is_instruct,
-        room=model.config.max_sequence_length - config.gen_length,
+        context=model.config.max_sequence_length,
+        gen_length=config.gen_length,
         long=config.long_prompts,
         limit=config.max_samples,
     )

@@ -255,12 +255,12 @@ def main(argv: list[str] | None = None) -> None:
     disable_dropout(model)
     ids = special_ids(model.config, tokenizer)
     model.config.eot_token_id = ids.eot
-    room = min(config.max_length, model.config.max_sequence_length) - config.gen_length
     read = partial(
         read_prompts,
         tokenizer=tokenizer,
         chat=config.apply_chat_template,
-        room=room,
+        context=min(config.max_length, model.config.max_sequence_length),
+        gen_length=config.gen_length,
         long=config.long_prompts,
         key=config.input_key,
     )

@@ -133,7 +133,7 @@ def test_mistakes_are_named(arguments, tmp_path):
     out = ["--output_dir", str(tmp_path / "out")]
     with pytest.raises(ValueError, match="--num_generations 1"):
         main([*arguments, *out, "--num_generations", "1"])
-    with pytest.raises(ValueError, match="--gen_length leaves no room"):
+    with pytest.raises(ValueError, match="--gen_length 256 leaves no room"):
         main([*arguments, *out, "--gen_length", "256"])
     with pytest.raises(ValueError, match=r"jsonl:1: .* where 6 fit"):
         main([*arguments, *out, "--gen_length", "250"])

@@ -1,5 +1,6 @@
 """Prompts for a model to answer: token ids, and the record with what a verifier needs."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,36 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from llada.data.chat import render_prompt
-from llada.data.messages import to_prompt
+from llada.data.messages import Text, to_prompt
 from llada.data.records import read_records
+from llada.flags import flag
 from llada.run import Run, first_rank_first
+
+
+@dataclass(kw_only=True)
+class PromptFlags:
+    """Flags of the scripts that answer a prompt, or a file of them."""
+
+    prompt: str | None = flag(None, help="A prompt; its answer goes to the terminal.")
+    prompts_file: str | None = flag(None, help="File of prompts.", aliases=["dataset_path"])
+    output_path: str | None = flag(None, help="JSONL file of answers; needed with --prompts_file.")
+    max_samples: int | None = flag(None, help="Only the first so many prompts of the file.")
+    is_instruct: bool = flag(False, help="Use the chat template (with two models, each its own).")
+
+    def check_source(self) -> None:
+        """ValueError unless there is one source of prompts, and a place for a file's answers."""
+        if (self.prompt is None) == (self.prompts_file is None):
+            raise ValueError("give either --prompt TEXT or --prompts_file FILE")
+        if self.prompts_file is not None and self.output_path is None:
+            raise ValueError("--prompts_file needs --output_path FILE.jsonl for the answers")
+
+    def read(self, tokenizer: PreTrainedTokenizerBase, **limits: Any) -> tuple[list["Prompt"], Counter]:
+        """The prompts, see `read_prompts`."""
+        self.check_source()
+        return read_prompts(
+            self.prompts_file, tokenizer, text=self.prompt, chat=self.is_instruct, limit=self.max_samples,
+            **limits,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -19,19 +47,82 @@ class Prompt:
     """One prompt of a file."""
 
     index: int  # its number in the file, which keys its random draws
-    prompt: str | list[dict[str, str]]  # a text, or messages where the chat template is used
     token_ids: list[int]
     record: dict[str, Any]  # all fields, for rewards and for the output
+    prompt: Text = ""  # a text, or messages where the chat template is used
+    where: str = "--prompt"  # "file:line"
+
+    @property
+    def name(self) -> Any:
+        """The record's own id, else its number."""
+        return self.record.get("id", self.index)
+
+    @property
+    def shown(self) -> Any:
+        """The prompt as the record gives it, for the output."""
+        fields = ("prompt", "text", "question", "messages")
+        return next((self.record[name] for name in fields if name in self.record), self.record)
 
 
-def prompt_of(
-    record: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool
-) -> tuple[str | list[dict[str, str]], list[int]]:
-    """A record's prompt, and its token ids as training puts them in front of an answer.
+def read_prompts(
+    path: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat: bool,
+    text: str | None = None,
+    context: int | None = None,
+    gen_length: int = 0,
+    long: str = "error",
+    limit: int | None = None,
+    key: str | None = None,
+) -> tuple[list[Prompt], Counter]:
+    """The prompts of a file, and how many were dropped or truncated.
+
+    Args:
+        chat: through the chat template.
+        text: the only prompt, in place of a file.
+        context: tokens that prompt and answer may have together; None: any number.
+        gen_length: tokens of the answer.
+        long: what to do with longer ones: `error`, `drop`, or `truncate`, which keeps their end.
+        limit: only the first so many records.
+        key: field of the prompt; default those of data/README.md.
 
     Raises:
-        ValueError: `where` and what is wrong: no prompt, a conversation without `chat`, an empty prompt.
+        ValueError: `file:line` and what is wrong with a record.
     """
+    room = math.inf if context is None else context - gen_length
+    if room < 1:
+        raise ValueError(f"--gen_length {gen_length} leaves no room in a context of {context} tokens")
+    records = [("--prompt", {"prompt": text})] if path is None else read_records(path, text_documents="line")
+    prompts, counts = [], Counter()
+    for index, (where, record) in enumerate(records):
+        if limit is not None and index >= limit:
+            break
+        if key is not None:
+            if key not in record:
+                raise ValueError(f"{where}: no field {key!r}; fields are {sorted(record)}")
+            record = {**record, "prompt": record[key]}
+        prompt, token_ids = _encoded(record, where, tokenizer, chat=chat)
+        if len(token_ids) > room:
+            if long == "error":
+                raise ValueError(
+                    f"{where}: {len(token_ids)} prompt tokens where {room} fit beside --gen_length "
+                    f"{gen_length}; see --long_prompts"
+                )
+            counts[f"long prompts, {long}"] += 1
+            if long == "drop":
+                continue
+            token_ids = token_ids[-room:]
+        prompts.append(Prompt(index, token_ids, record, prompt, where))
+    if not prompts:
+        raise ValueError(f"{path}: no prompt is left; {dict(counts)}")
+    return prompts, counts
+
+
+def _encoded(
+    record: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool
+) -> tuple[Text, list[int]]:
+    """A record's prompt, and its token ids as training puts them in front of an answer."""
     if "text" in record:
         prompt: Any = record["text"]
     else:
@@ -47,53 +138,6 @@ def prompt_of(
     if not token_ids:
         raise ValueError(f"{where}: empty prompt")
     return prompt, token_ids
-
-
-def read_prompts(
-    path: str,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    chat: bool,
-    room: int,
-    long: str = "error",
-    limit: int | None = None,
-    key: str | None = None,
-) -> tuple[list[Prompt], Counter]:
-    """The prompts of a file, and how many were dropped.
-
-    Args:
-        chat: through the chat template.
-        room: tokens that a prompt may have: the context, less the answer.
-        long: what to do with longer ones: `error`, or `drop`.
-        limit: only the first so many records.
-        key: field of the prompt; default those of data/README.md.
-
-    Raises:
-        ValueError: `file:line` and what is wrong with a record.
-    """
-    prompts, counts = [], Counter()
-    if room < 1:
-        raise ValueError("--gen_length leaves no room for a prompt in the model's context")
-    for index, (where, record) in enumerate(read_records(path, text_documents="line")):
-        if limit is not None and index >= limit:
-            break
-        if key is not None:
-            if key not in record:
-                raise ValueError(f"{where}: no field {key!r}; fields are {sorted(record)}")
-            record = {**record, "prompt": record[key]}
-        prompt, token_ids = prompt_of(record, where, tokenizer, chat=chat)
-        if len(token_ids) > room:
-            if long == "error":
-                raise ValueError(
-                    f"{where}: {len(token_ids)} prompt tokens, where {room} fit beside --gen_length; "
-                    "see --long_prompts"
-                )
-            counts["long prompts, dropped"] += 1
-            continue
-        prompts.append(Prompt(index, prompt, token_ids, record))
-    if not prompts:
-        raise ValueError(f"{path}: no prompt fits in {room} tokens")
-    return prompts, counts
 
 
 def prompt_file(path: str, folder: Path, run: Run) -> str:

@@ -42,15 +42,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llada.data.chat import render_prompt
-from llada.data.messages import to_prompt
-from llada.data.records import read_records
+from llada.data.prompts import Prompt, read_prompts
 from llada.flags import flag, parse
 from llada.models import load_model, load_tokenizer, special_ids
 from llada.rewards.functions import puzzle_solved
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 from reference_sampler import left_padded, peer_samplers, reference_sampler
-from sampler_arms import Arm, Prompt, canvas_arm, our_arm, settings_of
+from sampler_arms import Arm, canvas_arm, our_arm, settings_of
 from sampler_floor import Gpu
 from sampler_shapes import SHAPES, random_model, time_lengths
 from sampler_timing import Calls, Result, agreement, describe_machine, print_table, time_arm
@@ -129,17 +127,11 @@ def check(config: Config) -> None:
             config.settings(arm)
 
 
-def read_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Prompt]:
+def prompts_of(config: Config, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Prompt]:
     """`count` prompts spread evenly over the file, in its order."""
-    records = list(read_records(config.prompts_file, text_documents="line"))
-    count = min(count, len(records))
-    prompts = []
-    for index in (i * len(records) // count for i in range(count)):
-        where, record = records[index]
-        prompt: Any = to_prompt(record, where)
-        prompt = prompt if config.is_instruct else prompt[0]["content"]
-        token_ids = render_prompt(prompt, tokenizer, chat=config.is_instruct)
-        prompts.append(Prompt(index, token_ids, record))
+    found, _ = read_prompts(config.prompts_file, tokenizer, chat=config.is_instruct)
+    count = min(count, len(found))
+    prompts = [found[i * len(found) // count] for i in range(count)]
     lengths = [len(prompt.token_ids) for prompt in prompts]
     print(f"{count} prompts of {min(lengths)} to {max(lengths)} tokens", flush=True)
     return prompts
@@ -182,7 +174,7 @@ def time_on_prompts(
         others |= peer_samplers(path, model, published)
     arms = {name: canvas_arm(model, sampler) for name, sampler in others.items()} | ours
 
-    prompts, calls, rows = read_prompts(config, tokenizer, config.num_prompts), Calls(model), []
+    prompts, calls, rows = prompts_of(config, tokenizer, config.num_prompts), Calls(model), []
     for batch_size in config.batch_size or [1, 8]:
         batches = batches_of(prompts, batch_size)
         results = measure(arms, batches, config, calls, model.device)
@@ -193,7 +185,7 @@ def time_on_prompts(
         print_table(table)
         rows += table
     if config.num_scored:
-        prompts = read_prompts(config, tokenizer, config.num_scored)
+        prompts = prompts_of(config, tokenizer, config.num_scored)
         batches = batches_of(prompts, max(config.batch_size or [8]))
         table = []
         for name, arm in ours.items():
@@ -255,7 +247,7 @@ def compare_batches(
     config: Config, model: LLaDAModelLM, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
     """For each arm, how many texts differ from those at the first batch size."""
-    prompts = read_prompts(config, tokenizer, config.num_prompts)
+    prompts = prompts_of(config, tokenizer, config.num_prompts)
     for i, prompt in enumerate(prompts):  # of unequal lengths, so that batches need padding
         prompt.token_ids = prompt.token_ids[i % min(7, len(prompt.token_ids)) :]
     first, *others = config.batch_size or [1, 3, 8]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from llada.data.prompts import Prompt
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 from reference_sampler import Sampler
 
@@ -23,15 +24,6 @@ PARTS: dict[str, dict[str, Any]] = {
     **{cache: {"cache": cache} for cache in ("dual", "prefix")},
 }
 NUMBERS = {"factor": "factor", "threshold": "threshold", "entropy": "entropy_bound"}
-
-
-@dataclass
-class Prompt:
-    """A prompt, and its record for the verifiers."""
-
-    index: int
-    token_ids: list[int]
-    record: dict[str, Any]
 
 
 @dataclass

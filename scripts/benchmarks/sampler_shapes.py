@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from llada.data.prompts import Prompt
 from llada.flags import read_yaml
 from llada.models import DTYPES, ROOT
 from modelling_final import LLaDAConfig, LLaDAGenerationConfig, LLaDAModelLM
 from reference_sampler import peer_samplers, reference_sampler
-from sampler_arms import Arm, Prompt, canvas_arm, our_arm, settings_of
+from sampler_arms import Arm, canvas_arm, our_arm, settings_of
 from sampler_floor import Gpu, sampler_floor
 from sampler_timing import Calls, Result, time_arm
 

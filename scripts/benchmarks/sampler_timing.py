@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from llada.data.prompts import Prompt
 from llada.models import ROOT
 from llada.training.monitor import peak_resident
 from modelling_final import LLaDAModelLM
-from sampler_arms import Arm, Prompt
+from sampler_arms import Arm
 
 
 def describe_machine(device: str) -> dict[str, str]:
