@@ -42,7 +42,7 @@ def run(model_dir, tmp_path):
 
 
 def test_times_and_accuracies(run, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "score", lambda text, record: 1.0)
+    monkeypatch.setattr(bench, "puzzle_solved", lambda text, record: 1.0)
     arms = ["reference", "exact", "exact+nostop", "dual+factor"]
     rows = run(
         "--arms",
