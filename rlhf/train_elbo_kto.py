@@ -225,17 +225,32 @@ def step_sums(
     return {name: (float(values.sum()), len(values)) for name, values in values_of.items()}
 
 
-def make_loss(config: Config, reference: Reference | None, carried: dict[str, float]) -> Loss:
-    """The loss of a step. `carried` keeps the moving average of --z0_mode ema."""
+@dataclass
+class MovingBaseline:
+    """z0 of the step before, for --z0_mode ema."""
+
+    z0: float | None = None
+
+    def state_dict(self) -> dict[str, float | None]:
+        """What a resumed run needs."""
+        return {"z0": self.z0}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """Goes on from a saved `state_dict`."""
+        self.z0 = state["z0"]
+
+
+def make_loss(config: Config, reference: Reference | None, before: MovingBaseline) -> Loss:
+    """The loss of a step."""
 
     def loss(model: torch.nn.Module, batch: AnswerBatch, total_units: float) -> LossParts:
         leaf = log_likelihoods(model, batch.chunks).requires_grad_()
         ratios = leaf - batch.numbers["reference"]
         compared = ratios.detach() if reference is None else mismatch(model, batch, reference)
         total, count = sum_over_ranks([float(compared.sum()), len(compared)])
-        z0 = kto_baseline(ratios, mode=config.z0_mode, total=total, count=count, previous=carried.get("z0"))
+        z0 = kto_baseline(ratios, mode=config.z0_mode, total=total, count=count, previous=before.z0)
         if config.z0_mode == "ema":
-            carried["z0"] = float(z0[0])
+            before.z0 = float(z0[0])
         losses = kto_losses(
             ratios,
             batch.numbers["is_desirable"].bool(),
@@ -346,21 +361,21 @@ def main(argv: list[str] | None = None) -> None:
     check = None
     if len(files) > 1:
         check = partial(validate, config, reference, stream_over(files[1].records), run)
-    carried: dict[str, float] = {}
+    before = MovingBaseline()
     fit(
         model,
         tokenizer,
         config,
         run,
         stream=stream_over(records),
-        loss=make_loss(config, reference, carried),
+        loss=make_loss(config, reference, before),
         validate=check,
         fingerprint={
             "train_dataset_path": f"{len(records)} records, {sum(len(record.tokens) for record in records)} "
             "tokens",
             **{name: getattr(config, name) for name in RESUME_MUST_AGREE},
         },
-        carried=carried,
+        kept=before,
     )
     end_run()
 

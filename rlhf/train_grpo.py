@@ -50,6 +50,7 @@ from llada.policies.rollouts import ReferenceModel, RolloutFiles, RolloutStream,
 from llada.rewards.flags import RewardFlags
 from llada.run import Run, end_run, start_run, sum_over_ranks
 from llada.training.loop import fit, load_trainable
+from llada.training.monitor import EarlyStop
 
 # Beside the flags of every stage: what decides a rollout, its advantages, or its loss.
 RESUME_MUST_AGREE = (
@@ -197,12 +198,11 @@ def make_reference(config: Config, run: Run) -> ReferenceModel | None:
 
 
 def make_validation(
-    sampler: Sampler, prompts: list[Prompt], config: Config, run: Run, carried: dict[str, float]
+    sampler: Sampler, prompts: list[Prompt], config: Config, run: Run
 ) -> Callable[[torch.nn.Module], dict[str, float]]:
     """Held-out accuracy: the mean of the first reward, answered at temperature 0.
 
-    `eval_loss` is what it lacks to 1, so that the best checkpoint is the one with the smallest. Notes in
-    `carried` when --stop_accuracy or --patience ends the run.
+    `eval_loss` is what it lacks to 1, so that the best checkpoint is the one with the smallest.
     """
     mine = prompts[run.rank :: run.world_size]
     greedy = Sampler(
@@ -227,13 +227,6 @@ def make_validation(
             for name, total, count in zip(columns, totals[: len(columns)], counts, strict=True)
         }
         accuracy = found[f"eval_rewards/{sampler.rewards[0].name}/mean"]
-        if accuracy > carried.get("best_accuracy", -math.inf):
-            carried.update(best_accuracy=accuracy, validations_since=0.0)
-        else:
-            carried["validations_since"] = carried.get("validations_since", 0.0) + 1
-        reached = config.stop_accuracy is not None and accuracy >= config.stop_accuracy
-        gave_up = bool(config.patience) and carried["validations_since"] >= config.patience
-        carried["stop"] = float(reached or gave_up)
         return {"eval_loss": 1.0 - accuracy, "eval_accuracy": accuracy, **found}
 
     return validate
@@ -317,11 +310,10 @@ def main(argv: list[str] | None = None) -> None:
         reference=make_reference(config, run),
         log_completions=config.log_completions,
     )
-    carried: dict[str, float] = {}
     validate = None
     if config.eval_data_path is not None:
         held_out, _ = read(config.eval_data_path, limit=config.eval_limit)
-        validate = make_validation(sampler, held_out, config, run, carried)
+        validate = make_validation(sampler, held_out, config, run)
     fit(
         model,
         tokenizer,
@@ -335,7 +327,9 @@ def main(argv: list[str] | None = None) -> None:
             **{name: getattr(config, name) for name in RESUME_MUST_AGREE},
         },
         prefetch=False,
-        carried=carried,
+        early_stop=EarlyStop(
+            None if config.stop_accuracy is None else 1.0 - config.stop_accuracy, config.patience
+        ),
     )
     end_run()
 

@@ -206,7 +206,8 @@ def test_the_watch_resumes_where_it_was():
     found = [whole.note(loss) for loss in losses]
     for loss in losses[:70]:
         first.note(loss)
-    second = LossWatch(6.0, **json.loads(json.dumps(first.state())))
+    second = LossWatch(6.0)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert [second.note(loss) for loss in losses[70:]] == found[70:]
     assert [step for step, distance in enumerate(found) if distance is not None] == [90]
     assert not any(LossWatch(0.0).note(loss) for loss in losses)

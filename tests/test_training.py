@@ -13,6 +13,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from llada.diffusion.batches import Example
 from llada.diffusion.losses import masked_diffusion_loss
 from llada.diffusion.stream import MaskedStream
+from llada.models import attach_lora
 from llada.run import Run, read_metrics
 from llada.training.config import TrainConfig, learning_rate
 from llada.training.loop import fit, make_optimizer, prepare_trainable
@@ -123,9 +124,9 @@ def test_a_resumed_run_ends_with_the_weights_of_the_uninterrupted_one(tmp_path):
 
 
 def test_lora_trains_and_resumes_only_the_adapters(tmp_path):
-    options = dict(use_lora=True, lora_r=2, lora_alpha=4.0)
     base = weights_of(tiny_model())
-    model = train(tmp_path, save_interval=3, **options)
+    model = attach_lora(tiny_model(), rank=2, alpha=4.0, dropout=0.0, target_modules=["all-linear"], seed=42)
+    model = train(tmp_path, model=model, save_interval=3, use_lora=True, lora_r=2, lora_alpha=4.0)
     after = {
         name.replace(".base_layer", ""): value for name, value in weights_of(model.get_base_model()).items()
     }

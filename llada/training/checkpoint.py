@@ -6,14 +6,13 @@ state is the weights, the optimizer and one integer.
 """
 
 import fcntl
-import functools
 import json
 import os
 import shutil
 import signal
 import socket
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,13 +116,8 @@ class Saver:
         barrier()
 
 
-def load_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Fills model and optimizer from a saved state and gives its step.
-
-    Raises:
-        ValueError: the folder is not a whole checkpoint, or its tensors do not fit this model.
-    """
-    meta = read_meta(folder)
+def load_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Fills model and optimizer from a saved state; ValueError if its tensors do not fit this model."""
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
     state = {"model": model_state, "optimizer": optimizer_state}
     _load(folder, state)
@@ -134,7 +128,6 @@ def load_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
         optim_state_dict=state["optimizer"],
         options=_OPTIONS,
     )
-    return meta["step"]
 
 
 def load_weights(folder: Path, model: torch.nn.Module) -> None:
@@ -163,15 +156,15 @@ def _reason(error: Exception) -> str:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """What `save_state` noted beside the tensors; ValueError if the folder is not a whole checkpoint."""
+    """What `Saver` noted beside the tensors; ValueError if the folder is not a whole checkpoint."""
     try:
         return json.loads((folder / "meta.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"--resume_from_checkpoint {folder}: not a complete checkpoint ({error})") from error
 
 
-def check_meta(folder: Path, meta: Mapping[str, Any]) -> None:
-    """ValueError naming each flag whose value differs from that of the saved run."""
+def check_meta(folder: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What `read_meta` gives; ValueError naming each flag whose value differs from that of the saved run."""
     saved = read_meta(folder)
     changed = [f"--{name} was {saved.get(name)!r}, now {value!r}" for name, value in meta.items()
                if saved.get(name) != value]  # fmt: skip
@@ -180,6 +173,7 @@ def check_meta(folder: Path, meta: Mapping[str, Any]) -> None:
             f"{folder}: the saved run was started otherwise: {'; '.join(changed)}. "
             "Give the same values to resume it, or another --output_dir to start anew"
         )
+    return saved
 
 
 def find_resume(output_dir: Path, wish: str) -> Path | None:
@@ -233,19 +227,6 @@ def folder_lock(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
-
-
-def one_run_per_folder(fit: Callable[..., None]) -> Callable[..., None]:
-    """`fit(model, tokenizer, config, run, ...)`, with --output_dir locked by rank 0 as long as it runs."""
-
-    @functools.wraps(fit)
-    def locked(model: torch.nn.Module, tokenizer: Any, config: Any, run: Run, **options: Any) -> None:
-        if not run.is_main:
-            return fit(model, tokenizer, config, run, **options)
-        with folder_lock(Path(config.output_dir)):
-            return fit(model, tokenizer, config, run, **options)
-
-    return locked
 
 
 class StopSignal:

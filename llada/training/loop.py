@@ -9,7 +9,9 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +23,7 @@ from llada.resumable import write_atomically
 from llada.run import Metrics, Run, sum_over_ranks
 from llada.training import checkpoint
 from llada.training.config import RESUME_MUST_AGREE, TrainConfig
-from llada.training.monitor import LossWatch, Progress, gather_records
+from llada.training.monitor import EarlyStop, LossWatch, Progress, gather_records
 from llada.training.parallel import full_state_dict, parallelize, wrap_blocks
 from llada.training.step import Batch, Loss, Trainer
 
@@ -31,6 +33,17 @@ __all__ = [
 
 Stream = Callable[[int], list[Batch]]
 """step -> this rank's micro-batches."""
+
+Validate = Callable[[torch.nn.Module], float | Mapping[str, float]]
+"""The held-out loss of the model, or several numbers with `eval_loss` among them."""
+
+
+class Stateful(Protocol):
+    """What changes from step to step and is saved with the state, as JSON."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -60,7 +73,6 @@ def prepare_trainable(model: torch.nn.Module, config: TrainConfig) -> torch.nn.M
     return model.train()
 
 
-@checkpoint.one_run_per_folder
 def fit(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -69,24 +81,25 @@ def fit(
     *,
     stream: Stream,
     loss: Loss,
-    validate: Callable[[torch.nn.Module], float | Mapping[str, float]] | None,
+    validate: Validate | None,
     fingerprint: dict[str, object],
     prefetch: bool = True,
     flops_of: Callable[[Batch], float] = lambda _: 0.0,
-    carried: dict[str, float] | None = None,
+    early_stop: EarlyStop | None = None,
+    kept: Stateful | None = None,
 ) -> None:
-    """Trains until --max_steps, or until a signal asks to stop; saves, resumes and logs on the way.
+    """Trains until --max_steps, an early stop, or a signal; saves, resumes and logs on the way.
 
     Args:
         model: on any device; trained in place.
         stream: this rank's micro-batches of a step.
         loss: a micro-batch's share of the loss.
-        validate: the held-out loss of the model, or several numbers with `eval_loss` among them; or None.
+        validate: called before, during and after training; None = no held-out data.
         fingerprint: what, besides the common flags, a resumed run must share with the first one.
         prefetch: prepare batches in the background; not for streams that need the current weights.
         flops_of: useful FLOPs of a micro-batch, for MFU.
-        carried: numbers that `loss` and `validate` keep from one step to the next, saved and restored in
-            place with the state. `stop`, once it is not 0 after a validation, ends the run there.
+        early_stop: looks at each held-out loss.
+        kept: what `loss` keeps from one step to the next.
 
     Writes `final/` (a plain checkpoint), `results.json` and `DONE` at the end; `PREEMPTED` when stopped.
 
@@ -95,119 +108,192 @@ def fit(
             a row; names the step and the records.
         ValueError: another run writes to the same folder, or the saved state does not belong to this run.
     """
-    output_dir = Path(config.output_dir)
-    if run.is_main:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "PREEMPTED").unlink(missing_ok=True)
-    parallel = parallelize(model, run, shard=config.shard, dtype=config.dtype, cpu_offload=config.cpu_offload)
-    optimizer = make_optimizer(model, config)
-    meta = {name: getattr(config, name) for name in RESUME_MUST_AGREE} | fingerprint
-    first_step, results, watched = 0, {}, {}
-    resume_from = checkpoint.find_resume(output_dir, config.resume_from_checkpoint)
-    if resume_from is not None:
-        checkpoint.check_meta(resume_from, meta)
-        first_step = checkpoint.load_state(resume_from, model, optimizer)
-        saved = checkpoint.read_meta(resume_from)
-        results, watched = saved["results"], saved.get("loss_watch", {})
-        if carried is not None:
-            carried.update(saved.get("carried", {}))
-    if run.is_main:
-        write_yaml(config, output_dir / "config.yaml")
-    metrics = Metrics(run, output_dir, report_to=config.report_to, config=dataclasses.asdict(config),
-                      total_steps=config.max_steps, first_step=first_step)  # fmt: skip
-    state = Progress(results, run.device, run.world_size)
-    watch = LossWatch(config.spike_sigmas, **watched)
-    trainer = Trainer(parallel, optimizer, config, run, loss, state)
-
-    saver = checkpoint.Saver(output_dir, run, keep=config.save_total_limit)
-
-    def save(step: int) -> None:
-        saver.start(step, model, optimizer, meta | {
-            "results": state.as_results(step), "loss_watch": watch.state(), "carried": dict(carried or {}),
-            "world_size": run.world_size,
-        })  # fmt: skip
-
-    def validate_at(step: int) -> None:
-        if validate is None:
-            return
-        found = validate(model)
-        values = found if isinstance(found, Mapping) else {"eval_loss": found}
-        state.note_validation(values)
-        metrics.log(step, values)
-        if config.save_best and values["eval_loss"] <= state.results["best_eval_loss"]:
-            export(output_dir / "best")
-
-    def export(folder: Path) -> None:
-        weights = full_state_dict(model)
+    assert not config.dry_run, "a dry run never trains"
+    folder = Path(config.output_dir)
+    with checkpoint.folder_lock(folder) if run.is_main else nullcontext():
         if run.is_main:
-            save_model(model, tokenizer, folder, state_dict=weights)
+            (folder / "PREEMPTED").unlink(missing_ok=True)
+        parts = {"loss_watch": LossWatch(config.spike_sigmas), "early_stop": early_stop, "kept": kept}
+        session = _Session(model, tokenizer, config, run, loss, validate, fingerprint, parts)
+        step = session.progress.step
+        batches = _batches(stream, step, config.max_steps, prefetch and config.num_workers > 0)
+        with checkpoint.StopSignal() as signal:
+            session.train(batches, flops_of, signal)
+        session.end()
 
-    with checkpoint.StopSignal() as signal:
-        if first_step == 0:
-            validate_at(0)
-        state.phases.mark("before")
-        last_step = first_step if carried and carried.get("stop") else config.max_steps
-        for step, batches in _steps(stream, first_step, last_step, prefetch and config.num_workers > 0):
-            state.phases.mark("data")
-            num_units, tokens, flops, stop, written = sum_over_ranks(
-                [
-                    sum(batch.num_units for batch in batches),
-                    sum(batch.num_tokens for batch in batches),
-                    sum(flops_of(batch) for batch in batches),
-                    signal.received,
-                    saver.is_written,
-                ]
+
+class _Totals(NamedTuple):
+    """Sums over all ranks of one step's micro-batches."""
+
+    num_units: float
+    num_tokens: float
+    flops: float
+    num_signalled: float  # ranks that were asked to stop
+    num_written: float  # ranks whose part of the save under way is on disk
+
+
+class _Session:
+    """A run under way: what it trains, what it has seen, and where it saves and logs."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        config: TrainConfig,
+        run: Run,
+        loss: Loss,
+        validate: Validate | None,
+        fingerprint: dict[str, object],
+        parts: dict[str, Stateful | None],
+    ) -> None:
+        self._model, self._tokenizer, self._config, self._run = model, tokenizer, config, run
+        self._folder, self._validate = Path(config.output_dir), validate
+        self._watch, self._early_stop = parts["loss_watch"], parts["early_stop"]
+        # The model itself is saved and validated; the wrapper only synchronises what is trained.
+        wrapped = parallelize(
+            model, run, shard=config.shard, dtype=config.dtype, cpu_offload=config.cpu_offload
+        )
+        self._optimizer = make_optimizer(model, config)
+        self._meta = {name: getattr(config, name) for name in RESUME_MUST_AGREE} | fingerprint
+        self.progress = Progress(run.device, run.world_size)
+        parts = {"results": self.progress, **parts}
+        self._parts = {name: part for name, part in parts.items() if part is not None}
+        self._saved_step = self._resume()
+        if run.is_main:
+            write_yaml(config, self._folder / "config.yaml")
+        self._metrics = Metrics(
+            run,
+            self._folder,
+            report_to=config.report_to,
+            config=dataclasses.asdict(config),
+            total_steps=config.max_steps,
+            first_step=self.progress.step,
+        )
+        self._trainer = Trainer(wrapped, self._optimizer, config, run, loss, self.progress)
+        self._saver = checkpoint.Saver(self._folder, run, keep=config.save_total_limit)
+
+    def _resume(self) -> int | None:
+        """Continues from a saved state if there is one; the step that --output_dir holds a state of."""
+        state = checkpoint.find_resume(self._folder, self._config.resume_from_checkpoint)
+        if state is None:
+            return None
+        saved = checkpoint.check_meta(state, self._meta)
+        checkpoint.load_state(state, self._model, self._optimizer)
+        self.progress.step = saved["step"]
+        for name in self._parts.keys() & saved.keys():
+            self._parts[name].load_state_dict(saved[name])
+        return self.progress.step if state.parent == self._folder else None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        has_stopped = self._early_stop is not None and self._early_stop.is_reached
+        return has_stopped or self.progress.step >= self._config.max_steps
+
+    def train(
+        self,
+        steps: Iterator[list[Batch]],
+        flops_of: Callable[[Batch], float],
+        signal: checkpoint.StopSignal,
+    ) -> None:
+        """Steps until the run is finished or any rank has been signalled; saves the state it ends with."""
+        if self.progress.step == 0:
+            self._note_validation()
+        self.progress.phases.mark("before")
+        while not self.is_finished:
+            batches = next(steps)
+            self.progress.phases.mark("data")
+            total = _Totals(
+                *sum_over_ranks(
+                    [
+                        sum(batch.num_units for batch in batches),
+                        sum(batch.num_tokens for batch in batches),
+                        sum(flops_of(batch) for batch in batches),
+                        signal.received,
+                        self._saver.is_written,
+                    ]
+                )
             )
-            if written == run.world_size:
-                saver.finish()
-            if stop:
-                save(step)
-                saver.finish()
-                metrics.close()
-                if run.is_main:
-                    (output_dir / "PREEMPTED").touch()
-                    print(f"stopped by a signal after {step} steps; the same command continues", flush=True)
-                return
-            values = trainer.step(step, batches, num_units)
-            state.note_step(tokens, flops)
-            done = step + 1
-            if (distance := watch.note(values["loss"])) is not None:
-                records = gather_records([record for batch in batches for record in batch.record_ids])
-                metrics.log_spike(done, {"loss": values["loss"], "loss_spike": distance, "records": records})
-            metrics.advance(done)
-            if done % config.log_interval == 0 or done == config.max_steps:
-                metrics.log(done, values | state.rates())
-            last = done == config.max_steps
-            if config.eval_interval and done % config.eval_interval == 0 and not last:
-                validate_at(done)
-                if carried and carried.get("stop"):
-                    last_step = done
-                    break
-            if config.save_interval and done % config.save_interval == 0 and not last:
-                save(done)
-            state.phases.mark("between steps")
-        if first_step < last_step:
-            if last_step == config.max_steps:
-                validate_at(last_step)
-            save(last_step)
-            saver.finish()
-    metrics.close()
-    export(output_dir / "final")
-    if run.is_main:
-        text = json.dumps(state.as_results(last_step), indent=1)
-        write_atomically(output_dir / "results.json", text)
-        (output_dir / "DONE").touch()
+            if total.num_written == self._run.world_size:
+                self._saver.finish()
+            if total.num_signalled:
+                break
+            self._step(batches, total)
+            self._validate_and_save_when_due()
+            self.progress.phases.mark("between steps")
+        self._save()
+        self._saver.finish()
+        self._metrics.close()
+
+    def _step(self, batches: list[Batch], total: _Totals) -> None:
+        values = self._trainer.step(self.progress.step, batches, total.num_units)
+        self.progress.note_step(total.num_tokens, total.flops)
+        step = self.progress.step
+        if (distance := self._watch.note(values["loss"])) is not None:
+            records = gather_records([record for batch in batches for record in batch.record_ids])
+            spike = {"loss": values["loss"], "loss_spike": distance, "records": records}
+            self._metrics.log_spike(step, spike)
+        self._metrics.advance(step)
+        if step % self._config.log_interval == 0 or step == self._config.max_steps:
+            self._metrics.log(step, values | self.progress.rates())
+
+    def _validate_and_save_when_due(self) -> None:
+        step, config = self.progress.step, self._config
+        is_last = step == config.max_steps
+        if is_last or (config.eval_interval and step % config.eval_interval == 0):
+            self._note_validation()
+        if config.save_interval and step % config.save_interval == 0 and not self.is_finished:
+            self._save()
+
+    def _note_validation(self) -> None:
+        if self._validate is None:
+            return
+        found = self._validate(self._model)
+        values = found if isinstance(found, Mapping) else {"eval_loss": found}
+        self.progress.note_validation(values)
+        self._metrics.log(self.progress.step, values)
+        if self._early_stop is not None:
+            self._early_stop.note(values["eval_loss"])
+        if self._config.save_best and values["eval_loss"] <= self.progress.results["best_eval_loss"]:
+            self._export("best")
+
+    def _save(self) -> None:
+        if self.progress.step == self._saved_step:
+            return
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
+        meta = {**self._meta, **parts, "world_size": self._run.world_size}
+        self._saved_step = self.progress.step
+        self._saver.start(self._saved_step, self._model, self._optimizer, meta)
+
+    def _export(self, name: str) -> None:
+        weights = full_state_dict(self._model)
+        if self._run.is_main:
+            save_model(self._model, self._tokenizer, self._folder / name, state_dict=weights)
+
+    def end(self) -> None:
+        """Writes what a finished run leaves, or the marker of a stopped one."""
+        if self.is_finished:
+            self._export("final")
+        if not self._run.is_main:
+            return
+        if self.is_finished:
+            text = json.dumps(self.progress.state_dict(), indent=1)
+            write_atomically(self._folder / "results.json", text)
+            (self._folder / "DONE").touch()
+        else:
+            (self._folder / "PREEMPTED").touch()
+            step = self.progress.step
+            print(f"stopped by a signal after {step} steps; the same command continues", flush=True)
 
 
-def _steps(stream: Stream, first: int, last: int, prefetch: bool) -> Iterator[tuple[int, list[Batch]]]:
-    """(step, micro-batches) with the next step's batches prepared in a thread while this one is computed."""
+def _batches(stream: Stream, first: int, last: int, prefetch: bool) -> Iterator[list[Batch]]:
+    """Each step's micro-batches; the next step's are prepared in a thread while this one is computed."""
     if not prefetch:
-        for step in range(first, last):
-            yield step, stream(step)
+        yield from map(stream, range(first, last))
         return
     with ThreadPoolExecutor(max_workers=1) as pool:
         ahead: Future | None = pool.submit(stream, first) if first < last else None
         for step in range(first, last):
             batches = ahead.result()
             ahead = pool.submit(stream, step + 1) if step + 1 < last else None
-            yield step, batches
+            yield batches

@@ -6,8 +6,9 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,10 +59,50 @@ class LossWatch:
         self.num_losses += 1
         return distance if is_known and distance > self.sigmas else None
 
-    def state(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, float]:
         """What a resumed run needs to go on watching."""
-        state = asdict(self)
-        return {name: state[name] for name in ("mean", "variance", "num_losses")}
+        return {"mean": self.mean, "variance": self.variance, "num_losses": self.num_losses}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Goes on from a saved `state_dict`."""
+        self.mean, self.variance, self.num_losses = state["mean"], state["variance"], state["num_losses"]
+
+
+@dataclass
+class EarlyStop:
+    """Ends a run before --max_steps.
+
+    Attributes:
+        target: a held-out loss that is good enough; None = none is.
+        patience: validations without a lower loss after which the run ends; 0 = never.
+    """
+
+    target: float | None = None
+    patience: int = 0
+    best: float | None = None
+    num_since_best: int = 0
+    is_reached: bool = False
+
+    def note(self, eval_loss: float) -> None:
+        """One more validation."""
+        if self.best is None or eval_loss < self.best:
+            self.best, self.num_since_best = eval_loss, 0
+        else:
+            self.num_since_best += 1
+        is_good = self.target is not None and eval_loss <= self.target
+        self.is_reached = is_good or 0 < self.patience <= self.num_since_best
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on counting."""
+        return {"best": self.best, "num_since_best": self.num_since_best, "is_reached": self.is_reached}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a saved `state_dict`."""
+        self.best, self.num_since_best, self.is_reached = (
+            state["best"],
+            state["num_since_best"],
+            state["is_reached"],
+        )
 
 
 # Dense bf16 FLOP/s of GPUs whose name contains the key (vendors' data sheets), for MFU.
@@ -131,24 +172,26 @@ class Phases:
 
 @dataclass
 class Progress:
-    """Totals of a run, and rates since they were last logged.
+    """Totals of a run over all its resumes, and rates since they were last logged.
 
     Attributes:
-        results: what goes to results.json; carried over a resume.
         device: this rank's.
         world_size: ranks, for rates per device.
+        step: optimizer steps so far.
+        results: what else goes to results.json.
     """
 
-    results: dict[str, float]
     device: torch.device
     world_size: int
+    step: int = 0
+    results: dict[str, float] = field(default_factory=dict)
     phases: Phases = field(init=False)
+    _tokens_seen: float = 0.0
+    _seconds: float = 0.0
     _window: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
         self.phases = Phases(self.device)
-        self._tokens_seen = self.results.get("num_tokens", 0.0)
-        self._seconds = self.results.get("seconds", 0.0)
         self._clear()
 
     def _clear(self) -> None:
@@ -156,6 +199,7 @@ class Progress:
 
     def note_step(self, tokens: float, flops: float) -> None:
         """One more step, of so many tokens and useful FLOPs over all ranks."""
+        self.step += 1
         self._tokens_seen += tokens
         self._window["tokens"] += tokens
         self._window["flops"] += flops
@@ -200,12 +244,13 @@ class Progress:
         self._clear()
         return found
 
-    def as_results(self, step: int) -> dict[str, float]:
-        """Everything to write into results.json after `step` steps."""
+    def state_dict(self) -> dict[str, float]:
+        """Everything to write into results.json."""
         self._read_phases()
-        return {
-            **self.results,
-            "steps": step,
-            "num_tokens": self._tokens_seen,
-            "seconds": round(self._seconds, 1),
-        }
+        totals = {"steps": self.step, "num_tokens": self._tokens_seen, "seconds": round(self._seconds, 1)}
+        return self.results | totals
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Goes on from a saved `state_dict`."""
+        self.results = dict(state)
+        self._tokens_seen, self._seconds = state["num_tokens"], state["seconds"]

@@ -89,9 +89,6 @@ def _selective_contexts() -> tuple[Any, Any]:
     return create_selective_checkpoint_contexts(policy)
 
 
-SHARD = ("none", "full", "hybrid")
-
-
 def parallelize(
     model: torch.nn.Module, run: Run, *, shard: str, dtype: str, cpu_offload: bool = False
 ) -> torch.nn.Module:
