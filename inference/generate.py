@@ -6,8 +6,8 @@ The output has one line {"id", "prompt", "completion"} for each prompt, in input
 own, else its number. An answer depends on the prompt, its number in the file, and the flags; never on batch
 size, number of processes, or order.
 
-Under torchrun the prompts are shared out over the processes. Finished answers are kept in
-<output_path>.parts until all are there: the same command after a kill goes on where it stopped.
+Under torchrun, and with --num_gpus, processes share the prompts. Finished answers are kept in
+<output_path>.parts until all are there: the same command after a kill continues.
 
 The defaults give the tokens of LLaDA's published sampler. --parallel_decoding, --cache and --remdm are
 faster, or different, and approximate.
@@ -21,11 +21,11 @@ Run:
 """
 
 import json
-import logging
 import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -37,13 +37,11 @@ from llada.data.prompts import Prompt, PromptFlags
 from llada.diffusion.likelihood import Request, score
 from llada.flags import flag, parse
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
-from llada.models import describe_checkpoint, load_model, load_tokenizer, special_ids
+from llada.models import describe_checkpoint, load_for_inference
 from llada.resumable import ResumableJob, write_atomically
 from llada.rewards.verifiers import final_answer
-from llada.run import barrier, end_run, start_run
+from llada.run import Run, barrier, end_run, start_processes, start_run
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
-
-log = logging.getLogger("generate")
 
 
 @dataclass(kw_only=True)
@@ -59,14 +57,17 @@ class Config(PromptFlags, SamplerFlags):
     )
     device: str | None = flag(None, help="cpu, cuda, ...; default the GPU of this process, else the CPU.")
     attn_implementation: str | None = flag(None, help="Attention kernel by transformers' name.")
-    num_gpus: int = flag(
-        1, help="For several GPUs start with torchrun --nproc_per_node; this only checks it."
-    )
+    num_gpus: int = flag(1, help="Processes to start, at most one a GPU (without GPUs, a CPU core).")
     batch_size: int = flag(8, help="Prompts generated together.")
     long_prompts: str = flag(
         "error",
         help="Prompts that with their answer exceed the context: stop, leave them out, or keep their end.",
         choices=["error", "drop", "truncate"],
+    )
+    completion_format: str = flag(
+        "text",
+        help="Of `completion` in the output: a text, or messages, and then of `prompt` too.",
+        choices=["text", "messages"],
     )
     trace: str | None = flag(None, help="JSONL file that receives every denoising step.")
 
@@ -83,55 +84,55 @@ class Config(PromptFlags, SamplerFlags):
 FREE = (
     *("model_name_or_path", "adapter_path"),  # their contents count, not their names
     *("prompt", "prompts_file", "output_path", "max_samples", "trace"),
-    *("device", "num_gpus", "batch_size", "cuda_graphs"),
+    *("device", "num_gpus", "batch_size", "cuda_graphs", "completion_format"),
 )
 
 
 def answer_batches(
     model: LLaDAModelLM,
     tokenizer: PreTrainedTokenizerBase,
-    items: list[Prompt],
+    prompts: list[Prompt],
     settings: LLaDAGenerationConfig,
     config: Config,
     trace_file: TextIO | None,
 ) -> Iterator[tuple[Prompt, dict[str, Any], int]]:
     """(prompt, its fields of the output, tokens generated), prompts of like length together."""
-    items = sorted(items, key=lambda item: len(item.token_ids))
+    prompts = sorted(prompts, key=lambda prompt: len(prompt.token_ids))
     num = settings.num_return_sequences
-    for start in range(0, len(items), config.batch_size):
-        batch = items[start : start + config.batch_size]
+    for start in range(0, len(prompts), config.batch_size):
+        batch = prompts[start : start + config.batch_size]
         output = model.generate(
-            [item.token_ids for item in batch],
+            [prompt.token_ids for prompt in batch],
             generation_config=settings,
-            record_ids=[item.index for item in batch],
+            record_ids=[prompt.index for prompt in batch],
             return_trace=trace_file is not None,
         )
         for entry in output.trace or []:
-            item = batch[entry["row"] // num]
-            entry = {"id": item.name, "candidate": entry.pop("row") % num, **entry}
+            prompt = batch[entry["row"] // num]
+            entry = {"id": prompt.name, "candidate": entry.pop("row") % num, **entry}
             trace_file.write(json.dumps(entry) + "\n")
-        for i, item in enumerate(batch):
+        for i, prompt in enumerate(batch):
             rows = range(i * num, (i + 1) * num)
             answers = [output.completions[row] for row in rows]
             texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
-            best = choose(config.best_of, model, item, answers, texts, config)
+            best = choose(config, model, prompt, answers, texts)
             fields = {"completion": texts[best], "steps": int(output.steps[rows[best]])}
             if num > 1:
                 fields["completions"] = texts
-            yield item, fields, sum(map(len, answers))
+            yield prompt, fields, sum(map(len, answers))
 
 
 def choose(
-    rule: str, model: LLaDAModelLM, item: Prompt, answers: list[list[int]], texts: list[str], config: Config
+    config: Config, model: LLaDAModelLM, prompt: Prompt, answers: list[list[int]], texts: list[str]
 ) -> int:
-    """Which candidate to put first; of equals the earlier one."""
-    if rule == "majority":
+    """Which candidate to put first, by --best_of; of equals the earlier one."""
+    if config.best_of == "majority":
         finals = [final_answer(text) for text in texts]
         counts = Counter(final for final in finals if final)
         return max(range(len(finals)), key=lambda i: counts[finals[i]])
-    if rule == "likelihood":
+    if config.best_of == "likelihood":
         requests = [
-            Request(tuple(item.token_ids), tuple(answer), f"{item.index}")
+            Request(tuple(prompt.token_ids), tuple(answer), f"{prompt.index}")
             for answer in answers
             if answer  # an empty answer has no tokens to score and loses against any other
         ]
@@ -141,13 +142,58 @@ def choose(
     return 0
 
 
-def merge(items: list[Prompt], answers: ResumableJob, output_path: Path) -> None:
-    """Writes all answers in input order; the file appears whole or not at all."""
-    lines = [
-        {"id": item.name, "prompt": item.shown, **answers[answers.key(item.index, item.token_ids)]}
-        for item in items
-    ]
-    write_atomically(output_path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+def answer(
+    model: LLaDAModelLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    settings: LLaDAGenerationConfig,
+    config: Config,
+    job: ResumableJob,
+    run: Run,
+) -> None:
+    """Answers this rank's share of the prompts, and notes each answer at once."""
+    keys = [key_of(prompt) for prompt in prompts]
+    mine = job.share(keys)
+    with ExitStack() as stack:
+        trace_file = None
+        if config.trace is not None:
+            path = config.trace if run.world_size == 1 else f"{config.trace}.rank{run.rank}"
+            continues = len(mine) < len(keys[run.rank :: run.world_size])
+            trace_file = stack.enter_context(open(path, "a" if continues else "w", encoding="utf-8"))
+        num_tokens, started = 0, time.time()
+        silent = not run.is_main or len(mine) < 2
+        bar = stack.enter_context(tqdm(total=len(mine), desc="answers", unit="prompt", disable=silent))
+        wanted = [prompts[n] for n in mine]
+        for prompt, fields, num in answer_batches(model, tokenizer, wanted, settings, config, trace_file):
+            job.put(key_of(prompt), fields)
+            num_tokens += num
+            bar.set_postfix_str(f"{num_tokens / (time.time() - started):.0f} tok/s", refresh=False)
+            bar.update()
+    barrier()
+    job.read()
+
+
+def key_of(prompt: Prompt) -> str:
+    """The name of a prompt's answer in the job."""
+    return ResumableJob.key(prompt.index, prompt.token_ids)
+
+
+def finish(config: Config, prompts: list[Prompt], job: ResumableJob) -> None:
+    """Prints the answers, or writes them in input order; the file appears whole or not at all."""
+    lines = []
+    for prompt in prompts:
+        fields = job[key_of(prompt)]
+        if config.output_path is None:
+            print(fields["completion"])
+        line = {"id": prompt.name, "prompt": prompt.shown, **fields}
+        if config.completion_format == "messages":
+            completion = [{"role": "assistant", "content": fields["completion"]}]
+            line |= {"prompt": prompt.prompt, "completion": completion}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    if config.output_path is not None:
+        write_atomically(Path(config.output_path), "".join(lines))
+        shutil.rmtree(job.folder)
+        print(f"{len(lines)} answers -> {config.output_path}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -156,66 +202,33 @@ def main(argv: list[str] | None = None) -> None:
     settings = sampler_settings(config)
     if config.best_of != "first" and config.num_return_sequences == 1:
         raise ValueError(f"--best_of {config.best_of} chooses among answers: set --num_return_sequences")
+    if start_processes(__file__, argv, config.num_gpus, config.device):
+        return
     run = start_run(config.device)
-    if config.num_gpus not in (1, run.world_size):
-        raise ValueError(
-            f"--num_gpus {config.num_gpus}: start with torchrun --nproc_per_node {config.num_gpus}; "
-            f"this run has {run.world_size} process(es)"
-        )
-    tokenizer = load_tokenizer(config.model_name_or_path, chat=config.is_instruct)
-    model = load_model(
+    model, tokenizer = load_for_inference(
         config.model_name_or_path,
+        chat=config.is_instruct,
         dtype=config.dtype,
         adapter_path=config.adapter_path,
         attn_implementation=config.attn_implementation,
         device=run.device,
     )
-    model.config.eot_token_id = special_ids(model.config, tokenizer).eot
-    items, counts = config.read(
-        tokenizer,
-        context=model.config.max_sequence_length,
-        gen_length=config.gen_length,
-        long=config.long_prompts,
+    context = model.config.max_sequence_length
+    prompts, counts = config.read(
+        tokenizer, context=context, gen_length=config.gen_length, long=config.long_prompts
     )
     if run.is_main:
         for what, count in counts.items():
             print(f"{what}: {count}", flush=True)
         if settings.is_approximate:
             print("approximate: other tokens than the published sampler's are possible", flush=True)
-
-    parts = None if config.output_path is None else f"{config.output_path}.parts"
-    settings_of_answers = {
-        **{name: value for name, value in asdict(config).items() if name not in FREE},
-        "checkpoint": describe_checkpoint(config.model_name_or_path, config.adapter_path),
-    }
-    answers = ResumableJob(parts, settings_of_answers, rank=run.rank, world_size=run.world_size)
-    keys = {item.index: answers.key(item.index, item.token_ids) for item in items}
-    mine = [items[n] for n in answers.share(list(keys.values()))]
-    trace_file = None
-    if config.trace is not None:
-        path = config.trace if run.world_size == 1 else f"{config.trace}.rank{run.rank}"
-        goes_on = len(mine) < len(items[run.rank :: run.world_size])
-        trace_file = open(path, "a" if goes_on else "w", encoding="utf-8")  # noqa: SIM115 - closed below
-
-    num_tokens, started = 0, time.time()
-    bar = tqdm(total=len(mine), desc="answers", unit="prompt", disable=not run.is_main or len(mine) < 2)
-    for item, fields, num in answer_batches(model, tokenizer, mine, settings, config, trace_file):
-        answers.put(keys[item.index], fields)
-        num_tokens += num
-        bar.set_postfix_str(f"{num_tokens / (time.time() - started):.0f} tok/s", refresh=False)
-        bar.update()
-    bar.close()
-    if trace_file is not None:
-        trace_file.close()
-    barrier()
-    if run.is_main and config.output_path is None:
-        for item in items:
-            print(answers[keys[item.index]]["completion"])
-    elif run.is_main:
-        answers.read()
-        merge(items, answers, Path(config.output_path))
-        shutil.rmtree(parts)
-        print(f"{len(items)} answers -> {config.output_path}", flush=True)
+    made_with = {name: value for name, value in asdict(config).items() if name not in FREE}
+    made_with["checkpoint"] = describe_checkpoint(config.model_name_or_path, config.adapter_path)
+    parts = config.output_path and f"{config.output_path}.parts"
+    job = ResumableJob(parts, made_with, rank=run.rank, world_size=run.world_size)
+    answer(model, tokenizer, prompts, settings, config, job, run)
+    if run.is_main:
+        finish(config, prompts, job)
     end_run()
 
 

@@ -310,6 +310,29 @@ def load_model(
     return model.to(device) if device is not None else model
 
 
+def load_for_inference(
+    path: str,
+    *,
+    chat: bool,
+    dtype: str = "auto",
+    adapter_path: str | None = None,
+    attn_implementation: str | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[LLaDAModelLM, PreTrainedTokenizerBase]:
+    """A model that answers, in eval mode, and its tokenizer; arguments as for `load_model`.
+
+    Args:
+        chat: the tokenizer is asked for a chat template.
+    """
+    tokenizer = load_tokenizer(path, chat=chat)
+    model = load_model(
+        path, dtype=dtype, adapter_path=adapter_path, attn_implementation=attn_implementation, device=device
+    )
+    # the sampler stops at EoT too, which published configs do not name
+    model.config.eot_token_id = special_ids(model.config, tokenizer).eot
+    return model.eval(), tokenizer
+
+
 def start_model(flags: Any, *, has_values: bool = True) -> LLaDAModelLM | PeftModel:
     """What a run starts from: new weights, a checkpoint, or one with the adapter that training continues.
 

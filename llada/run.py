@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -60,6 +61,28 @@ def start_run(device: str | None = None, *, output_dir: str | None = None) -> Ru
     if output_dir is not None:
         _stop_cleanly_on_signals(run, Path(output_dir))
     return run
+
+
+def start_processes(script: str, argv: list[str] | None, wanted: int | None, device: str | None) -> bool:
+    """Runs `script` as several processes under torchrun; False if this process is to work itself.
+
+    Args:
+        argv: the script's flags; None is `sys.argv[1:]`.
+        wanted: at most one a GPU, without GPUs one a CPU core; None is all GPUs.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return False
+    available = torch.cuda.device_count() if device in (None, "cuda") else 0
+    wanted = max(1, available) if wanted is None else wanted
+    number = min(wanted, available or os.cpu_count() or 1)
+    if number < wanted:
+        print(f"--num_gpus {wanted}: {available} GPUs here, so {number} processes", flush=True)
+    if number <= 1:
+        return False
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
+    flags = sys.argv[1:] if argv is None else argv
+    subprocess.run([sys.executable, *launcher, str(Path(script).resolve()), *flags], check=True)
+    return True
 
 
 def _stop_cleanly_on_signals(run: Run, output_dir: Path) -> None:

@@ -34,7 +34,7 @@ from llada.data.prompts import Prompt, read_prompts
 from llada.diffusion.masking import generator
 from llada.flags import flag, parse
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
-from llada.models import describe_checkpoint, load_model, load_tokenizer, special_ids
+from llada.models import describe_checkpoint, load_for_inference
 from llada.resumable import ResumableJob, write_atomically
 from llada.rewards.flags import RewardFlags
 from llada.rewards.scoring import Reward, compute_rewards
@@ -201,11 +201,13 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--num_generations {config.num_generations}: a comparison needs at least 2")
     rewards = config.load_rewards()
     run = start_run(config.device)
-    tokenizer = load_tokenizer(config.model_name_or_path, chat=config.is_instruct)
-    model = load_model(
-        config.model_name_or_path, dtype=config.dtype, adapter_path=config.adapter_path, device=run.device
+    model, tokenizer = load_for_inference(
+        config.model_name_or_path,
+        chat=config.is_instruct,
+        dtype=config.dtype,
+        adapter_path=config.adapter_path,
+        device=run.device,
     )
-    model.config.eot_token_id = special_ids(model.config, tokenizer).eot
     prompts, counts = read_prompts(
         config.prompts_file,
         tokenizer,

@@ -16,10 +16,7 @@ then: the same command after a kill goes on where it stopped.
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +46,7 @@ from llada.policies.kto_reference import (
     prefix_means,
 )
 from llada.resumable import ResumableJob, write_atomically
-from llada.run import Run, autocast, barrier, end_run, start_run
+from llada.run import Run, autocast, barrier, end_run, start_processes, start_run
 
 
 @dataclass(kw_only=True)
@@ -98,23 +95,6 @@ class Config:
         if not values or values[0] < 1:
             raise ValueError(f"--k_vals {self.k_vals!r}: give positive numbers, for example 1,2,4,8")
         return values
-
-
-def start_processes(config: Config, argv: list[str] | None) -> bool:
-    """Runs this command as several processes if --num_gpus asks for that; False if this one is to work."""
-    if "WORLD_SIZE" in os.environ:
-        return False
-    available = torch.cuda.device_count() if config.device in (None, "cuda") else 0
-    wanted = config.num_gpus if config.num_gpus is not None else max(1, available)
-    number = min(wanted, available or os.cpu_count() or 1)
-    if number < wanted:
-        print(f"--num_gpus {wanted}: {available} GPUs here, so {number} processes", flush=True)
-    if number <= 1:
-        return False
-    flags = sys.argv[1:] if argv is None else argv
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
-    subprocess.run([sys.executable, *launcher, str(Path(__file__).resolve()), *flags], check=True)
-    return True
 
 
 def read_split(config: Config) -> list[tuple[str, Labelled]]:
@@ -206,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     """Writes the records with their reference values."""
     config = parse(Config, argv, description=__doc__)
     k_vals = config.num_draws()
-    if start_processes(config, argv):
+    if start_processes(__file__, argv, config.num_gpus, config.device):
         return
     run = start_run(config.device)
     if config.dtype == "auto":

@@ -132,7 +132,7 @@ def test_a_corrupt_line_stops_the_run_and_keeps_what_was_finished(run, prompts, 
             yield item, *rest
 
     monkeypatch.setattr(script, "answer_batches", notes)
-    monkeypatch.setattr(script, "merge", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(script, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run("--prompts_file", prompts, "--is_instruct", "--max_samples", "3")
     monkeypatch.undo()
@@ -150,7 +150,7 @@ def test_a_corrupt_line_stops_the_run_and_keeps_what_was_finished(run, prompts, 
 def test_other_flags_do_not_reuse_answers(run, prompts, tmp_path, monkeypatch):
     common = ["--prompts_file", prompts, "--is_instruct"]
     script = load_script("inference/generate.py")
-    monkeypatch.setattr(script, "merge", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(script, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(*common)
     monkeypatch.undo()
@@ -215,13 +215,32 @@ def test_bad_prompt_files(run, tmp_path, content, message):
         (["--prompt", "a", "--gen_length", "10"], "gen_length 10 is not a multiple of block_length 4"),
         (["--prompt", "a", "--steps", "1"], "steps 1 cannot be shared out evenly over 2 blocks"),
         (["--prompt", "a", "--best_of", "majority"], "--best_of majority chooses among answers"),
-        (["--prompt", "a", "--num_gpus", "4"], "torchrun --nproc_per_node 4"),
         (["--prompt", "a", "--gen_length", "256", "--steps", "256"], "leaves no room in a context of 256"),
     ],
 )
 def test_bad_flags(run, flags, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         run(*flags)
+
+
+def test_num_gpus_starts_processes(run, prompts, monkeypatch):
+    started = []
+    monkeypatch.setattr("llada.run.os.cpu_count", lambda: 3)
+    monkeypatch.setattr("llada.run.torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("llada.run.torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("llada.run.subprocess.run", lambda command, check: started.append(command))
+    with pytest.raises(FileNotFoundError):  # nobody answered
+        run("--prompts_file", prompts, "--is_instruct", "--num_gpus", "4")
+    (command,) = started
+    assert "--nproc_per_node=3" in command and str(prompts) in command
+
+
+def test_answers_as_messages(run, prompts):
+    flags = ["--prompts_file", prompts, "--is_instruct"]
+    texts = run(*flags)
+    for line, text in zip(run(*flags, "--completion_format", "messages"), texts, strict=True):
+        assert line["completion"] == [{"role": "assistant", "content": text["completion"]}]
+        assert line["prompt"][-1]["role"] == "user" and line["id"] == text["id"]
 
 
 def test_the_methods_of_the_predecessor(run):
