@@ -35,10 +35,76 @@ def test_the_model_needs_only_torch_and_transformers(path):
     )
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "llada").rglob("*.py")), ids=lambda p: p.name)
-def test_the_common_module_imports_no_script(path):
+FLOORS = (
+    ("modelling_final",),
+    ("llada.flags", "llada.run", "llada.resumable", "llada.chat_client"),
+    ("llada.data", "llada.diffusion", "llada.models"),
+    ("llada.training", "llada.rewards", "llada.inference"),
+    ("llada.policies", "llada.autoregressive"),
+    ("llada.speculative", "llada.serving"),
+)
+"""Rooms of the common module from the ground up. A room imports rooms below its floor, and none beside it."""
+
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def room_of(module: str) -> str | None:
+    """The room a module belongs to: `llada.data` of `llada.data.rows`."""
+    parts = module.split(".")
+    return {"llada": ".".join(parts[:2]), "modelling_final": "modelling_final"}.get(parts[0])
+
+
+def climbs(path: Path, module: str) -> list[str]:
+    """`line: what it imports` for every import of `module` that does not point down."""
+    own, found = room_of(module), []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            # `from llada import run` imports the room llada.run
+            names = [f"llada.{a.name}" for a in node.names] if node.module == "llada" else [node.module]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            room = room_of(name)
+            if room is not None and room != own and FLOOR_OF[room] >= FLOOR_OF[own]:
+                found.append(
+                    f"{path.relative_to(ROOT)}:{node.lineno}: {own} imports {name}, which is not below it"
+                )
+    return found
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "llada").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_imports_point_down(path):
+    if path.name == "__init__.py":
+        assert not imported_modules(path), (
+            f"{path.relative_to(ROOT)} imports something: every import would pay for it"
+        )
+        return
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    assert room_of(module) in FLOOR_OF, f"{path.relative_to(ROOT)}: a new room needs a floor in FLOORS"
     stems = {script.stem for script in SCRIPTS}
-    assert not imported_modules(path) & {*STAGES, *stems}, f"{path.name} imports a script"
+    assert not imported_modules(path) & {*STAGES, *stems}, f"{path.relative_to(ROOT)} imports a script"
+    assert not climbs(path, module), "\n".join(climbs(path, module))
+
+
+def test_an_import_that_climbs_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    file = tmp_path / "masking.py"
+    file.write_text(
+        "import math\nfrom llada.run import Run\n\n\ndef late():\n    from llada import training, models\n"
+    )
+    assert climbs(file, "llada.diffusion.masking") == [
+        "masking.py:6: llada.diffusion imports llada.training, which is not below it",
+        "masking.py:6: llada.diffusion imports llada.models, which is not below it",
+    ]
+
+
+def test_the_common_module_has_few_rooms():
+    entries = {path.name for path in (ROOT / "llada").iterdir()} - {"__pycache__"}
+    assert len(entries) <= 15, f"llada/ has {len(entries)} entries: {sorted(entries)}"
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
