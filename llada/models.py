@@ -147,8 +147,13 @@ def resolve_checkpoint(path: str) -> str:
 
 
 def load_config(path: str) -> LLaDAConfig:
-    """The config of a checkpoint; ValueError if it cannot be found or is not a LLaDA model."""
+    """The config of a checkpoint; ValueError if it cannot be found or is not a LLaDA model.
+
+    An adapter has its own only if it was trained on stretched positions; else it is that of its base.
+    """
     path = resolve_checkpoint(path)
+    if Path(path, "adapter_config.json").is_file() and not Path(path, "config.json").is_file():
+        path = resolve_checkpoint(LoraConfig.from_pretrained(path).base_model_name_or_path)
     try:
         config = AutoConfig.from_pretrained(path)
     except OSError as error:

@@ -46,18 +46,13 @@ def start_run(device: str | None = None, *, output_dir: str | None = None) -> Ru
         output_dir: of a training: a signal outside its steps (while data are prepared or a model is loaded)
         leaves PREEMPTED there and ends the process with status 0, as one between two steps does.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if device is None:
-        device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    if world_size > 1 and not dist.is_initialized():
+    run = described_run(device)
+    if run.device.type == "cuda":
+        torch.cuda.set_device(run.device)
+    if run.world_size > 1 and not dist.is_initialized():
         # gloo beside nccl: CPU tensors (counts, flags, checkpoints) travel on it
-        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if run.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    run = Run(rank=int(os.environ.get("RANK", "0")), world_size=world_size, device=chosen)
     if output_dir is not None:
         _stop_cleanly_on_signals(run, Path(output_dir))
     return run
@@ -83,6 +78,18 @@ def start_processes(script: str, argv: list[str] | None, wanted: int | None, dev
     flags = sys.argv[1:] if argv is None else argv
     subprocess.run([sys.executable, *launcher, str(Path(script).resolve()), *flags], check=True)
     return True
+
+
+def described_run(device: str | None = None) -> Run:
+    """The run that the environment describes, without joining it: enough for a dry run. As `start_run`."""
+    if device is None:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    return Run(
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        device=torch.device(device),
+    )
 
 
 def _stop_cleanly_on_signals(run: Run, output_dir: Path) -> None:

@@ -21,25 +21,17 @@ The same command continues an interrupted run. More: docs/preference_optimizatio
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llada.data.answers import EOS
-from llada.diffusion.bound_gradient import (
-    Draws,
-    differentiate,
-    disable_dropout,
-    draw_values,
-    gradient_parts,
-    plan_draws,
-)
+from llada.diffusion.bound_gradient import Draws, differentiate, draw_values, gradient_parts, plan_draws
 from llada.diffusion.likelihood import Request
 from llada.diffusion.preference_losses import Z0_MODES, kto_baseline, kto_losses
 from llada.flags import flag, parse
-from llada.models import load_tokenizer, special_ids
 from llada.policies.answer_stream import AnswerBatch, Answers, AnswerStream
-from llada.policies.config import PolicyConfig
+from llada.policies.config import PolicyConfig, ReferenceFlags
 from llada.policies.kto_reference import (
     BrefFile,
     BrefRecord,
@@ -51,9 +43,10 @@ from llada.policies.kto_reference import (
     subsample,
 )
 from llada.policies.reference_model import Reference, make_reference
-from llada.run import Run, Sums, autocast, end_run, start_run, sum_over_ranks
-from llada.training import dry_run as preflight
-from llada.training.loop import Loss, LossParts, fit, load_trainable
+from llada.policies.stage import PolicyStage
+from llada.run import Run, Sums, autocast, sum_over_ranks
+from llada.training.dry_run import Rows
+from llada.training.loop import LossParts
 
 # Beside the flags of every stage.
 RESUME_MUST_AGREE = (
@@ -62,7 +55,7 @@ RESUME_MUST_AGREE = (
 
 
 @dataclass(kw_only=True)
-class Config(PolicyConfig):
+class Config(ReferenceFlags, PolicyConfig):
     """Flags of ELBO-KTO."""
 
     output_dir: str = flag("kto-train", help="Folder of the run.", aliases=["save_path"])
@@ -178,7 +171,7 @@ def check_made_with(file: BrefFile, config: Config, tokenizer: PreTrainedTokeniz
 
 
 def answers_of(
-    records: list[BrefRecord], config: Config, record_id: int, epoch: int, neighbour: int
+    config: Config, records: list[BrefRecord], record_id: int, epoch: int, neighbour: int
 ) -> Answers:
     """An answer under the masks of its B_ref; for `kl_mismatched` also the neighbour's answer to it."""
     record = records[record_id]
@@ -188,24 +181,16 @@ def answers_of(
         other = Request(tokens.context, answer, f"{record_id} {neighbour}")
         others = [(other, plan_draws([other], config.n_mc_samples, config.seed, "kl", epoch)[0])]
     request = Request(tokens.context, tokens.answer, str(record_id))
-    numbers = {"reference": [record.reference], "is_desirable": [float(record.is_desirable)]}
+    numbers = {"b_ref": [record.b_ref], "is_desirable": [float(record.is_desirable)]}
     return Answers([request], [plan_of(record.masks)], numbers, others)
 
 
-def log_likelihoods(model: torch.nn.Module, chunks: list[Draws]) -> torch.Tensor:
+def log_likelihoods(model: torch.nn.Module, chunks: list[Draws]) -> Tensor:
     """[N] B of answers whose plans leave the mean over draws to be taken here."""
     return torch.from_numpy(prefix_means(draw_values(model, chunks).numpy())[-1])
 
 
-def mismatch(model: torch.nn.Module, batch: AnswerBatch, reference: Reference) -> torch.Tensor:
-    """[N] r of answers to other prompts."""
-    policy = draw_values(model, batch.others).sum(0)
-    return policy - reference(model, batch.others).sum(0)
-
-
-def step_sums(
-    ratios: torch.Tensor, z0: torch.Tensor, policy: torch.Tensor, batch: AnswerBatch, beta: float
-) -> Sums:
+def step_sums(ratios: Tensor, z0: Tensor, policy: Tensor, batch: AnswerBatch, beta: float) -> Sums:
     """What to log: the published program's names, then TRL's."""
     desirable = batch.numbers["is_desirable"].bool()
     s = (beta * (ratios - z0)).abs()
@@ -225,11 +210,17 @@ def step_sums(
     return {name: (float(values.sum()), len(values)) for name, values in values_of.items()}
 
 
-@dataclass
-class MovingBaseline:
-    """z0 of the step before, for --z0_mode ema."""
+class KtoLoss:
+    """The loss of a step and of validation.
 
-    z0: float | None = None
+    Attributes:
+        reference: scores answers to other prompts, for --z0_mode kl_mismatched.
+        z0: of the step before, for --z0_mode ema.
+    """
+
+    def __init__(self, config: Config, reference: Reference | None = None) -> None:
+        self.config, self.reference = config, reference
+        self.z0: float | None = None
 
     def state_dict(self) -> dict[str, float | None]:
         """What a resumed run needs."""
@@ -239,68 +230,64 @@ class MovingBaseline:
         """Goes on from a saved `state_dict`."""
         self.z0 = state["z0"]
 
+    def _compared(self, model: torch.nn.Module, batch: AnswerBatch, ratios: Tensor) -> Tensor:
+        """[N] what z0 is a mean of: r of the answers, or of answers to other prompts."""
+        if self.reference is None:
+            return ratios.detach()
+        policy = draw_values(model, batch.others).sum(0)
+        with self.reference(model) as frozen:
+            return policy - draw_values(frozen, batch.others).sum(0)
 
-def make_loss(config: Config, reference: Reference | None, before: MovingBaseline) -> Loss:
-    """The loss of a step."""
+    def _losses(self, ratios: Tensor, is_desirable: Tensor, z0: Tensor) -> Tensor:
+        config = self.config
+        weights = {"lambda_d": config.kto_lambda_D, "lambda_u": config.kto_lambda_U}
+        return kto_losses(ratios, is_desirable, z0, beta=config.kto_beta, **weights)
 
-    def loss(model: torch.nn.Module, batch: AnswerBatch, total_units: float) -> LossParts:
+    def step(self, model: torch.nn.Module, batch: AnswerBatch, total_units: float) -> LossParts:
+        """The loss of a step, in as many parts as it has forwards."""
+        config = self.config
         leaf = log_likelihoods(model, batch.chunks).requires_grad_()
-        ratios = leaf - batch.numbers["reference"]
-        compared = ratios.detach() if reference is None else mismatch(model, batch, reference)
+        ratios = leaf - batch.numbers["b_ref"]
+        compared = self._compared(model, batch, ratios)
         total, count = sum_over_ranks([float(compared.sum()), len(compared)])
-        z0 = kto_baseline(ratios, mode=config.z0_mode, total=total, count=count, previous=before.z0)
+        z0 = kto_baseline(ratios, mode=config.z0_mode, total=total, count=count, previous=self.z0)
         if config.z0_mode == "ema":
-            before.z0 = float(z0[0])
-        losses = kto_losses(
-            ratios,
-            batch.numbers["is_desirable"].bool(),
-            z0,
-            beta=config.kto_beta,
-            lambda_d=config.kto_lambda_D,
-            lambda_u=config.kto_lambda_U,
-        )
-        value = losses.sum() / total_units
+            self.z0 = float(z0[0])
+        value = self._losses(ratios, batch.numbers["is_desirable"].bool(), z0).sum() / total_units
         coefficients = differentiate(value, leaf) / config.n_mc_samples
         sums = step_sums(ratios.detach(), z0, leaf.detach(), batch, config.kto_beta)
         return LossParts(value.detach(), gradient_parts(model, batch.chunks, coefficients), sums)
 
-    return loss
+    @torch.no_grad()
+    def validate(self, stream: AnswerStream, model: torch.nn.Module) -> dict[str, float]:
+        """Loss, rewards and the rate at which desirable answers lie above z0 and others below, held out.
 
-
-@torch.no_grad()
-def validate(
-    config: Config, reference: Reference | None, stream: AnswerStream, run: Run, model: torch.nn.Module
-) -> dict[str, float]:
-    """Loss, rewards and the rate at which desirable answers lie above z0 and others below, held out.
-
-    z0 is a mean over all held-out records here (0 for --z0_mode zero), the same for every record.
-    """
-    ratios, compared, labels = [], [], []
-    for batch, ids in stream.all_records(config.eval_limit):
-        batch = batch.to(run.device)
-        with autocast(run.device, config.dtype):
-            found = log_likelihoods(model, batch.chunks) - batch.numbers["reference"]
-            others = found if reference is None else mismatch(model, batch, reference)
-        ratios.append(found[: len(ids)])
-        compared.append(others[: len(ids)])
-        labels.append(batch.numbers["is_desirable"][: len(ids)])
-    r, others, is_desirable = torch.cat(ratios), torch.cat(compared), torch.cat(labels).bool()
-    total, count = sum_over_ranks([float(others.sum()), len(others)])
-    mode = config.z0_mode if config.z0_mode in ("zero", "kl_mismatched") else "global_mean"
-    z0 = kto_baseline(r, mode=mode, total=total, count=count, previous=None)
-    losses = kto_losses(
-        r, is_desirable, z0, beta=config.kto_beta, lambda_d=config.kto_lambda_D, lambda_u=config.kto_lambda_U
-    )
-    rewards = config.kto_beta * r
-    parts = {
-        "loss": losses,
-        "accuracies": ((r > z0) == is_desirable).double(),
-        "rewards/chosen": rewards[is_desirable],
-        "rewards/rejected": rewards[~is_desirable],
-    }
-    flat = sum_over_ranks([n for values in parts.values() for n in (float(values.sum()), len(values))])
-    means = {f"eval_{name}": flat[2 * i] / max(1.0, flat[2 * i + 1]) for i, name in enumerate(parts)}
-    return means | {"eval_rewards/margins": means["eval_rewards/chosen"] - means["eval_rewards/rejected"]}
+        z0 is a mean over all held-out records here (0 for --z0_mode zero), the same for every record.
+        """
+        config = self.config
+        columns: list[tuple[Tensor, Tensor, Tensor]] = []
+        for batch, ids in stream.all_records(config.eval_limit):
+            batch = batch.to(stream.run.device)
+            with autocast(stream.run.device, config.dtype):
+                ratios = log_likelihoods(model, batch.chunks) - batch.numbers["b_ref"]
+                found = (ratios, self._compared(model, batch, ratios), batch.numbers["is_desirable"])
+            columns.append(tuple(values[: len(ids)] for values in found))
+        r, compared, labels = (torch.cat(values) for values in zip(*columns, strict=True))
+        is_desirable = labels.bool()
+        total, count = sum_over_ranks([float(compared.sum()), len(compared)])
+        mode = config.z0_mode if config.z0_mode in ("zero", "kl_mismatched") else "global_mean"
+        z0 = kto_baseline(r, mode=mode, total=total, count=count, previous=None)
+        rewards = config.kto_beta * r
+        parts = {
+            "loss": self._losses(r, is_desirable, z0),
+            "accuracies": ((r > z0) == is_desirable).double(),
+            "rewards/chosen": rewards[is_desirable],
+            "rewards/rejected": rewards[~is_desirable],
+        }
+        flat = sum_over_ranks([n for values in parts.values() for n in (float(values.sum()), len(values))])
+        means = {f"eval_{name}": flat[2 * i] / max(1.0, flat[2 * i + 1]) for i, name in enumerate(parts)}
+        margin = means["eval_rewards/chosen"] - means["eval_rewards/rejected"]
+        return means | {"eval_rewards/margins": margin}
 
 
 def usable(file: BrefFile, config: Config) -> list[BrefRecord]:
@@ -308,76 +295,45 @@ def usable(file: BrefFile, config: Config) -> list[BrefRecord]:
     return subsample(file.records, config.n_D, config.n_U, config.sample_seed)[: config.max_samples]
 
 
-def record_rows(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> preflight.Rows:
-    """What the preflight needs to know of a file."""
+def record_rows(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """What a dry run needs to know of a file."""
     tokens = [record.tokens for record in usable(read(path, config, tokenizer), config)]
     answers = sum(len(found.answer) for found in tokens)
-    return preflight.Rows(len(tokens), sum(map(len, tokens)), answers, is_exact=True)
+    return Rows(len(tokens), sum(map(len, tokens)), answers, is_exact=True)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs ELBO-KTO with the given flags."""
     config = parse(Config, argv, description=__doc__)
-    run = start_run(config.device, output_dir=config.output_dir)
-    config.settle(run)
-    if config.dry_run:
-        preflight.report(
-            config, partial(record_rows, config), train=[config.train_dataset_path],
-            checkpoint=config.model_name_or_path, chat=True,
-        )  # fmt: skip
-        return
-    tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, chat=True)
     paths = [path for path in (config.train_dataset_path, config.eval_dataset_path) if path is not None]
-    files = [read(path, config, tokenizer) for path in paths]
+    stage = PolicyStage.start(config, partial(record_rows, config), train=paths[:1], held_out=paths[1:])
+    if stage is None:
+        return
+    files = [read(path, config, stage.tokenizer) for path in paths]
     records = usable(files[0], config)
-    config.resolve(run, len(records))
-    model = load_trainable(config)
-    disable_dropout(model)
-    ids = special_ids(model.config, tokenizer)
+    stage.load(len(records))
     for file in files:
-        check_made_with(file, config, tokenizer, ids.mask)
-    if run.is_main:
+        check_made_with(file, config, stage.tokenizer, stage.ids.mask)
+    if stage.run.is_main:
         desirable = sum(record.is_desirable for record in records)
-        print(
-            f"{len(files[0].records)} records, used: {desirable} desirable, {len(records) - desirable} "
-            "undesirable", flush=True,
-        )  # fmt: skip
-
-    def stream_over(part: list[BrefRecord]) -> AnswerStream:
-        return AnswerStream(
-            partial(answers_of, part, config),
-            np.array([len(record.tokens) for record in part]),
-            batch_size=config.batch_size,
-            micro_batch_size=config.micro_batch_size,
-            num_draws=config.n_mc_samples,
-            seed=config.seed,
-            run=run,
-            mask_id=ids.mask,
-            pad_id=ids.pad,
-            fill=(ids.eos, config.max_length) if config.eos == "padded" else None,
-        )
-
-    reference = make_reference(config, run) if config.z0_mode == "kl_mismatched" else None
-    check = None
-    if len(files) > 1:
-        check = partial(validate, config, reference, stream_over(files[1].records), run)
-    before = MovingBaseline()
-    fit(
-        model,
-        tokenizer,
-        config,
-        run,
-        stream=stream_over(records),
-        loss=make_loss(config, reference, before),
-        validate=check,
-        fingerprint={
-            "train_dataset_path": f"{len(records)} records, {sum(len(record.tokens) for record in records)} "
-            "tokens",
-            **{name: getattr(config, name) for name in RESUME_MUST_AGREE},
-        },
-        kept=before,
+        undesirable = len(records) - desirable
+        print(f"{len(files[0].records)} records, used: {desirable} desirable, {undesirable} undesirable",
+              flush=True)  # fmt: skip
+    needs_reference = config.z0_mode == "kl_mismatched"
+    loss = KtoLoss(config, make_reference(config, stage.run) if needs_reference else None)
+    training, *held_out = (
+        stage.answers(partial(answers_of, config, part), [len(record.tokens) for record in part])
+        for part in (records, *(file.records for file in files[1:]))
     )
-    end_run()
+    num_tokens = sum(len(record.tokens) for record in records)
+    stage.train(
+        training,
+        loss.step,
+        validate=partial(loss.validate, held_out[0]) if held_out else None,
+        must_agree=RESUME_MUST_AGREE,
+        data={"train_dataset_path": f"{len(records)} records, {num_tokens} tokens"},
+        kept=loss,
+    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Prints {"dpo": {"1": ..., "8": ...}, "kto": ...}. A program of its own: what is 
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from conftest import load_script
 from llada.diffusion.bound_gradient import make_draws, plan_draws
 from llada.diffusion.likelihood import Request
 from llada.policies.answer_stream import AnswerBatch
+from llada.policies.pairs import PairStage
 from llada.training.monitor import peak_resident
 from tiny_llada import make_model
 
@@ -26,10 +28,13 @@ def resident_bytes():
 
 def make_step(stage, num_draws):
     """A step's loss with all its parts, for a policy and numbers in place of a reference."""
-    script = load_script({"dpo": "rlhf/train_dpo.py", "kto": "rlhf/train_elbo_kto.py"}[stage])
-    data = {"dpo": {"train_data_path": ["x"]}, "kto": {"train_dataset_path": "x"}}[stage]
-    config = script.Config(model_name_or_path="x", output_dir="x", n_mc_samples=num_draws, **data)
-    return script.make_loss(config, None, *([{}] if stage == "kto" else []))
+    flags = {"model_name_or_path": "x", "output_dir": "x", "n_mc_samples": num_draws}
+    if stage == "dpo":
+        script = load_script("rlhf/train_dpo.py")
+        config = script.Config(train_data_path=["x"], **flags)
+        return PairStage(config, partial(script.dpo, config)).step_loss
+    script = load_script("rlhf/train_elbo_kto.py")
+    return script.KtoLoss(script.Config(train_dataset_path="x", **flags)).step
 
 
 def make_batch(num_draws):
@@ -38,7 +43,7 @@ def make_batch(num_draws):
     requests = [Request(tuple(x), tuple(y), str(n)) for n, (x, y) in enumerate(texts)]
     plans = plan_draws(requests, num_draws, 0, "memory", estimator="iid")
     numbers = {
-        "reference": torch.zeros(NUM_ANSWERS, dtype=torch.float64),
+        "b_ref": torch.zeros(NUM_ANSWERS, dtype=torch.float64),
         "is_desirable": torch.tensor([1.0, 0.0] * (NUM_ANSWERS // 2)),
     }
     draws = make_draws(requests, plans, num_draws, mask_id=39, pad_id=0)

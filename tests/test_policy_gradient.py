@@ -14,7 +14,8 @@ import torch
 import exact_llada
 from llada.diffusion.sampler_likelihood import replay
 from llada.models import SpecialIds
-from llada.policies.grpo import GroupBatch, Objective, group_advantages, grpo_loss
+from llada.policies.config import LikelihoodFlags, SurrogateFlags
+from llada.policies.grpo import GroupBatch, group_advantages, grpo_loss, term_losses, term_weights
 from llada.policies.likelihood_terms import Answer, TermBuilder
 from modelling_final import LLaDAGenerationConfig
 
@@ -55,8 +56,11 @@ def settings_of(**changes):
 
 
 def builder_of(settings, **changes):
-    options = {"estimator": "trajectory", "ids": IDS, "seed": 0, "micro_batch_size": 64}
-    return TermBuilder(settings=settings, **options | changes)
+    build = {name: changes.pop(name, default) for name, default in (("seed", 0), ("micro_batch_size", 64))}
+    flags = LikelihoodFlags(
+        **{"estimator": "trajectory", "n_mc_samples": 2, "l_sampling": "uniform"} | changes
+    )
+    return TermBuilder(flags=flags, settings=settings, ids=IDS, **build)
 
 
 def trajectories(settings):
@@ -126,9 +130,8 @@ def gradient_of(model, total):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad and p.grad is not None])
 
 
-def production_gradient(model, terms, advantages, *, objective=None, weights=None, total=1.0):
+def production_gradient(model, terms, advantages, *, weights=None, total=1.0):
     """What `fit` would add up of the loss of GRPO."""
-    objective = objective or Objective(loss_type="dr_grpo")
     batch = GroupBatch(
         terms=terms,
         advantages=advantages,
@@ -138,7 +141,7 @@ def production_gradient(model, terms, advantages, *, objective=None, weights=Non
         num_units=1.0,
         record_ids=[],
     )
-    loss = grpo_loss(model, batch, total, objective=objective)
+    loss = grpo_loss(model, batch, total, flags=SurrogateFlags())
     model.zero_grad()
     for part in loss.parts:
         part().backward()
@@ -187,8 +190,8 @@ def test_the_elbo_gradient_is_exact_where_orders_agree_and_a_token_estimate_too(
     exact = gradient_of(model, (log_pi.exp() * rewards).sum())
     probabilities = log_pi.exp().detach()
     for options in (
-        {"estimator": "elbo", "num_draws": 7},  # all masks
-        {"estimator": "elbo", "num_draws": 2, "mask_plan": "complementary"},
+        {"estimator": "elbo", "n_mc_samples": 7},  # all masks
+        {"estimator": "elbo", "n_mc_samples": 2, "mask_plan": "complementary"},
         {"estimator": "diffu", "p_mask_prompt": 0.0},
     ):
         terms = builder_of(settings, **options)(answers)
@@ -203,11 +206,10 @@ def test_the_elbo_gradient_is_exact_where_orders_agree_and_a_token_estimate_too(
 def test_the_elbo_gradient_is_that_of_the_bound():
     model, settings = Model(), settings_of()
     answers = [Answer(PROMPT, (0, 1, 2), "a"), Answer(PROMPT, (2, 2), "b")]
-    terms = builder_of(settings, estimator="elbo", num_draws=7)(answers)
+    terms = builder_of(settings, estimator="elbo", n_mc_samples=7)(answers)
     advantages = torch.tensor([1.0, -0.5], dtype=torch.float64)
-    objective = Objective(loss_type="grpo")
-    weights, count = objective.weights(torch.tensor([3.0, 2.0], dtype=torch.float64), longest=LENGTH)
-    found = production_gradient(model, terms, advantages, objective=objective, weights=weights, total=count)
+    weights, count = term_weights("grpo", torch.tensor([3.0, 2.0], dtype=torch.float64), longest=LENGTH)
+    found = production_gradient(model, terms, advantages, weights=weights, total=count)
 
     def bound(answer):
         total = torch.zeros((), dtype=torch.float64)
@@ -232,7 +234,7 @@ def test_a_random_subset_of_steps_has_the_same_expectation():
     whole = builder_of(settings)([answer]).values(model)
     counts = np.zeros(len(states))
     for key in range(60):
-        terms = builder_of(settings, num_steps=2, seed=key)([answer])
+        terms = builder_of(settings, trajectory_steps=2, seed=key)([answer])
         assert terms.shares.tolist() == [1.5, 1.5]
         for value in terms.values(model):
             counts[int((whole - value).abs().argmin())] += 1.5 / 60
@@ -247,8 +249,7 @@ def test_kl_identities():
     log_pi = logits.log_softmax(0)
     (exact,) = torch.autograd.grad((log_pi.exp() * (log_pi - ref)).sum(), logits, retain_graph=True)
     zeros, ones = torch.zeros(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64)
-    objective = Objective(beta=1.0)
-    k2, logged = objective.losses(log_pi, log_pi.detach(), ref, zeros, ones)
+    k2, logged = term_losses(SurrogateFlags(beta=1.0), log_pi, log_pi.detach(), ref, zeros, ones)
     (found,) = torch.autograd.grad((log_pi.detach().exp() * k2).sum(), logits, retain_graph=True)
     torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(logged["kl"], (log_pi - ref).detach() ** 2 / 2)
@@ -291,8 +292,13 @@ def test_the_surrogate_clips_as_ppo_does():
     for sign in (1.0, -1.0):
         new = ratios.log().requires_grad_()
         advantages = torch.full_like(ratios, sign)
-        losses, logged = Objective(epsilon=0.2, epsilon_high=0.3).losses(
-            new, torch.zeros_like(ratios), None, advantages, torch.ones_like(ratios)
+        losses, logged = term_losses(
+            SurrogateFlags(epsilon=0.2, epsilon_high=0.3),
+            new,
+            torch.zeros_like(ratios),
+            None,
+            advantages,
+            torch.ones_like(ratios),
         )
         (gradient,) = torch.autograd.grad(losses.sum(), new)
         if sign > 0:
@@ -310,9 +316,7 @@ def test_the_surrogate_clips_as_ppo_does():
 def test_loss_types_against_their_definitions(loss_type):
     lengths = [3, 1, 4]
     per_token = [np.arange(1, n + 1) / (i + 1) for i, n in enumerate(lengths)]
-    weights, count = Objective(loss_type=loss_type).weights(
-        torch.tensor(lengths, dtype=torch.float64), longest=5
-    )
+    weights, count = term_weights(loss_type, torch.tensor(lengths, dtype=torch.float64), longest=5)
     found = sum(float(w) * values.sum() for w, values in zip(weights, per_token, strict=True)) / count
     expected = {
         "grpo": np.mean([values.mean() for values in per_token]),
@@ -330,12 +334,12 @@ def test_the_policy_that_sampled_has_ratio_one_and_kl_zero_exactly(estimator):
     terms = builder_of(settings, estimator=estimator, micro_batch_size=4)(answers)
     values = terms.values(model)
     advantages = torch.linspace(-1, 1, len(answers), dtype=torch.float64)
-    objective = Objective(beta=0.1)
+    flags = SurrogateFlags(beta=0.1)
     batch = GroupBatch(
         terms=terms, advantages=advantages, weights=torch.ones_like(advantages), old=values, ref=values,
         num_units=1.0, record_ids=[],
     )  # fmt: skip
-    loss = grpo_loss(model, batch, float(terms.shares.sum()), objective=objective)
+    loss = grpo_loss(model, batch, float(terms.shares.sum()), flags=flags)
     model.zero_grad()
     for part in loss.parts:
         part().backward()
@@ -346,7 +350,7 @@ def test_the_policy_that_sampled_has_ratio_one_and_kl_zero_exactly(estimator):
     assert float(loss.value) == pytest.approx(-mean, abs=1e-12)
 
     batch.old = batch.ref = None  # nothing needs to be known, and the gradient is the same
-    production = grpo_loss(model, batch, float(terms.shares.sum()), objective=objective)
+    production = grpo_loss(model, batch, float(terms.shares.sum()), flags=flags)
     model.zero_grad()
     for part in production.parts:
         part().backward()

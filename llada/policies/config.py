@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from llada.data.answers import EOS
+from llada.data.chat import LONG
+from llada.diffusion.bound_estimator import SIZE_LAWS
 from llada.flags import flag
 from llada.run import Run
 from llada.training.config import TrainConfig
@@ -30,11 +33,27 @@ class OlderFlags:
 
 
 DEFAULT_LORA_RANK = 128
+LIKELIHOODS = ("elbo", "trajectory", "diffu")
+BASELINES = ("group_mean", "leave_one_out")
+SCALES = ("group", "batch", "none")
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+
+
+@dataclass(kw_only=True)
+class ReferenceFlags:
+    """Flags of the stages whose loss compares the policy with a reference."""
+
+    ref_model_name_or_path: str | None = flag(
+        None,
+        help="Checkpoint of the reference; default the policy as it starts (with fresh LoRA adapters these "
+        "are switched off, otherwise a second copy is loaded).",
+        aliases=["ref_pretrain", "ref_model"],
+    )
 
 
 @dataclass(kw_only=True)
 class PolicyConfig(TrainConfig):
-    """Flags of every stage that trains a policy against a reference."""
+    """Flags of every stage that trains a policy."""
 
     output_dir: str = flag(
         help="Folder of the run: step-N states, final/, best/, metrics.jsonl, results.json.",
@@ -43,12 +62,6 @@ class PolicyConfig(TrainConfig):
     model_name_or_path: str = flag(help="Checkpoint that the policy starts from.", aliases=["pretrain"])
     sft_adapter_path: str | None = flag(
         None, help="LoRA adapter on it; training continues this adapter.", aliases=["sft_adapter"]
-    )
-    ref_model_name_or_path: str | None = flag(
-        None,
-        help="Checkpoint of the reference; default the policy as it starts (with fresh LoRA adapters these "
-        "are switched off, otherwise a second copy is loaded).",
-        aliases=["ref_pretrain", "ref_model"],
     )
     n_mc_samples: int = flag(8, help="Masks per answer and step (K).", aliases=["n_mc", "num_mc"])
     learning_rate: float = flag(1e-6, help="Peak learning rate.", aliases=["lr"])
@@ -117,3 +130,116 @@ class PolicyConfig(TrainConfig):
         self.use_lora = self.use_lora or self.lora_r > 0 or self.sft_adapter_path is not None
         if self.use_lora and self.lora_r == 0:
             self.lora_r = DEFAULT_LORA_RANK
+
+
+@dataclass(kw_only=True)
+class PairConfig(PolicyConfig):
+    """Flags of every stage that learns from pairs of answers; see llada/policies/pairs.py."""
+
+    train_data_path: list[str] = flag(help="Files of preference pairs.", aliases=["dataset"])
+    eval_data_path: list[str] | None = flag(
+        None, help="Pairs for validation: loss, accuracy and margin.", aliases=["eval_dataset"]
+    )
+    prompt_key: str = flag("prompt", help="Field of the prompt.")
+    chosen_key: str = flag("chosen", help="Field of the preferred answer.")
+    rejected_key: str = flag("rejected", help="Field of the other answer.")
+    eos: str = flag(
+        "one",
+        help="What ends an answer: its end-of-turn token and one EOS, these and EOS that count up to "
+        "--max_length, nothing, or ELBO-KTO's attended EOS padding up to --max_length.",
+        choices=EOS,
+    )
+    long: str = flag(
+        "error",
+        help="Answers beyond --max_length: stop, drop and count, or cut and count.",
+        choices=LONG,
+    )
+    estimator: str = flag(
+        "stratified",
+        help="How masks are drawn: sizes spread evenly, independently (VRPO), or in complementary pairs.",
+        choices=["stratified", "iid", "complementary"],
+    )
+    l_sampling: str = flag(
+        "auto",
+        help="Law of the mask sizes: uniform, or small ones more often (inv_sqrt), with less noise, which is "
+        "the default of --estimator stratified.",
+        choices=["auto", *SIZE_LAWS],
+    )
+    dataset_probs: float = flag(1.0, help="Accepted; several files are read one after the other.")
+
+    def settle(self, run: Run) -> None:
+        super().settle(run)
+        if self.l_sampling == "auto":
+            self.l_sampling = "inv_sqrt" if self.estimator == "stratified" else "uniform"
+
+
+@dataclass(kw_only=True)
+class LikelihoodFlags:
+    """Flags of GRPO: the log-likelihood that is raised, and its terms (likelihood_terms.py)."""
+
+    estimator: str = flag("elbo", help="The likelihood that is raised.", choices=LIKELIHOODS)
+    n_mc_samples: int = flag(2, help="elbo: masks per completion (K).", aliases=["n_mc", "num_mc"])
+    mask_plan: str = flag(
+        "stratified",
+        help="elbo: mask sizes spread evenly, drawn independently, or complementary pairs (ESPO).",
+        choices=["stratified", "iid", "complementary"],
+    )
+    l_sampling: str = flag(
+        "inv_sqrt", help="elbo: law of the mask sizes; inv_sqrt has less noise.", choices=SIZE_LAWS
+    )
+    eos: str = flag(
+        "one",
+        help="elbo, diffu: what ends an answer: the end token that was sampled; or that, and EOS that count "
+        "up to the end of the canvas, for models trained with --eos_padding.",
+        choices=["one", "filled"],
+    )
+    trajectory_steps: int = flag(
+        0, help="trajectory: score so many random steps of a completion, weighted up; 0 = all."
+    )
+    order_term: bool = flag(True, help="trajectory: count which positions were decided, not only the tokens.")
+    p_mask_prompt: float = flag(0.15, help="diffu: share of the prompt that is masked.")
+
+
+@dataclass(kw_only=True)
+class SurrogateFlags:
+    """Flags of GRPO: the loss of a term (grpo.py)."""
+
+    beta: float = flag(0.0, help="Weight of the KL to the reference (k2); 0: no reference is loaded.")
+    epsilon: float = flag(0.2, help="Ratios count up to 1 + epsilon, and down to 1 - epsilon.")
+    epsilon_high: float | None = flag(None, help="The upper limit's own value; default epsilon.")
+    loss_type: str = flag(
+        "grpo",
+        help="Mean over completions (grpo), over all terms of the global batch (dapo, bnpo), or sum over "
+        "terms / --gen_length (dr_grpo).",
+        choices=LOSS_TYPES,
+    )
+
+
+@dataclass(kw_only=True)
+class GroupFlags:
+    """Flags of GRPO: groups of completions, and what each is worth (rollouts.py)."""
+
+    num_generations: int = flag(
+        8, help="Completions per prompt (G).", aliases=["group_size", "num_samples_per_prompt"]
+    )
+    rollout_batch_size: int = flag(256, help="Sequences sampled together on a device.")
+    num_iterations: int = flag(1, help="Steps that learn from the same completions (mu).")
+    scale_rewards: str = flag(
+        "none",
+        help="Divide advantages by the standard deviation of the group, of the batch, or not.",
+        choices=[*SCALES, "true", "false"],
+    )
+    advantages: str = flag(
+        "leave_one_out", help="What a reward is compared with in its group.", choices=BASELINES
+    )
+    negative_weight: float = flag(
+        1.0,
+        help="Factor of advantages below 0. elbo pushes a bad answer down under masks that never led to it, "
+        "which can harm a good model: then give less; 0 learns from what beat its group alone.",
+    )
+    log_completions: bool = flag(True, help="Write every completion to completions.jsonl.")
+
+
+@dataclass(kw_only=True)
+class GrpoConfig(LikelihoodFlags, SurrogateFlags, GroupFlags, ReferenceFlags, PolicyConfig):
+    """Flags of GRPO but for those of the sampler and the rewards."""

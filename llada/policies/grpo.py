@@ -26,13 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llada.policies.config import SurrogateFlags
 from llada.policies.likelihood_terms import Terms
 from llada.run import Sums
 from llada.training.loop import LossParts
 
-BASELINES = ("group_mean", "leave_one_out")
-SCALES = ("group", "batch", "none")
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 STD_EPSILON = 1e-4  # TRL's
 
 
@@ -62,49 +60,41 @@ def group_advantages(
     return (centred if scale == "none" else centred / (std + STD_EPSILON)).reshape(-1)
 
 
-@dataclass(frozen=True)
-class Objective:
-    """The options of the surrogate."""
+def term_weights(loss_type: str, lengths: Tensor, *, longest: int) -> tuple[Tensor, float]:
+    """([N] weight of a completion's every term, what this rank adds to the units).
 
-    epsilon: float = 0.2
-    epsilon_high: float | None = None  # None: epsilon
-    beta: float = 0.0
-    loss_type: str = "grpo"
+    grpo: mean over completions of the mean over terms. dapo, bnpo: mean over all terms of the global batch.
+    dr_grpo: sum over terms / (completions x longest).
+    """
+    if loss_type == "grpo":
+        return 1.0 / lengths, float(len(lengths))
+    if loss_type == "dr_grpo":
+        return torch.full_like(lengths, 1.0 / longest), float(len(lengths))
+    return torch.ones_like(lengths), float(lengths.sum())
 
-    def weights(self, lengths: Tensor, *, longest: int) -> tuple[Tensor, float]:
-        """([N] weight of a completion's every term, what this rank adds to the units).
 
-        grpo: mean over completions of the mean over terms. dapo, bnpo: mean over all terms of the global
-        batch. dr_grpo: sum over terms / (completions x longest).
-        """
-        if self.loss_type == "grpo":
-            return 1.0 / lengths, float(len(lengths))
-        if self.loss_type == "dr_grpo":
-            return torch.full_like(lengths, 1.0 / longest), float(len(lengths))
-        return torch.ones_like(lengths), float(lengths.sum())
-
-    def losses(
-        self, new: Tensor, old: Tensor, ref: Tensor | None, advantages: Tensor, sizes: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """([T] loss of each term before its weight, [T] values to log)."""
-        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-        ratio = ((new - old) / sizes).exp()
-        clipped = ratio.clamp(1 - self.epsilon, 1 + high)
-        losses = -torch.minimum(ratio * advantages, clipped * advantages)
-        seen = ratio.detach()
-        low_clip = (seen < 1 - self.epsilon) & (advantages < 0)
-        high_clip = (seen > 1 + high) & (advantages > 0)
-        logged = {
-            "ratio/mean": seen,
-            "clip_ratio/low_mean": low_clip.double(),
-            "clip_ratio/high_mean": high_clip.double(),
-            "clip_ratio/region_mean": (low_clip | high_clip).double(),
-        }
-        if ref is not None:
-            kl = (new - ref) ** 2 / (2 * sizes)
-            losses = losses + self.beta * kl
-            logged["kl"] = kl.detach()
-        return losses, logged
+def term_losses(
+    flags: SurrogateFlags, new: Tensor, old: Tensor, ref: Tensor | None, advantages: Tensor, sizes: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """([T] loss of each term before its weight, [T] values to log)."""
+    high = flags.epsilon if flags.epsilon_high is None else flags.epsilon_high
+    ratio = ((new - old) / sizes).exp()
+    clipped = ratio.clamp(1 - flags.epsilon, 1 + high)
+    losses = -torch.minimum(ratio * advantages, clipped * advantages)
+    seen = ratio.detach()
+    low_clip = (seen < 1 - flags.epsilon) & (advantages < 0)
+    high_clip = (seen > 1 + high) & (advantages > 0)
+    logged = {
+        "ratio/mean": seen,
+        "clip_ratio/low_mean": low_clip.double(),
+        "clip_ratio/high_mean": high_clip.double(),
+        "clip_ratio/region_mean": (low_clip | high_clip).double(),
+    }
+    if ref is not None:
+        kl = (new - ref) ** 2 / (2 * sizes)
+        losses = losses + flags.beta * kl
+        logged["kl"] = kl.detach()
+    return losses, logged
 
 
 @dataclass
@@ -138,7 +128,7 @@ class GroupBatch:
 
 
 def grpo_loss(
-    model: torch.nn.Module, batch: GroupBatch, total_units: float, *, objective: Objective
+    model: torch.nn.Module, batch: GroupBatch, total_units: float, *, flags: SurrogateFlags
 ) -> LossParts:
     """This rank's share of the surrogate, of a global batch of `total_units` units."""
     terms = batch.terms
@@ -150,7 +140,7 @@ def grpo_loss(
     def loss_of(new: Tensor, which: slice) -> Tensor:
         old = new.detach() if batch.old is None else batch.old[which]
         ref = None if batch.ref is None else batch.ref[which]
-        losses, logged = objective.losses(new, old, ref, advantages[which], terms.sizes[which])
+        losses, logged = term_losses(flags, new, old, ref, advantages[which], terms.sizes[which])
         for name, values in logged.items():
             total, count = sums.get(name, (0.0, 0.0))
             sums[name] = (

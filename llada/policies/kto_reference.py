@@ -38,13 +38,13 @@ from llada.resumable import refuse_changes
 class BrefRecord:
     """A record that can be learned from; `where` is its "file:line".
 
-    masks: [K, T] bool, those that `reference` = B_ref was averaged over, in nats.
+    masks: [K, T] bool, those that `b_ref` was averaged over, in nats.
     """
 
     where: str
     tokens: Tokens
     masks: np.ndarray
-    reference: float
+    b_ref: float
     is_desirable: bool
 
 
@@ -103,8 +103,8 @@ def read_bref(
         if found.tokens is None or not any(record["l_values"]):  # precompute_bref.py --long drop left it out
             continue
         masks = find_masks(record, len(found.tokens.answer), num_draws, where, verify=verify)
-        reference = float(record["B_ref"][str(num_draws)])
-        records.append(BrefRecord(where, found.tokens, masks, reference, item.label))
+        b_ref = float(record["B_ref"][str(num_draws)])
+        records.append(BrefRecord(where, found.tokens, masks, b_ref, item.label))
     return BrefFile(records, made_with, settings["eos"], settings["max_length"])
 
 

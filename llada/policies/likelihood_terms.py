@@ -34,10 +34,9 @@ from llada.diffusion.likelihood import Request
 from llada.diffusion.masking import generator
 from llada.diffusion.sampler_likelihood import StateBatch, batch_log_probs, collate_states, replay
 from llada.models import SpecialIds
+from llada.policies.config import LikelihoodFlags
 from llada.run import max_over_ranks
 from modelling_final import LLaDAGenerationConfig
-
-ESTIMATORS = ("elbo", "trajectory", "diffu")
 
 LossOf = Callable[[Tensor, slice], Tensor]
 """(log-likelihoods of some terms, which ones) -> their share of the loss; also notes what is logged."""
@@ -189,99 +188,79 @@ class TermBuilder:
 
     Attributes:
         micro_batch_size: sequences a forward.
-        num_draws, mask_plan, size_law: of `elbo`, as in `plan_masks`.
-        num_steps: of `trajectory`: steps scored of each completion, a random subset; 0 = all.
-        order_term: of `trajectory`.
-        p_mask_prompt: of `diffu`: share of the prompt's tokens that is masked too.
-        fills_canvas: of `elbo` and `diffu`: an answer that has ended is filled up to the canvas with EOS
-            tokens that count, for models trained with --eos_padding.
     """
 
-    estimator: str
+    flags: LikelihoodFlags
     settings: LLaDAGenerationConfig
     ids: SpecialIds
     seed: int
     micro_batch_size: int
-    num_draws: int = 2
-    mask_plan: str = "stratified"
-    size_law: str = "uniform"
-    num_steps: int = 0
-    order_term: bool = True
-    p_mask_prompt: float = 0.15
-    fills_canvas: bool = False
 
     def __call__(self, answers: Sequence[Answer]) -> Terms:
         """The terms of these completions, those of one after another."""
-        if self.estimator == "trajectory":
+        if self.flags.estimator == "trajectory":
             return self._steps(answers)
-        return self._elbo(answers) if self.estimator == "elbo" else self._tokens(answers)
+        return self._elbo(answers) if self.flags.estimator == "elbo" else self._tokens(answers)
 
     def lengths(self, answers: Sequence[Answer]) -> Tensor:
-        """[N] float64: terms of each completion, those that `num_steps` leaves out included."""
+        """[N] float64: terms of each completion, those that --trajectory_steps leaves out included."""
         count = {
             "elbo": lambda answer: 1,
             "trajectory": lambda answer: len(answer.trace),
             "diffu": lambda answer: len(self._filled(answer.answer)),
-        }[self.estimator]
+        }[self.flags.estimator]
         return torch.tensor([count(answer) for answer in answers], dtype=torch.float64)
 
     def _filled(self, answer: Sequence[int]) -> tuple[int, ...]:
-        padding = self.settings.gen_length - len(answer) if self.fills_canvas else 0
+        padding = self.settings.gen_length - len(answer) if self.flags.eos == "filled" else 0
         return (*answer, *[self.ids.eos] * padding)
 
+    def _chunks(self, items: Sequence[Any]) -> list[Sequence[Any]]:
+        size = self.micro_batch_size
+        return [items[start : start + size] for start in range(0, len(items), size)]
+
     def _elbo(self, answers: Sequence[Answer]) -> ElboTerms:
+        flags = self.flags
         requests = [Request(tuple(a.prompt), self._filled(a.answer), a.key) for a in answers]
-        plans = plan_draws(
-            requests, self.num_draws, self.seed, "grpo", estimator=self.mask_plan, size_law=self.size_law
-        )
-        chunks = []
-        for start in range(0, len(requests), self.micro_batch_size):
-            own = slice(start, start + self.micro_batch_size)
-            chunks.append(
-                make_draws(
-                    requests[own], plans[own], self.num_draws, mask_id=self.ids.mask, pad_id=self.ids.pad
-                )
-            )
+        law = {"estimator": flags.mask_plan, "size_law": flags.l_sampling}
+        plans = plan_draws(requests, flags.n_mc_samples, self.seed, "grpo", **law)
+        tokens = {"mask_id": self.ids.mask, "pad_id": self.ids.pad}
+        chunks = [
+            make_draws(own, own_plans, flags.n_mc_samples, **tokens)
+            for own, own_plans in zip(self._chunks(requests), self._chunks(plans), strict=True)
+        ]
         return ElboTerms(chunks, [len(request.answer) for request in requests])
 
     def _tokens(self, answers: Sequence[Answer]) -> TokenTerms:
-        noised = []
+        rows = []
         for n, answer in enumerate(answers):
             prompt, filled = np.asarray(answer.prompt, dtype=np.int64), self._filled(answer.answer)
-            hidden = generator(self.seed, "prompt mask", answer.key).random(len(prompt)) < self.p_mask_prompt
-            tokens = np.concatenate([np.where(hidden, self.ids.mask, prompt), filled]).astype(np.int64)
+            chance = generator(self.seed, "prompt mask", answer.key).random(len(prompt))
+            hidden = np.where(chance < self.flags.p_mask_prompt, self.ids.mask, prompt)
+            tokens = np.concatenate([hidden, filled]).astype(np.int64)
             is_answer = np.arange(len(tokens)) >= len(prompt)
-            noised.append(Noised(Example(tokens, is_answer, weight=1.0, num_units=1.0), is_answer, 1.0, n))
-        size = self.micro_batch_size
-        chunks = [
-            collate(
-                [[item] for item in noised[start : start + size]], mask_id=self.ids.mask, pad_id=self.ids.pad
-            )
-            for start in range(0, len(noised), size)
-        ]
-        return TokenTerms(chunks, [int(item.is_masked.sum()) for item in noised])
+            rows.append([Noised(Example(tokens, is_answer, weight=1.0, num_units=1.0), is_answer, 1.0, n)])
+        chunks = [collate(own, mask_id=self.ids.mask, pad_id=self.ids.pad) for own in self._chunks(rows)]
+        return TokenTerms(chunks, [int(item.is_masked.sum()) for (item,) in rows])
 
     def _steps(self, answers: Sequence[Answer]) -> StepTerms:
         states, owners, shares = [], [], []
         for n, answer in enumerate(answers):
             found = replay(answer.prompt, answer.trace, self.settings, mask_id=self.ids.mask)
             chosen = np.arange(len(found))
-            if 0 < self.num_steps < len(found):
+            if 0 < self.flags.trajectory_steps < len(found):
                 random = generator(self.seed, "steps", answer.key)
-                chosen = np.sort(random.choice(chosen, self.num_steps, replace=False))
+                chosen = np.sort(random.choice(chosen, self.flags.trajectory_steps, replace=False))
             states += [found[i] for i in chosen]
             owners += [n] * len(chosen)
             shares += [len(found) / len(chosen)] * len(chosen)
-        size = self.micro_batch_size
-        own = -(-len(states) // size)
+        own = len(self._chunks(states))
         most = int(max_over_ranks(own))
         # every rank takes part in as many forwards, or sharded ones would wait for ever
-        padding = size * most - len(states) if most > own else 0
+        padding = self.micro_batch_size * most - len(states) if most > own else 0
         states += states[:1] * padding
         owners += owners[:1] * padding
         shares += [0.0] * padding
-        chunks = [
-            collate_states(states[start : start + size], pad_id=self.ids.pad)
-            for start in range(0, len(states), size)
-        ]
-        return StepTerms(chunks, owners, shares, self.settings, mask_id=self.ids.mask, order=self.order_term)
+        chunks = [collate_states(part, pad_id=self.ids.pad) for part in self._chunks(states)]
+        order = self.flags.order_term
+        return StepTerms(chunks, owners, shares, self.settings, mask_id=self.ids.mask, order=order)

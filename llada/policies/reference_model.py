@@ -2,38 +2,34 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from llada.diffusion.bound_gradient import Draws, adapter_off, disable_dropout, draw_values
+from llada.diffusion.bound_gradient import adapter_off, disable_dropout, draw_values
 from llada.models import has_fresh_adapter, load_model, start_model
 from llada.policies.answer_stream import AnswerStream
 from llada.policies.config import PolicyConfig
 from llada.run import Run, autocast, sum_over_ranks
 from llada.training.parallel import parallelize
 
-Reference = Callable[[torch.nn.Module, Sequence[Draws]], Tensor]
-"""(policy, draws) -> [K, N] what `draw_values` gives for the reference."""
+Reference = Callable[[torch.nn.Module], AbstractContextManager[torch.nn.Module]]
+"""policy -> a context that holds the reference model."""
 
 
 def make_reference(config: PolicyConfig, run: Run) -> Reference:
-    """A function that scores draws under --ref_model_name_or_path, or under the policy as it starts.
+    """Where the reference is found: --ref_model_name_or_path, or the policy as it starts.
 
     The latter needs a second copy of the weights, except with fresh LoRA adapters, which are switched off
-    instead. Adapters that training starts from are not fresh: without them the model would be another one.
+    instead.
     """
+    # Adapters that training starts from are not fresh: without them the model would be another one.
     if config.ref_model_name_or_path is None and has_fresh_adapter(config):
-
-        def without_adapter(policy: torch.nn.Module, chunks: Sequence[Draws]) -> Tensor:
-            with adapter_off(policy):
-                return draw_values(policy, chunks)
-
-        return without_adapter
+        return _without_adapter
     model = load_frozen(config)
     if config.shard == "none":
         model.to(run.device)
@@ -41,7 +37,13 @@ def make_reference(config: PolicyConfig, run: Run) -> Reference:
         model = parallelize(
             model, run, shard=config.shard, dtype=config.dtype, cpu_offload=config.cpu_offload
         )
-    return lambda _, chunks: draw_values(model, chunks)
+    return lambda _: nullcontext(model)
+
+
+@contextmanager
+def _without_adapter(policy: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    with adapter_off(policy):
+        yield policy
 
 
 def load_frozen(config: PolicyConfig) -> torch.nn.Module:

@@ -8,8 +8,7 @@ Shapes: N completions of this rank, G of a group, T terms.
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,13 @@ from transformers import PreTrainedTokenizerBase
 from llada.data.prompts import Prompt
 from llada.diffusion.masking import generator
 from llada.diffusion.stream import records_of
-from llada.policies.grpo import GroupBatch, Objective, group_advantages
+from llada.policies.config import GrpoConfig
+from llada.policies.grpo import GroupBatch, group_advantages, term_weights
 from llada.policies.likelihood_terms import Answer, TermBuilder, Terms
+from llada.policies.reference_model import Reference
 from llada.resumable import write_atomically
 from llada.rewards.scoring import Reward, compute_rewards
-from llada.run import Run, autocast, max_over_ranks, sum_over_ranks
+from llada.run import Run, Sums, autocast, max_over_ranks, means_over_ranks, sum_over_ranks
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 
 
@@ -117,10 +118,6 @@ def _step_of(line: str) -> float:
         return math.inf  # the half-written last line of a killed run
 
 
-ReferenceModel = Callable[[torch.nn.Module], AbstractContextManager[torch.nn.Module]]
-"""policy -> a context in which the reference is there."""
-
-
 @dataclass
 class Sampler:
     """Samples and scores completions.
@@ -205,31 +202,19 @@ class RolloutStream:
 
     Attributes:
         num_groups: prompts of a global batch, a multiple of the number of ranks.
-        num_iterations: steps that learn from a rollout before the next one is made.
-        negative_weight: factor of advantages below 0.
         reference: None without a KL term.
-        dtype: precision of matrix products, as in training.
-        log_completions: write completions.jsonl.
     """
 
     sampler: Sampler
     prompts: list[Prompt]
     terms_of: TermBuilder
-    objective: Objective
-    num_groups: int
-    num_generations: int
-    num_iterations: int
-    baseline: str
-    scale_rewards: str
-    seed: int
+    config: GrpoConfig
     run: Run
-    files: RolloutFiles
-    dtype: str
-    negative_weight: float = 1.0
-    reference: ReferenceModel | None = None
-    log_completions: bool = True
+    reference: Reference | None = None
 
     def __post_init__(self) -> None:
+        self.num_groups = self.config.batch_size // self.config.num_generations
+        self._files = RolloutFiles(Path(self.config.output_dir), self.run)
         self._rollout = -1
         self._completions: list[Completion] = []
         self._metrics: dict[str, float] = {}
@@ -237,55 +222,57 @@ class RolloutStream:
 
     def __call__(self, step: int) -> list[GroupBatch]:
         """This rank's share of a step, as one batch."""
-        rollout, iteration = divmod(step, self.num_iterations)
+        rollout, iteration = divmod(step, self.config.num_iterations)
         if rollout != self._rollout:
             if iteration == 0:
                 self._completions = self._make(rollout)
             else:
                 _, places = self._prompts_of(rollout)
-                self._completions = self.files.load(rollout, places, self.num_generations)
+                self._completions = self._files.load(rollout, places, self.config.num_generations)
             self._rollout = rollout
             self._metrics = self._measure()
         return [self._batch(rollout)]
 
     def _prompts_of(self, rollout: int) -> tuple[list[Prompt], list[int]]:
         """This rank's prompts, and their places in the global batch."""
-        ids = records_of(rollout, self.num_groups, num_records=len(self.prompts), seed=self.seed)
+        ids = records_of(rollout, self.num_groups, num_records=len(self.prompts), seed=self.config.seed)
         places = list(range(self.run.rank, self.num_groups, self.run.world_size))
         return [self.prompts[ids[place][0]] for place in places], places
 
     def _make(self, rollout: int) -> list[Completion]:
         prompts, places = self._prompts_of(rollout)
-        seed = int(generator(self.seed, "rollout", rollout).integers(2**62))
-        with autocast(self.run.device, self.dtype):
+        seed = int(generator(self.config.seed, "rollout", rollout).integers(2**62))
+        with autocast(self.run.device, self.config.dtype):
             completions = self.sampler.answer(
-                prompts, places, seed=seed, num_generations=self.num_generations
+                prompts, places, seed=seed, num_generations=self.config.num_generations
             )
         rewards = np.array([math.nan if c.reward is None else c.reward for c in completions])
         advantages = group_advantages(
             rewards,
-            self.num_generations,
-            baseline=self.baseline,
-            scale=self.scale_rewards,
+            self.config.num_generations,
+            baseline=self.config.advantages,
+            scale=self.config.scale_rewards,
             batch_std=_global_std(rewards),
         )
-        advantages = np.where(advantages < 0, self.negative_weight * advantages, advantages)
+        advantages = np.where(advantages < 0, self.config.negative_weight * advantages, advantages)
         for completion, advantage in zip(completions, advantages.tolist(), strict=True):
             completion.advantage = advantage
-        if self.num_iterations > 1 or self.reference is not None:
+        if self.config.num_iterations > 1 or self.reference is not None:
             self._remember(completions, rollout)
-        if self.num_iterations > 1:  # several steps learn from it, and a run may be stopped between them
-            self.files.save(completions, rollout, num_iterations=self.num_iterations)
-        if self.log_completions:
-            self.files.log(completions, rollout * self.num_iterations, self._by_index)
+        if (
+            self.config.num_iterations > 1
+        ):  # several steps learn from it, and a run may be stopped between them
+            self._files.save(completions, rollout, num_iterations=self.config.num_iterations)
+        if self.config.log_completions:
+            self._files.log(completions, rollout * self.config.num_iterations, self._by_index)
         return completions
 
     def _remember(self, completions: list[Completion], rollout: int) -> None:
         """Log-likelihoods under the policy and the reference, before the policy changes."""
         terms = self.terms_of(self._answers(completions, rollout)).to(self.run.device)
         model = self.sampler.model
-        with autocast(self.run.device, self.dtype):
-            if self.num_iterations > 1:
+        with autocast(self.run.device, self.config.dtype):
+            if self.config.num_iterations > 1:
                 for completion, values in zip(
                     completions, _per_owner(terms, terms.values(model)), strict=True
                 ):
@@ -307,7 +294,8 @@ class RolloutStream:
         completions = self._completions
         answers = self._answers(completions, rollout)
         lengths = self.terms_of.lengths(answers)
-        weights, num_units = self.objective.weights(lengths, longest=self.sampler.settings.gen_length)
+        longest = self.sampler.settings.gen_length
+        weights, num_units = term_weights(self.config.loss_type, lengths, longest=longest)
         advantages = [c.advantage for c in completions]
         chosen = list(range(len(completions)))
         if completions[0].old is None and completions[0].ref is None:
@@ -344,29 +332,23 @@ class RolloutStream:
         """What is logged of a rollout, the same on every rank; names as in TRL."""
         completions = self._completions
         rewards = np.array([math.nan if c.reward is None else c.reward for c in completions])
-        groups = rewards.reshape(-1, self.num_generations)
-        is_flat = [len(set(group[~np.isnan(group)])) < 2 for group in groups]
-        lengths = np.array([len(c.answer) for c in completions], dtype=float)
-        columns: dict[str, np.ndarray] = {
-            "reward": rewards,
-            "frac_reward_zero_std": np.array(is_flat, dtype=float),
-            "completions/mean_length": lengths,
-            "completions/clipped_ratio": np.array([not c.has_ended for c in completions], dtype=float),
-            "nfe/mean": np.array([c.steps for c in completions], dtype=float),
+        groups = rewards.reshape(-1, self.config.num_generations)
+        columns = {
+            "reward": [c.reward for c in completions],
+            "frac_reward_zero_std": [float(len(set(group[~np.isnan(group)])) < 2) for group in groups],
+            "completions/mean_length": [float(len(c.answer)) for c in completions],
+            "completions/clipped_ratio": [float(not c.has_ended) for c in completions],
+            "nfe/mean": [float(c.steps) for c in completions],
         }
         for name in completions[0].rewards:
-            values = [c.rewards[name] for c in completions]
-            columns[f"rewards/{name}/mean"] = np.array([math.nan if v is None else v for v in values])
-        sums = [np.nansum(column) for column in columns.values()]
-        counts = [float((~np.isnan(column)).sum()) for column in columns.values()]
-        totals = sum_over_ranks([*sums, *counts])
-        means = {
-            name: total / max(count, 1.0)
-            for name, total, count in zip(
-                columns, totals[: len(columns)], totals[len(columns) :], strict=True
-            )
-        }
-        return means | {"reward_std": _global_std(rewards)}
+            columns[f"rewards/{name}/mean"] = [c.rewards[name] for c in completions]
+        return means_over_ranks(sums_of(columns)) | {"reward_std": _global_std(rewards)}
+
+
+def sums_of(columns: Mapping[str, Sequence[float | None]]) -> Sums:
+    """Sum and number of the values in each column; None is none."""
+    known = {name: [v for v in values if v is not None] for name, values in columns.items()}
+    return {name: (math.fsum(values), len(values)) for name, values in known.items()}
 
 
 def _global_std(rewards: np.ndarray) -> float:

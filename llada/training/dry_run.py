@@ -138,7 +138,7 @@ def report(
     rows_of: RowsOf,
     *,
     train: Sequence[str],
-    held_out: str | None = None,
+    held_out: str | Sequence[str] | None = None,
     weights: Sequence[float] | None = None,
     checkpoint: str | None,
     config_name: str | None = None,
@@ -174,8 +174,8 @@ def report(
          f"mask {ids.mask}, eos {ids.eos}, pad {ids.pad}, eot {ids.eot}"),
         ("data", _describe_rows(rows)),
     ]  # fmt: skip
-    if held_out is not None:
-        lines.append(("held out", _describe_rows(rows_of(held_out, tokenizer))))
+    for path in [held_out] if isinstance(held_out, str) else held_out or []:
+        lines.append(("held out", _describe_rows(rows_of(path, tokenizer))))
     lines += _describe_steps(config, rows, ranks)
     lines += _describe_cost(config, shape, parameters, rows, ranks)
     lines += _describe_memory(

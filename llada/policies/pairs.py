@@ -1,0 +1,195 @@
+"""What the stages that learn from pairs of answers share: everything but the formula of the loss.
+
+A stage is three things, and a file of some 60 lines (docs/preference_optimization.md has one in full):
+
+    its flags     a dataclass on top of `PairConfig` (and of `ReferenceFlags` if its loss has a reference)
+    its formula   a `PairLoss`: both bounds of each pair in, each pair's loss and both rewards out
+    a call        train_on_pairs(config, loss)
+
+Both answers of a pair have masks of their own, new ones in every epoch; policy and reference share them.
+
+Shapes: P pairs of this rank's share of a batch, K draws; column 0 is the chosen answer, 1 the rejected one.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from llada.data.answers import Encoding, Tokens, load_pairs
+from llada.data.messages import PAIR_KEYS
+from llada.diffusion.bound_gradient import differentiate, draw_values, gradient_parts, plan_draws
+from llada.diffusion.likelihood import Request
+from llada.policies.answer_stream import AnswerBatch, Answers, AnswerStream
+from llada.policies.config import PairConfig
+from llada.policies.reference_model import Reference, make_reference, precompute_reference
+from llada.policies.stage import PolicyStage
+from llada.run import Sums, autocast, sum_over_ranks
+from llada.training.dry_run import Rows
+from llada.training.loop import LossParts
+
+Pairs = list[tuple[Tokens, Tokens]]
+
+# Beside the flags that a stage declares itself: other masks, or another end of the answer, are another loss.
+MUST_AGREE = ("n_mc_samples", "estimator", "l_sampling", "eos")
+
+
+class PairBounds(NamedTuple):
+    """What a loss is computed from.
+
+    policy: [P, 2] float64, B of both answers in nats; the loss is differentiated with respect to it.
+    reference: [P, 2] the same of the reference, without a gradient; nan where the stage has none.
+    lengths: [P, 2] tokens of the answers.
+    """
+
+    policy: Tensor
+    reference: Tensor
+    lengths: Tensor
+
+
+PairLoss = Callable[[PairBounds], tuple[Tensor, Tensor]]
+"""-> ([P] losses, [P, 2] rewards, only logged: what the loss wants higher for the chosen answer)."""
+
+
+@dataclass(frozen=True)
+class PairStage:
+    """A pair-wise loss and where its reference is found: nowhere, in `reference`, or in the batches."""
+
+    config: PairConfig
+    loss: PairLoss
+    reference: Reference | None = None
+
+    def evaluate(self, model: torch.nn.Module, batch: AnswerBatch) -> tuple[Tensor, Tensor, Sums]:
+        """([P] losses, the leaf [P, 2] that they were computed from, sums to log)."""
+        drawn = draw_values(model, batch.chunks)
+        policy = drawn.sum(0).view(-1, 2).requires_grad_()
+        reference = batch.numbers.get("b_ref", torch.full(drawn.shape[1:], torch.nan)).view(-1, 2)
+        if self.reference is not None:
+            with self.reference(model) as frozen:
+                reference = draw_values(frozen, batch.chunks).sum(0).view(-1, 2)
+        losses, rewards = self.loss(PairBounds(policy, reference, batch.lengths.view(-1, 2)))
+        rewards = rewards.detach()
+        spread = drawn.std(0) * len(drawn) ** 0.5 if len(drawn) > 1 else torch.zeros(drawn.shape[1])
+        per_pair = {
+            "rewards/chosen": rewards[:, 0],
+            "rewards/rejected": rewards[:, 1],
+            "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).double(),
+            "rewards/margins": rewards[:, 0] - rewards[:, 1],
+            "logps/chosen": policy[:, 0].detach(),
+            "logps/rejected": policy[:, 1].detach(),
+            "elbo/std": spread.view(-1, 2).mean(1),
+        }
+        return losses, policy, {name: (float(value.sum()), len(value)) for name, value in per_pair.items()}
+
+    def step_loss(self, model: torch.nn.Module, batch: AnswerBatch, total_units: float) -> LossParts:
+        """The loss of a step, in as many parts as it has forwards."""
+        losses, policy, sums = self.evaluate(model, batch)
+        value = losses.sum() / total_units
+        coefficients = differentiate(value, policy).flatten()
+        return LossParts(value.detach(), gradient_parts(model, batch.chunks, coefficients), sums)
+
+    @torch.no_grad()
+    def validate(self, stream: AnswerStream, model: torch.nn.Module) -> dict[str, float]:
+        """Loss, accuracy and margins over the held-out pairs, under masks that never change."""
+        sums: Counter = Counter()
+        for batch, ids in stream.all_records(self.config.eval_limit):
+            with autocast(stream.run.device, self.config.dtype):
+                losses, _, found = self.evaluate(model, batch.to(stream.run.device))
+            if ids:  # else a rank without records of its own, which only forwards in step with the others
+                sums.update({name: total for name, (total, _) in found.items()})
+                sums.update({"loss": float(losses.sum()), "pairs": len(ids)})
+        names = ["loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected"]
+        count, *totals = sum_over_ranks([sums["pairs"], *(sums[name] for name in names)])
+        return {f"eval_{name}": total / count for name, total in zip(names, totals, strict=True)}
+
+
+def answers_of(
+    config: PairConfig,
+    purpose: str,
+    pairs: Pairs,
+    b_ref: np.ndarray | None,
+    record_id: int,
+    epoch: int,
+    _: int,
+) -> Answers:
+    """Both answers of a pair with their masks. Where B_ref is known it is that of epoch 0's masks."""
+    requests = [
+        Request(tokens.context, tokens.answer, f"{record_id} {side}")
+        for tokens, side in zip(pairs[record_id], ("chosen", "rejected"), strict=True)
+    ]
+    plans = plan_draws(
+        requests,
+        config.n_mc_samples,
+        config.seed,
+        purpose,
+        epoch if b_ref is None else 0,
+        estimator=config.estimator,
+        size_law=config.l_sampling,
+    )
+    return Answers(requests, plans, {} if b_ref is None else {"b_ref": b_ref[record_id].tolist()})
+
+
+def read_pairs(
+    config: PairConfig, tokenizer: PreTrainedTokenizerBase, paths: list[str], limit: int | None = None
+) -> tuple[Pairs, Counter]:
+    """The pairs of some files as tokens, and counts."""
+    encoding = Encoding(tokenizer, config.eos, config.apply_chat_template, config.max_length, config.long)
+    keys = {name: getattr(config, f"{name}_key") for name in PAIR_KEYS}
+    return load_pairs(paths, encoding, keys=keys, max_samples=limit)
+
+
+def pair_rows(config: PairConfig, path: str, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """What a dry run needs to know of a file; a row is a pair."""
+    pairs, _ = read_pairs(config, tokenizer, [path])
+    answers = sum(len(tokens.answer) for pair in pairs for tokens in pair)
+    return Rows(len(pairs), sum(len(tokens) for pair in pairs for tokens in pair), answers, is_exact=True)
+
+
+def train_on_pairs(config: PairConfig, loss: PairLoss, *, reference: str = "none") -> None:
+    """Reads the pairs, trains the policy with the loss, validates, saves, and resumes an earlier run.
+
+    Args:
+        config: the parsed flags. Those that its own class declares must agree when a run is resumed.
+        reference: `none`; `live`: the reference answers beside the policy in every step; `stored`: it scores
+            the data once, under masks that all epochs share, and is dropped.
+    """
+    stage = PolicyStage.start(
+        config, partial(pair_rows, config), train=config.train_data_path, held_out=config.eval_data_path
+    )
+    if stage is None:
+        return
+    pairs, counts = read_pairs(config, stage.tokenizer, config.train_data_path, config.max_samples)
+    if stage.run.is_main:
+        print(f"training pairs: {dict(counts)}", flush=True)
+    data = {"preference": pairs}
+    if config.eval_data_path is not None:
+        data["validation"], _ = read_pairs(config, stage.tokenizer, config.eval_data_path)
+    stage.load(len(pairs))
+
+    streams = {}
+    for purpose, records in data.items():
+        make = partial(answers_of, config, purpose, records)
+        streams[purpose] = stage.answers(partial(make, None), [max(map(len, pair)) for pair in records])
+        if reference == "stored":
+            file = Path(config.output_dir, f"reference_{purpose}.npz")
+            b_ref = precompute_reference(streams[purpose], config, stage.run, stage.model, file)
+            streams[purpose].answers_of = partial(make, b_ref)
+    of_step = PairStage(config, loss, make_reference(config, stage.run) if reference == "live" else None)
+    common = {field.name for field in fields(PairConfig)}
+    stage.train(
+        streams["preference"],
+        of_step.step_loss,
+        validate=partial(of_step.validate, streams["validation"]) if "validation" in streams else None,
+        must_agree=[*MUST_AGREE, *(field.name for field in fields(config) if field.name not in common)],
+        data={
+            "train_data_path": f"{len(pairs)} pairs, "
+            f"{sum(len(tokens) for pair in pairs for tokens in pair)} tokens"
+        },
+    )

@@ -1,0 +1,88 @@
+"""What every stage that trains a policy does around its loss: start, load, stream answers, train."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from llada.diffusion.bound_gradient import disable_dropout
+from llada.models import load_tokenizer, special_ids
+from llada.policies.answer_stream import AnswersOf, AnswerStream
+from llada.policies.config import PolicyConfig
+from llada.run import described_run, end_run, start_run
+from llada.training import dry_run as preflight
+from llada.training.loop import Loss, Stream, fit, load_trainable
+
+
+class PolicyStage:
+    """A run of DPO, KTO or GRPO on this rank: the flags, the tokenizer and, once loaded, the policy.
+
+    Attributes:
+        model, ids: the policy and its special tokens; there after `load`.
+    """
+
+    def __init__(self, config: PolicyConfig) -> None:
+        self.config = config
+        self.run = start_run(config.device, output_dir=config.output_dir)
+        self.tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, chat=True)
+
+    @classmethod
+    def start(
+        cls,
+        config: PolicyConfig,
+        rows_of: preflight.RowsOf,
+        *,
+        train: Sequence[str],
+        held_out: Sequence[str] | None,
+    ) -> "PolicyStage | None":
+        """The stage, with older spellings settled; None after a --dry_run, which has said what it found.
+
+        Args:
+            rows_of: how the stage reads a file, for the dry run.
+            train, held_out: the files.
+        """
+        config.settle(described_run(config.device))  # a dry run of 64 ranks has no peers to meet
+        if not config.dry_run:
+            return cls(config)
+        preflight.report(
+            config, rows_of, train=train, held_out=held_out, checkpoint=config.model_name_or_path, chat=True
+        )
+        return None
+
+    def load(self, num_records: int) -> None:
+        """Loads the policy. After the data, which fail in seconds where a checkpoint takes minutes."""
+        self.config.resolve(self.run, num_records)
+        self.model = load_trainable(self.config)
+        disable_dropout(self.model)
+        self.ids = special_ids(self.model.config, self.tokenizer)
+
+    def answers(self, answers_of: AnswersOf, lengths: Iterable[int]) -> AnswerStream:
+        """A stream over records of so many tokens each; see `AnswerStream`."""
+        config = self.config
+        return AnswerStream(
+            answers_of,
+            np.array(list(lengths)),
+            batch_size=config.batch_size,
+            micro_batch_size=config.micro_batch_size,
+            num_draws=config.n_mc_samples,
+            seed=config.seed,
+            run=self.run,
+            mask_id=self.ids.mask,
+            pad_id=self.ids.pad,
+            fill=(self.ids.eos, config.max_length) if config.eos == "padded" else None,
+        )
+
+    def train(
+        self, stream: Stream, loss: Loss, *, must_agree: Iterable[str], data: dict[str, str], **options: Any
+    ) -> None:
+        """The loop, and the end of the run.
+
+        Args:
+            must_agree: flags that a resumed run must share with the first one, beside those of every stage.
+            data: flag of the training data -> their description, which must agree as well.
+            options: those of `fit`.
+        """
+        agreed = {name: getattr(self.config, name) for name in must_agree}
+        common = (self.model, self.tokenizer, self.config, self.run)
+        fit(*common, stream=stream, loss=loss, fingerprint=data | agreed, **options)
+        end_run()
