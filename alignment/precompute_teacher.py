@@ -49,7 +49,8 @@ from llada.data.messages import to_messages, to_prompt
 from llada.data.records import files_of, read_records
 from llada.data.shards import Columns, Item, describe_inputs, describe_tokenizer, read_manifest, write_shards
 from llada.flags import flag, parse
-from llada.models import DTYPES, load_tokenizer
+from llada.models.checkpoints import DTYPES
+from llada.models.tokens import load_tokenizer
 
 
 @dataclass(kw_only=True)

@@ -45,7 +45,7 @@ from llada.data.rows import ConversationRows
 from llada.data.shards import describe_tokenizer, is_prepared, load_rows, read_manifest
 from llada.diffusion.distillation_losses import Objective, RowScore, accepted_length
 from llada.flags import flag, parse
-from llada.models import load_tokenizer, special_ids
+from llada.models.tokens import load_tokenizer, special_ids
 from llada.run import Run, Sums, autocast, end_run, start_run, sum_over_ranks
 from llada.training import dry_run as preflight
 from llada.training.config import TrainConfig

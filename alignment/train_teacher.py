@@ -26,7 +26,9 @@ from llada.data.shards import row_lengths
 from llada.diffusion.batches import Example, MaskedBatch, Noised
 from llada.diffusion.stream import MaskedStream
 from llada.flags import flag, parse
-from llada.models import SpecialIds, load_tokenizer, new_config, resolve_checkpoint
+from llada.models.building import new_config
+from llada.models.checkpoints import resolve_checkpoint
+from llada.models.tokens import SpecialIds, load_tokenizer
 from llada.run import end_run, start_run
 from llada.training.config import TrainConfig
 from llada.training.loop import fit

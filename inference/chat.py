@@ -34,7 +34,8 @@ from llada.data.records import read_records
 from llada.flags import flag, parse
 from llada.inference.denoising_view import DenoisingView, clean
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
-from llada.models import load_model, load_tokenizer, special_ids
+from llada.models.checkpoints import load_model
+from llada.models.tokens import load_tokenizer, special_ids
 from llada.run import start_run
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 

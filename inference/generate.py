@@ -37,7 +37,8 @@ from llada.data.prompts import Prompt, PromptFlags
 from llada.diffusion.likelihood import Request, score
 from llada.flags import flag, parse
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
-from llada.models import describe_checkpoint, load_for_inference
+from llada.models.building import load_for_inference
+from llada.models.checkpoints import describe_checkpoint
 from llada.resumable import ResumableJob, write_atomically
 from llada.rewards.verifiers import final_answer
 from llada.run import Run, barrier, end_run, start_processes, start_run

@@ -35,7 +35,8 @@ from transformers import PreTrainedTokenizerBase
 from llada.autoregressive.causal_lm import describe_causal_lm, load_causal_lm, prompt_ids
 from llada.data.prompts import Prompt, PromptFlags
 from llada.flags import flag, parse
-from llada.models import describe_checkpoint, end_ids, load_model, load_tokenizer, special_ids
+from llada.models.checkpoints import describe_checkpoint, load_model
+from llada.models.tokens import end_ids, load_tokenizer, special_ids
 from llada.resumable import ResumableJob, write_atomically
 from llada.run import barrier, end_run, start_run
 from llada.speculative.bridge import BRIDGES, Bridge

@@ -154,3 +154,11 @@ def write_yaml(config: Any, path: str | Path) -> None:
     """Writes the config so that `--config path` reproduces the run."""
     values = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
     Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def new_folder(flag_name: str, path: str | Path) -> Path:
+    """The folder that a script is to make; ValueError where there already is something."""
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{flag_name} {folder}: exists and is not empty; give a new folder")
+    return folder

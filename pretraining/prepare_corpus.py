@@ -18,7 +18,7 @@ from llada.data.prepared import PrepareFlags
 from llada.data.records import TEXT_DOCUMENTS
 from llada.data.rows import ROWS, CorpusRows
 from llada.flags import flag, parse
-from llada.models import load_tokenizer
+from llada.models.tokens import load_tokenizer
 
 
 @dataclass(kw_only=True)

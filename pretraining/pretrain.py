@@ -34,7 +34,8 @@ from llada.diffusion.losses import masked_diffusion_loss
 from llada.diffusion.masking import generator
 from llada.diffusion.stream import Curriculum, MaskedStream
 from llada.flags import flag, parse
-from llada.models import ROPE_SCALING, RopeScaling, load_config, load_tokenizer, special_ids
+from llada.models.checkpoints import ROPE_SCALING, RopeScaling, load_config
+from llada.models.tokens import load_tokenizer, special_ids
 from llada.run import end_run, start_run
 from llada.training import dry_run as preflight
 from llada.training.config import TrainConfig

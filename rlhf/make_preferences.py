@@ -34,7 +34,8 @@ from llada.data.prompts import Prompt, read_prompts
 from llada.diffusion.masking import generator
 from llada.flags import flag, parse
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
-from llada.models import describe_checkpoint, load_for_inference
+from llada.models.building import load_for_inference
+from llada.models.checkpoints import describe_checkpoint
 from llada.resumable import ResumableJob, write_atomically
 from llada.rewards.flags import RewardFlags
 from llada.rewards.scoring import Reward, compute_rewards

@@ -35,7 +35,8 @@ from llada.data.records import input_files
 from llada.diffusion.bound_gradient import draw_values, make_draws
 from llada.diffusion.likelihood import Request
 from llada.flags import flag, parse
-from llada.models import load_model, load_tokenizer
+from llada.models.checkpoints import load_model
+from llada.models.tokens import load_tokenizer
 from llada.policies.kto_reference import (
     base_seed,
     draw_masks,

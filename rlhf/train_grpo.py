@@ -40,7 +40,7 @@ from llada.data.prompts import Prompt, prompt_file, read_prompts
 from llada.diffusion.sampler_likelihood import check_settings
 from llada.flags import flag, parse
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
-from llada.models import load_config
+from llada.models.checkpoints import load_config
 from llada.policies.config import GrpoConfig, OlderFlags
 from llada.policies.grpo import grpo_loss
 from llada.policies.likelihood_terms import TermBuilder

@@ -37,7 +37,8 @@ from transformers import (
 )
 
 from llada.flags import flag, parse
-from llada.models import DTYPES, SPECIAL_TOKENS, resolve_checkpoint, save_model
+from llada.models.checkpoints import DTYPES, resolve_checkpoint, save_model
+from llada.models.tokens import SPECIAL_TOKENS
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
 # Shapes: B sequences, L positions, R rows of the source's embedding, E rows of ours, D width.

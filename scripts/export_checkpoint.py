@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from llada.flags import flag, parse, read_yaml
-from llada.models import DTYPES, build_model, load_tokenizer, save_model
+from llada.flags import flag, new_folder, parse, read_yaml
+from llada.models.building import build_model
+from llada.models.checkpoints import DTYPES, save_model
+from llada.models.tokens import load_tokenizer
 from llada.training.checkpoint import find_resume, load_weights, read_meta
 
 
@@ -32,9 +34,7 @@ class Config:
 def main(argv: list[str] | None = None) -> None:
     """Exports one state."""
     config = parse(Config, argv, description=__doc__)
-    run, output_dir = Path(config.run), Path(config.output_dir)
-    if output_dir.exists():
-        raise ValueError(f"--output_dir {output_dir}: exists; give a new folder")
+    run, output_dir = Path(config.run), new_folder("--output_dir", config.output_dir)
     if not (run / "config.yaml").is_file():
         raise ValueError(f"--run {run}: no config.yaml there; give the --output_dir of a training run")
     state = run / f"step-{config.step}" if config.step is not None else find_resume(run, "auto")

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from llada.data.messages import to_messages
 from llada.data.records import read_records
 from llada.flags import flag, parse
-from llada.models import CHAT_TEMPLATE, SPECIAL_TOKENS
+from llada.models.tokens import CHAT_TEMPLATE, SPECIAL_TOKENS
 
 NUM_BYTES = 256
 

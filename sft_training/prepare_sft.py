@@ -17,7 +17,7 @@ from llada.data.chat import LONG, TURNS
 from llada.data.prepared import PrepareFlags
 from llada.data.rows import ConversationRows
 from llada.flags import flag, parse
-from llada.models import load_tokenizer
+from llada.models.tokens import load_tokenizer
 
 
 @dataclass(kw_only=True)

@@ -33,7 +33,7 @@ from llada.diffusion.batches import Example
 from llada.diffusion.losses import masked_diffusion_loss
 from llada.diffusion.stream import MaskedStream
 from llada.flags import flag, parse
-from llada.models import load_tokenizer, special_ids
+from llada.models.tokens import load_tokenizer, special_ids
 from llada.run import end_run, start_run
 from llada.training import dry_run as preflight
 from llada.training.config import TrainConfig

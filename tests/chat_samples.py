@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from conftest import load_script
-from llada.models import CHAT_TEMPLATE
+from llada.models.tokens import CHAT_TEMPLATE
 
 # The template of LLaDA-8B-Base, -Instruct and LLaDA-1.5: it appends the assistant's header whatever is asked.
 PUBLISHED = (

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from llada.models import attach_lora
+from llada.models.building import attach_lora
 from llada.training.config import TrainConfig
 from llada.training.cost import Ranks, block_bytes, count_parameters, memory
 from llada.training.parallel import wrap_blocks

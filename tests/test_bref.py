@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from llada.models import describe_checkpoint
+from llada.models.checkpoints import describe_checkpoint
 from llada.policies.kto_reference import (
     base_seed,
     check_fingerprint,

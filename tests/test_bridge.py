@@ -7,7 +7,7 @@ import torch
 
 from conftest import ROOT, load_script
 from llada.autoregressive.vocabulary import TokenBytes
-from llada.models import load_tokenizer
+from llada.models.tokens import load_tokenizer
 from llada.speculative.acceptance import KeyedDraws
 from llada.speculative.bridge import Bridge, GrowingText
 from llada.speculative.decoder import SpeculativeDecoder, SpeculativeStats, ends_with

@@ -15,7 +15,7 @@ from chat_samples import (
     small_tokenizer,
 )
 from llada.data.chat import drops_system, encode_conversation, render_prompt, split_conversation
-from llada.models import CHAT_TEMPLATE
+from llada.models.tokens import CHAT_TEMPLATE
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from conftest import load_script
 from llada.data.chat import render_prompt
 from llada.inference import denoising_view
 from llada.inference.denoising_view import DenoisingView, clean, spell, wrap
-from llada.models import load_tokenizer
+from llada.models.tokens import load_tokenizer
 
 QUICK = ["--gen_length", "8", "--steps", "4", "--block_length", "4", "--device", "cpu"]
 

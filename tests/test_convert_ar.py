@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from conftest import load_script
-from llada.models import load_model, load_tokenizer, special_ids
+from llada.models.checkpoints import load_model
+from llada.models.tokens import load_tokenizer, special_ids
 from modelling_final import LLaDAModelLM
 
 convert_ar = load_script("scripts/convert_ar.py")

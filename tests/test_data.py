@@ -12,7 +12,7 @@ from llada.data.chat import render_prompt
 from llada.data.prepared import interleave, load, prepare
 from llada.data.rows import ConversationRows, CorpusRows
 from llada.data.shards import load_rows, read_manifest
-from llada.models import CHAT_TEMPLATE, load_tokenizer
+from llada.models.tokens import CHAT_TEMPLATE, load_tokenizer
 from llada.run import Run
 
 

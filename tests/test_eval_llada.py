@@ -20,7 +20,8 @@ from conftest import ROOT, load_script
 from llada.diffusion.likelihood import Request
 from llada.inference.eval_worker import EvalRank, _deal, cut_answer, parse_model_args
 from llada.inference.lm_eval_model import LLaDADist, with_flags
-from llada.models import new_model, save_model
+from llada.models.building import new_model
+from llada.models.checkpoints import save_model
 
 TASKS = ROOT / "eval/tasks"
 DATA = ROOT / "data/samples/eval"

@@ -9,16 +9,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from llada.models import (
-    SPECIAL_TOKENS,
-    attach_lora,
-    load_model,
-    load_tokenizer,
-    new_model,
-    resolve_checkpoint,
-    save_model,
-    special_ids,
-)
+from llada.models.building import attach_lora, new_model
+from llada.models.checkpoints import load_model, resolve_checkpoint, save_model
+from llada.models.tokens import SPECIAL_TOKENS, load_tokenizer, special_ids
 
 
 @pytest.fixture

@@ -212,7 +212,7 @@ def test_rows_of_documents_are_prepared_by_the_script_too(tokenizer_dir, tmp_pat
         "--max_length", "16", "--rows", "documents", "--output_dir", str(tmp_path),
     ])  # fmt: skip
     from llada.data.shards import load_rows
-    from llada.models import load_tokenizer
+    from llada.models.tokens import load_tokenizer
 
     eos = load_tokenizer(str(tokenizer_dir)).eos_token_id
     rows = [row["input_ids"] for row in load_rows(tmp_path / "train")]

@@ -13,7 +13,7 @@ import torch
 
 import exact_llada
 from llada.diffusion.sampler_likelihood import replay
-from llada.models import SpecialIds
+from llada.models.tokens import SpecialIds
 from llada.policies.config import LikelihoodFlags, SurrogateFlags
 from llada.policies.grpo import GroupBatch, group_advantages, grpo_loss, term_losses, term_weights
 from llada.policies.likelihood_terms import Answer, TermBuilder

@@ -22,7 +22,7 @@ from llada.autoregressive.teacher_rows import (
     fit_length,
 )
 from llada.data.shards import load_rows, read_manifest
-from llada.models import load_tokenizer
+from llada.models.tokens import load_tokenizer
 from test_vocabulary import bytes_only
 
 precompute = load_script("alignment/precompute_teacher.py")

@@ -7,7 +7,7 @@ import pytest
 
 from llada.data.answers import Encoding, encode_answers, load_pairs, read_labelled
 from llada.data.messages import PAIR_KEYS, to_labelled, to_pair
-from llada.models import load_tokenizer
+from llada.models.tokens import load_tokenizer
 
 USER = [{"role": "user", "content": "2 + 2?"}]
 

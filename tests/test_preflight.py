@@ -11,7 +11,8 @@ from datasets import Dataset
 from conftest import ROOT, load_script
 from llada.data.prepared import load
 from llada.data.rows import ConversationRows
-from llada.models import attach_lora, load_tokenizer
+from llada.models.building import attach_lora
+from llada.models.tokens import load_tokenizer
 from llada.run import Run
 from llada.training import dry_run as preflight
 from llada.training.config import TrainConfig

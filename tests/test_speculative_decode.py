@@ -5,7 +5,7 @@ import json
 import pytest
 
 from conftest import ROOT, load_script
-from llada.models import load_tokenizer
+from llada.models.tokens import load_tokenizer
 from speculation import make_verifier
 
 QUICK = ["--max_new_tokens", "10", "--draft_length", "3", "--dtype", "float64"]

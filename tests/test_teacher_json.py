@@ -10,7 +10,7 @@ from conftest import ROOT
 from llada.autoregressive.teacher_files import TeacherFile, read_teacher_records
 from llada.autoregressive.teacher_rows import Student
 from llada.autoregressive.vocabulary import OTHER
-from llada.models import load_tokenizer
+from llada.models.tokens import load_tokenizer
 
 SAMPLES = ROOT / "data/samples"
 PROMPT = "<BOS><start_id>user<end_id>\nWhich?<eot_id><start_id>assistant<end_id>\n"

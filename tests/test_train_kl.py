@@ -18,7 +18,8 @@ from llada.data.shards import load_rows, row_lengths, write_shards
 from llada.diffusion.distillation_losses import Objective
 from llada.diffusion.masking import mask_probability
 from llada.flags import parse
-from llada.models import load_model, load_tokenizer, special_ids
+from llada.models.checkpoints import load_model
+from llada.models.tokens import load_tokenizer, special_ids
 from llada.run import Run, read_metrics
 from test_precompute_teacher import save_teacher
 

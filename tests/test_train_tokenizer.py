@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from chat_samples import TEXTS, small_tokenizer, write_jsonl
 from conftest import load_script
-from llada.models import SPECIAL_TOKENS
+from llada.models.tokens import SPECIAL_TOKENS
 
 script = load_script("scripts/train_tokenizer.py")
 

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from llada.diffusion.batches import Example
 from llada.diffusion.losses import masked_diffusion_loss
 from llada.diffusion.stream import MaskedStream
-from llada.models import attach_lora
+from llada.models.building import attach_lora
 from llada.run import Run, read_metrics
 from llada.training.config import TrainConfig, learning_rate
 from llada.training.loop import fit, make_optimizer, prepare_trainable

@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llada.autoregressive.vocabulary import OTHER, TokenBytes, VocabMap
-from llada.models import load_tokenizer
+from llada.models.tokens import load_tokenizer
 
 TEXT = "Der Preis: 17 € für “zwei” 😀\n\n Ende"
 

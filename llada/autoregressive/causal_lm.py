@@ -9,7 +9,7 @@ from transformers.utils import cached_file
 
 from llada.data.chat import encode_texts, render_template
 from llada.data.messages import Message
-from llada.models import DTYPES, describe_checkpoint
+from llada.models.checkpoints import DTYPES, describe_checkpoint
 
 
 def load_causal_lm(

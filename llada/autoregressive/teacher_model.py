@@ -15,7 +15,7 @@ from llada.autoregressive.vocabulary import OTHER, VocabMap
 from llada.data.chat import encode_texts, render_prompt, render_template
 from llada.data.messages import Message
 from llada.diffusion.masking import generator
-from llada.models import end_ids
+from llada.models.tokens import end_ids
 
 NO_NUMBERS = "%s: the teacher's logits for this answer hold NaN or inf"
 

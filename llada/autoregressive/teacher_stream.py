@@ -25,7 +25,7 @@ from llada.data.shards import row_lengths
 from llada.diffusion.batches import Example, MaskedBatch, Noised
 from llada.diffusion.masking import Stratum
 from llada.diffusion.stream import MaskedStream
-from llada.models import SpecialIds
+from llada.models.tokens import SpecialIds
 from llada.run import Run
 from llada.training.config import TrainConfig
 

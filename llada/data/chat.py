@@ -177,7 +177,7 @@ def encode_conversation(
 def refuse_mask_token(input_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     """ValueError if the mask token stands in data: the model would be asked to predict noise."""
     if tokenizer.mask_token_id is None:
-        raise ValueError("the tokenizer has no mask token; load it with llada.models.load_tokenizer")
+        raise ValueError("the tokenizer has no mask token; load it with llada.models.tokens.load_tokenizer")
     if tokenizer.mask_token_id in input_ids:
         raise ValueError(
             f"{where}: the text contains the mask token {tokenizer.mask_token!r}; remove or rewrite it"

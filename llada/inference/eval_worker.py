@@ -22,7 +22,8 @@ from llada.diffusion.bound_estimator import ESTIMATORS, EXACT_TOKENS
 from llada.diffusion.likelihood import KINDS, Request, iter_greedy, iter_scores
 from llada.flags import flag, parse
 from llada.inference.sampler_flags import SamplerFlags
-from llada.models import describe_checkpoint, load_model, load_tokenizer, special_ids
+from llada.models.checkpoints import describe_checkpoint, load_model
+from llada.models.tokens import load_tokenizer, special_ids
 from llada.resumable import ResumableJob
 from llada.run import start_run
 from modelling_final import LLaDAGenerationConfig

@@ -18,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 
 from llada.diffusion.likelihood import Request
 from llada.inference.eval_worker import EvalRank, Generation, parse_model_args
-from llada.models import load_tokenizer
+from llada.models.tokens import load_tokenizer
 
 log = logging.getLogger("lm_eval.llada")
 ANSWER_AT_ONCE = "<think>\n\n</think>\n\n"

@@ -30,7 +30,7 @@ from llada.data.records import read_records
 from llada.data.shards import describe_tokenizer
 from llada.diffusion.bound_estimator import MaskPlan
 from llada.diffusion.bound_gradient import mask_hash
-from llada.models import describe_checkpoint
+from llada.models.checkpoints import describe_checkpoint
 from llada.resumable import refuse_changes
 
 

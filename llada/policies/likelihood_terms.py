@@ -33,7 +33,7 @@ from llada.diffusion.bound_gradient import (
 from llada.diffusion.likelihood import Request
 from llada.diffusion.masking import generator
 from llada.diffusion.sampler_likelihood import StateBatch, batch_log_probs, collate_states, replay
-from llada.models import SpecialIds
+from llada.models.tokens import SpecialIds
 from llada.policies.config import LikelihoodFlags
 from llada.run import max_over_ranks
 from modelling_final import LLaDAGenerationConfig

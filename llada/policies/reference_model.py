@@ -11,7 +11,8 @@ import torch
 from tqdm import tqdm
 
 from llada.diffusion.bound_gradient import adapter_off, disable_dropout, draw_values
-from llada.models import has_fresh_adapter, load_model, start_model
+from llada.models.building import has_fresh_adapter, start_model
+from llada.models.checkpoints import load_model
 from llada.policies.answer_stream import AnswerStream
 from llada.policies.config import PolicyConfig
 from llada.run import Run, autocast, sum_over_ranks

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from llada.diffusion.bound_gradient import disable_dropout
-from llada.models import load_tokenizer, special_ids
+from llada.models.tokens import load_tokenizer, special_ids
 from llada.policies.answer_stream import AnswersOf, AnswerStream
 from llada.policies.config import PolicyConfig
 from llada.run import described_run, end_run, start_run

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from llada.diffusion.batches import MaskedBatch
-from llada.models import LINEAR_LAYERS
+from llada.models.building import LINEAR_LAYERS
 from llada.training.config import TrainConfig
 from modelling_final import LLaDAConfig
 from modelling_final.loss_llada import chunk_rows

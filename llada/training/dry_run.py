@@ -25,7 +25,8 @@ from llada.data.prepared import is_usable
 from llada.data.records import files_of
 from llada.data.rows import Rows as DataRows
 from llada.data.shards import read_manifest
-from llada.models import base_and_adapter, load_config, load_tokenizer, special_ids
+from llada.models.checkpoints import base_and_adapter, load_config
+from llada.models.tokens import load_tokenizer, special_ids
 from llada.run import Run
 from llada.training.checkpoint import check_meta, find_resume, read_meta
 from llada.training.config import RESUME_MUST_AGREE, TrainConfig

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from llada.diffusion.losses import LossParts
 from llada.flags import write_yaml
-from llada.models import build_model, save_model
+from llada.models.building import build_model
+from llada.models.checkpoints import save_model
 from llada.resumable import write_atomically
 from llada.run import Metrics, Run, sum_over_ranks
 from llada.training import checkpoint

@@ -26,7 +26,8 @@ from llada.data.rows import CorpusRows
 from llada.diffusion.batches import Example, MaskedBatch
 from llada.diffusion.stream import MaskedStream
 from llada.flags import flag, parse
-from llada.models import ROPE_SCALING, RopeScaling, load_model, load_tokenizer, special_ids
+from llada.models.checkpoints import ROPE_SCALING, RopeScaling, load_model
+from llada.models.tokens import load_tokenizer, special_ids
 from llada.run import Run, autocast
 
 # N rows, L positions of a row, K parts of the context

@@ -44,7 +44,8 @@ from transformers import PreTrainedTokenizerBase
 
 from llada.data.prompts import Prompt, read_prompts
 from llada.flags import flag, parse
-from llada.models import load_model, load_tokenizer, special_ids
+from llada.models.checkpoints import load_model
+from llada.models.tokens import load_tokenizer, special_ids
 from llada.rewards.functions import puzzle_solved
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 from reference_sampler import left_padded, peer_samplers, reference_sampler

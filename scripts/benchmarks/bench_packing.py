@@ -32,7 +32,8 @@ from llada.diffusion.batches import Example, MaskedBatch, collate
 from llada.diffusion.losses import masked_diffusion_loss
 from llada.diffusion.stream import MaskedStream
 from llada.flags import flag, parse
-from llada.models import load_tokenizer, new_model
+from llada.models.building import new_model
+from llada.models.tokens import load_tokenizer
 from llada.run import Run, autocast, start_run
 from modelling_final import LLaDAModelLM
 from modelling_final.documents_llada import same_document

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from llada.diffusion.masking import generator
 from llada.flags import flag, parse
-from llada.models import ROOT
+from llada.models.building import ROOT
 from llada.run import read_metrics
 
 PREPARE = (

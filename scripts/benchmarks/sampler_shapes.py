@@ -13,7 +13,8 @@ import torch
 
 from llada.data.prompts import Prompt
 from llada.flags import read_yaml
-from llada.models import DTYPES, ROOT
+from llada.models.building import ROOT
+from llada.models.checkpoints import DTYPES
 from modelling_final import LLaDAConfig, LLaDAGenerationConfig, LLaDAModelLM
 from reference_sampler import peer_samplers, reference_sampler
 from sampler_arms import Arm, canvas_arm, our_arm, settings_of

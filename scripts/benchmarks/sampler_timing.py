@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from llada.data.prompts import Prompt
-from llada.models import ROOT
+from llada.models.building import ROOT
 from llada.training.monitor import peak_resident
 from modelling_final import LLaDAModelLM
 from sampler_arms import Arm

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from llada.flags import read_yaml
-from llada.models import DTYPES, ROOT, attach_lora
+from llada.models.building import ROOT, attach_lora
+from llada.models.checkpoints import DTYPES
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
 

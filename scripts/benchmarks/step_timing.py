@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llada.diffusion.masking import generator
-from llada.models import DTYPES
+from llada.models.checkpoints import DTYPES
 from llada.run import autocast
 from llada.training.monitor import peak_resident
 from reference_losses import Loss, NoisedBatch, noise

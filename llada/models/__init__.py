@@ -1,0 +1,1 @@
+"""Checkpoints, tokenizers, and the one build of a run's model."""

@@ -1,0 +1,170 @@
+"""The model that a run trains, from its flags: new weights or a checkpoint, with LoRA adapters or without."""
+
+import re
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedTokenizerBase
+
+from llada.flags import read_yaml
+from llada.models.checkpoints import RopeScaling, base_and_adapter, load_model
+from llada.models.tokens import SPECIAL_TOKENS, load_tokenizer, special_ids
+from modelling_final import LLaDAConfig, LLaDAModelLM
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+# Names of LLaDA's linear layers inside a block, each with the name Llama-style code gives it.
+LINEAR_LAYERS = {
+    "q_proj": "q_proj",
+    "k_proj": "k_proj",
+    "v_proj": "v_proj",
+    "attn_out": "o_proj",
+    "ff_proj": "gate_proj",
+    "up_proj": "up_proj",
+    "ff_out": "down_proj",
+}
+
+
+def load_for_inference(
+    path: str,
+    *,
+    chat: bool,
+    dtype: str = "auto",
+    adapter_path: str | None = None,
+    attn_implementation: str | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[LLaDAModelLM, PreTrainedTokenizerBase]:
+    """A model that answers, in eval mode, and its tokenizer; arguments as for `load_model`.
+
+    Args:
+        chat: the tokenizer is asked for a chat template.
+    """
+    tokenizer = load_tokenizer(path, chat=chat)
+    model = load_model(
+        path, dtype=dtype, adapter_path=adapter_path, attn_implementation=attn_implementation, device=device
+    )
+    # the sampler stops at EoT too, which published configs do not name
+    model.config.eot_token_id = special_ids(model.config, tokenizer).eot
+    return model.eval(), tokenizer
+
+
+def start_model(flags: Any, *, has_values: bool = True) -> LLaDAModelLM | PeftModel:
+    """What a run starts from: new weights, a checkpoint, or one with the adapter that training continues.
+
+    Args:
+        flags: a stage's Config, or the flags in a run's config.yaml; those a stage has not may be absent.
+        has_values: False builds it on the meta device.
+    """
+    if getattr(flags, "config_name", None) is not None:
+        tokenizer = load_tokenizer(flags.tokenizer_name)
+        with nullcontext() if has_values else torch.device("meta"):
+            return new_model(flags.config_name, tokenizer, seed=flags.seed, max_length=flags.max_length)
+    kind, factor = getattr(flags, "rope_scaling", "none"), getattr(flags, "rope_factor", 1.0)
+    return load_model(
+        flags.model_name_or_path,
+        dtype=flags.dtype if flags.use_lora else "float32",  # all that is trained is float32
+        adapter_path=getattr(flags, "sft_adapter_path", None),
+        attn_implementation=getattr(flags, "attn_implementation", None),
+        merge_adapter=False,
+        rope=RopeScaling(kind, factor, flags.max_length),
+        has_values=has_values,
+    )
+
+
+def build_model(flags: Any, *, has_values: bool = True) -> LLaDAModelLM | PeftModel:
+    """The model that a run trains, before its first step: `start_model`, with fresh adapters for --use_lora.
+
+    Training, its dry run and scripts/export_checkpoint.py all build it here.
+    """
+    model = start_model(flags, has_values=has_values)
+    if not flags.use_lora or hasattr(model, "peft_config"):
+        return model
+    with nullcontext() if has_values else torch.device("meta"):
+        return attach_lora(
+            model,
+            rank=flags.lora_r,
+            alpha=flags.lora_alpha,
+            dropout=flags.lora_dropout,
+            target_modules=flags.lora_target_modules,
+            seed=flags.seed,
+        )
+
+
+def has_fresh_adapter(flags: Any) -> bool:
+    """Whether `build_model` puts on an adapter of its own: off, the model is the one the run started from."""
+    continues = getattr(flags, "sft_adapter_path", None)
+    return flags.use_lora and base_and_adapter(flags.model_name_or_path, continues)[1] is None
+
+
+def new_config(config_name: str, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> LLaDAConfig:
+    """The configuration of a named size, shaped for this tokenizer.
+
+    Args:
+        config_name: a size in configs/models (for example `1m`), or a YAML/JSON file of LLaDAConfig fields.
+        tokenizer: decides the vocabulary and the special ids; must have a mask token.
+        max_length: context in tokens, unless the size names its own `max_sequence_length`.
+    """
+    sizes = sorted(file.stem for file in (ROOT / "configs/models").glob("*.yaml"))
+    file = Path(config_name) if Path(config_name).is_file() else ROOT / f"configs/models/{config_name}.yaml"
+    if not file.is_file():
+        raise ValueError(
+            f"--config_name {config_name}: neither a file nor one of the sizes {', '.join(sizes)}"
+        )
+    if tokenizer.mask_token_id is None:
+        raise ValueError("--tokenizer_name: the tokenizer has no mask token; see scripts/train_tokenizer.py")
+    shape = {"max_sequence_length": max_length, **read_yaml(file)}
+    return LLaDAConfig(
+        **shape,
+        vocab_size=len(tokenizer),
+        embedding_size=-(-len(tokenizer) // 64) * 64,  # rows in multiples of 64 keep matrix kernels fast
+        mask_token_id=tokenizer.mask_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eot_token_id=tokenizer.get_vocab().get(SPECIAL_TOKENS["eot"]),
+    )
+
+
+def new_model(
+    config_name: str, tokenizer: PreTrainedTokenizerBase, *, seed: int, max_length: int
+) -> LLaDAModelLM:
+    """A randomly initialised model of a named size; see `new_config`. `seed`: of the initial weights."""
+    config = new_config(config_name, tokenizer, max_length=max_length)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LLaDAModelLM(config)
+
+
+def attach_lora(
+    model: LLaDAModelLM, *, rank: int, alpha: float, dropout: float, target_modules: list[str], seed: int
+) -> PeftModel:
+    """The model with trainable LoRA adapters on linear layers of its blocks, never on the LM head.
+
+    LLaDA calls both the MLP's down-projection and the LM head `ff_out`, so plain names would hit the head
+    too;
+    the pattern made here is anchored to the blocks.
+
+    Args:
+        target_modules: names of `LINEAR_LAYERS` (LLaDA's or Llama's spelling), or ["all-linear"].
+        seed: of the initial A matrices (B starts at zero), so that all ranks have the same.
+    """
+    by_spelling = {spelling: ours for ours, llama in LINEAR_LAYERS.items() for spelling in (ours, llama)}
+    unknown = [name for name in target_modules if name != "all-linear" and name not in by_spelling]
+    if unknown:
+        raise ValueError(f"--lora_target_modules {unknown}: choose from {list(LINEAR_LAYERS)} or all-linear")
+    if "all-linear" in target_modules:
+        names = list(LINEAR_LAYERS)
+    else:
+        names = sorted({by_spelling[name] for name in target_modules})
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=rf".*\bblocks\.\d+\.({'|'.join(map(re.escape, names))})",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)

@@ -1,0 +1,321 @@
+"""Checkpoint folders: what a path means, loading it, saving one, recognising it again."""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from modelling_final import LLaDAConfig, LLaDAModelLM
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ROPE_SCALING = ("none", "linear", "ntk", "yarn")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How a model's positions are stretched to a longer context.
+
+    linear divides positions by `factor`; ntk raises rope_theta by factor^(d / (d - 2)), d the head's width;
+    yarn does either by frequency (arXiv 2309.00071). `factor` is the new context over the original one.
+    """
+
+    kind: str
+    factor: float
+    max_length: int
+
+    def apply(self, config: LLaDAConfig) -> LLaDAConfig:
+        """The config with stretched positions, changed in place; ValueError if the two do not fit."""
+        if self.kind == "none":
+            if self.factor != 1.0:
+                raise ValueError(f"--rope_factor {self.factor} needs --rope_scaling")
+            return config
+        if self.factor <= 1.0:
+            raise ValueError(
+                f"--rope_factor {self.factor}: must be above 1, the new context / the original one"
+            )
+        old = config.rope_parameters
+        original = old.get("original_max_position_embeddings", config.max_sequence_length)
+        if self.max_length > round(original * self.factor):
+            raise ValueError(
+                f"--rope_factor {self.factor} stretches {original} tokens to "
+                f"{round(original * self.factor)}, --max_length is {self.max_length}"
+            )
+        if self.kind == "ntk":
+            config.rope_theta *= self.factor ** (config.head_dim / (config.head_dim - 2))
+        else:
+            config.rope_parameters = {
+                "rope_type": self.kind,
+                "factor": self.factor,
+                "original_max_position_embeddings": original,
+                "rope_theta": config.rope_theta,
+            }
+        config.max_sequence_length = max(self.max_length, config.max_sequence_length)
+        return config
+
+
+NO_SCALING = RopeScaling("none", 1.0, 0)
+
+
+def resolve_checkpoint(path: str, *, flag: str = "--model_name_or_path") -> str:
+    """The folder (or hub name) that a user means by `path`.
+
+    A checkpoint folder is itself; a run's output folder means its `final` (else `best`) checkpoint; the
+    predecessors' `.../best_model.pt` and `.../best_sft_model.pt` mean the `best` (else `final`) folder
+    beside it. ValueError, naming `flag`, where the path looks local and there is no checkpoint.
+    """
+    folder = Path(path)
+    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return str(folder)
+    if folder.name in ("best_model.pt", "best_sft_model.pt") and not folder.exists():
+        candidates = [folder.parent / "best", folder.parent / "final"]
+    else:
+        candidates = [folder / "final", folder / "best"]
+    for candidate in candidates:
+        if candidate.is_dir():
+            return resolve_checkpoint(str(candidate), flag=flag)
+    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+        wanted = "config.json or adapter_config.json, or a run's final/ or best/ folder"
+        raise ValueError(f"{flag} {path}: no checkpoint there (looked for {wanted})")
+    return path
+
+
+def base_and_adapter(
+    path: str | None, adapter_path: str | None = None, *, flag: str = "--model_name_or_path"
+) -> tuple[str, str | None]:
+    """(the checkpoint with the weights, the adapter on it or None) that these paths mean.
+
+    An adapter folder, given as either, names its base itself where there is no other `path`, of `flag`.
+    """
+    if path is not None:
+        path = resolve_checkpoint(path, flag=flag)
+    if adapter_path is not None:
+        adapter_path = resolve_checkpoint(adapter_path, flag="--adapter_path")
+        if Path(adapter_path).is_dir() and not Path(adapter_path, "adapter_config.json").is_file():
+            raise ValueError(f"--adapter_path {adapter_path}: no adapter_config.json; not a peft adapter")
+    elif Path(path, "adapter_config.json").is_file():
+        path, adapter_path = None, path
+    if path is None:
+        path = _adapter_settings(adapter_path).base_model_name_or_path
+        if not path:
+            raise ValueError(f"--adapter_path {adapter_path}: it names no base; give its {flag}")
+        path = resolve_checkpoint(path, flag=f"--adapter_path {adapter_path}: its base")
+    return path, adapter_path
+
+
+def load_config(path: str) -> LLaDAConfig:
+    """The config of a checkpoint; ValueError if it cannot be found or is not a LLaDA model.
+
+    An adapter has its own only if it was trained on stretched positions; else it is that of its base.
+    """
+    path = resolve_checkpoint(path)
+    if not Path(path, "config.json").is_file():
+        path, _ = base_and_adapter(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise not_found(path, error) from error
+    if not isinstance(config, LLaDAConfig):
+        raise ValueError(
+            f"--model_name_or_path {path}: model_type {config.model_type!r} is not a LLaDA model; "
+            "scripts/convert_ar.py makes one from an autoregressive checkpoint"
+        )
+    return config
+
+
+def not_found(path: str, error: Exception) -> ValueError:
+    """What to tell a user whose path or hub name transformers could not read."""
+    reason = str(error).strip().splitlines()[0]
+    return ValueError(
+        f"--model_name_or_path {path}: not a folder here, and the hub did not give it ({reason}). "
+        "Give a checkpoint folder, or fetch one first: python scripts/download.py --help"
+    )
+
+
+def load_model(
+    path: str | None,
+    *,
+    dtype: str = "float32",
+    adapter_path: str | None = None,
+    attn_implementation: str | None = None,
+    device: torch.device | str | None = None,
+    merge_adapter: bool = True,
+    rope: RopeScaling = NO_SCALING,
+    has_values: bool = True,
+) -> LLaDAModelLM | PeftModel:
+    """The model of a checkpoint, with every weight accounted for.
+
+    Args:
+        path: checkpoint folder, run folder, hub name, or an adapter folder (its base is then loaded too).
+        dtype: of the parameters: float32, bfloat16, float16, or auto (as saved).
+        adapter_path: peft adapter to put on the model.
+        attn_implementation: transformers' name of an attention kernel; default sdpa.
+        device: where to put it; default CPU.
+        merge_adapter: fold the adapter into the weights (for inference); else return a trainable PeftModel.
+        rope: how to stretch the positions.
+        has_values: False builds it on the meta device, from the configuration alone.
+
+    Raises:
+        ValueError: no such checkpoint, or weights or adapter are not exactly what the configuration asks for.
+    """
+    path, adapter_path = base_and_adapter(path, adapter_path)
+    config = load_config(path)
+    if adapter_path is not None and Path(adapter_path, "config.json").is_file():
+        stretched = load_config(adapter_path)  # an adapter trained on stretched positions says so there
+        for name in ("rope_theta", "rope_parameters", "max_sequence_length"):
+            setattr(config, name, getattr(stretched, name))
+    config = rope.apply(config)
+    if not has_values:
+        with torch.device("meta"):
+            model = LLaDAModelLM(config).to(DTYPES[dtype])
+            if adapter_path is None:
+                return model
+            adapter = _adapter_settings(adapter_path)
+            adapter.inference_mode = False  # as saved; what training continues is trainable
+            return get_peft_model(model, adapter)
+    model, report = LLaDAModelLM.from_pretrained(
+        path,
+        config=config,
+        dtype=DTYPES.get(dtype, dtype),
+        attn_implementation=attn_implementation,
+        output_loading_info=True,
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[kind]:
+            keys = sorted(map(str, report[kind]))
+            raise ValueError(
+                f"--model_name_or_path {path}: {len(keys)} {kind.replace('_', ' ')}: {keys[:3]} ..."
+            )
+    if adapter_path is not None:
+        model = _put_adapter(model, adapter_path, merge=merge_adapter)
+    return model.to(device) if device is not None else model
+
+
+# Initialisations that subtract the initial B A from the base's weights, in memory only.
+_MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def _adapter_settings(path: str) -> PeftConfig:
+    try:
+        return PeftConfig.from_pretrained(path)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"--adapter_path {path}: adapter_config.json cannot be read: {error!r}") from error
+
+
+def _put_adapter(model: LLaDAModelLM, adapter_path: str, *, merge: bool) -> LLaDAModelLM | PeftModel:
+    where = f"--adapter_path {adapter_path}"
+    start = getattr(_adapter_settings(adapter_path), "init_lora_weights", None)
+    if isinstance(start, str) and start.startswith(_MOVES_THE_BASE):
+        raise ValueError(
+            f"{where}: init_lora_weights {start!r} changed the base before training, and the base folder has "
+            "the unchanged weights; save the adapter with path_initial_model_for_weight_conversion"
+        )
+    try:
+        found = load_peft_weights(adapter_path, device="cpu").keys()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
+            adapted = PeftModel.from_pretrained(model, adapter_path, is_trainable=not merge)
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+        raise ValueError(f"{where}: does not fit this base model: {error}") from error
+    # peft itself loads whatever fits
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    for keys, what in (
+        (expected - found, "are missing; the file is damaged"),
+        (found - expected, "have no place in the base; the adapter was made for another one"),
+    ):
+        if keys:
+            raise ValueError(f"{where}: {len(keys)} of its weights {what}. First: {min(keys)}")
+    if not merge:
+        return adapted
+    at_ends = [key for key in found if ".transformer.wte." in key or ".transformer.ff_out." in key]
+    if model.config.weight_tying and at_ends:
+        raise ValueError(
+            f"{where}: it changes {min(at_ends)}, and the base ties the embedding to the head: merged, both "
+            "would change"
+        )
+    return adapted.merge_and_unload()
+
+
+def save_model(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Writes a plain checkpoint folder (or adapter folder, for a PeftModel); the folder appears whole or not
+    at all.
+
+    Args:
+        state_dict: the full weights, where the module itself only holds a shard of them.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model.save_pretrained(partial, state_dict=state_dict)
+    if hasattr(model, "peft_config"):
+        model.get_base_model().config.save_pretrained(partial)  # see load_model
+    tokenizer.save_pretrained(partial)
+    for file in partial.iterdir():
+        file.chmod(0o644)  # safetensors writes 0600, which colleagues on a cluster cannot read
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+_PIECES, _PIECE_BYTES = 256, 1 << 16  # of a weight file: 16 MiB, so that every matrix is met
+# Where the files were written, not what they hold.
+_NOISE = ("transformers_version", "peft_version", "base_model_name_or_path", "auto_map", "_name_or_path")
+
+
+def describe_checkpoint(*paths: str | Path | None) -> str:
+    """A hash of the weights and settings of these checkpoints, the same on any machine; None is skipped.
+
+    Of weights, pieces spread over each file, so it is always cheap; of an adapter, its base too.
+
+    Args:
+        paths: folders, run folders, hub names, or single files (GGUF).
+    """
+    digest = hashlib.sha256()
+    for path in filter(None, paths):
+        parts = [str(path)] if Path(path).is_file() else filter(None, base_and_adapter(str(path)))
+        files = [file for part in parts for file in _described_files(Path(part))]
+        if not any(file.suffix != ".json" for file in files):
+            raise ValueError(f"{path}: no weight files there to recognise the checkpoint by")
+        for file in files:
+            if file.suffix == ".json":
+                settings = json.loads(file.read_text(encoding="utf-8"))
+                kept = {name: value for name, value in settings.items() if name not in _NOISE}
+                digest.update(json.dumps(kept, sort_keys=True).encode())
+                continue
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size};".encode())
+            with file.open("rb") as stream:
+                if size <= _PIECES * _PIECE_BYTES:
+                    digest.update(stream.read())
+                    continue
+                for place in range(_PIECES):
+                    stream.seek(place * (size - _PIECE_BYTES) // (_PIECES - 1))
+                    digest.update(stream.read(_PIECE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _described_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    folder = path if path.is_dir() else Path(cached_file(str(path), "config.json")).parent
+    named = ("config.json", "adapter_config.json")
+    return [f for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".bin") or f.name in named]

@@ -1,0 +1,107 @@
+"""Tokenizers, and the one table of special tokens."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from llada.models.checkpoints import load_config, not_found, resolve_checkpoint
+from modelling_final import LLaDAConfig
+
+# role -> text, as in the tokenizer of LLaDA-8B-Instruct. Ids always come from a tokenizer or a config.
+SPECIAL_TOKENS = {
+    "bos": "<|startoftext|>",
+    "eos": "<|endoftext|>",
+    "mask": "<|mdm_mask|>",
+    "start_header": "<|start_header_id|>",
+    "end_header": "<|end_header_id|>",
+    "eot": "<|eot_id|>",
+}
+
+# The published template always appends the assistant's header; this one does so only when asked.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first %}{{ bos_token }}{% endif %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
+    "+ message['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Token ids by role. `eot` is None for a model without an end-of-turn token."""
+
+    mask: int
+    eos: int
+    pad: int
+    eot: int | None
+
+    @property
+    def ends(self) -> set[int]:
+        """Ids at which an answer ends."""
+        return {self.eos, self.eot} - {None}
+
+
+def load_tokenizer(path: str, *, chat: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, with its padding and mask tokens set.
+
+    Args:
+        path: checkpoint folder, run folder, tokenizer folder, or hub name.
+        chat: also make sure of the header and end-of-turn tokens and of a chat template: LLaDA-8B-Base lacks
+        the
+            three tokens that Instruct has, and added here they get the same ids.
+    """
+    if not Path(path, "tokenizer_config.json").is_file():
+        path = resolve_checkpoint(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except OSError as error:
+        raise not_found(path, error) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.mask_token is None and Path(path, "config.json").is_file():
+        # Published tokenizers leave mask_token unset; the model's config knows the id.
+        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(load_config(path).mask_token_id)
+    if chat:
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = CHAT_TEMPLATE
+        wanted = [SPECIAL_TOKENS[role] for role in ("start_header", "end_header", "eot")]
+        missing = [token for token in wanted if token not in tokenizer.get_vocab()]
+        if missing and SPECIAL_TOKENS["start_header"] in tokenizer.chat_template:
+            added = {"additional_special_tokens": missing}
+            tokenizer.add_special_tokens(added, replace_extra_special_tokens=False)
+    return tokenizer
+
+
+def special_ids(config: LLaDAConfig, tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
+    """Token ids by role: the model's config decides, the tokenizer must agree.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the embedding has rows, or names another mask token.
+    """
+    if len(tokenizer) > config.embedding_size:
+        raise ValueError(
+            f"--tokenizer_name: the tokenizer has {len(tokenizer)} tokens and the model's embedding only "
+            f"{config.embedding_size} rows; use the tokenizer that belongs to this model"
+        )
+    if tokenizer.mask_token_id not in (None, config.mask_token_id):
+        raise ValueError(
+            f"--tokenizer_name: the tokenizer's mask token {tokenizer.mask_token!r} has id "
+            f"{tokenizer.mask_token_id}, the model's mask_token_id is {config.mask_token_id}"
+        )
+    eot = config.eot_token_id
+    if eot is None:
+        eot = tokenizer.get_vocab().get(SPECIAL_TOKENS["eot"])
+    return SpecialIds(mask=config.mask_token_id, eos=config.eos_token_id, pad=config.pad_token_id, eot=eot)
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, closing: int | None) -> list[int]:
+    """Ids that end an answer of an autoregressive model; LLaDA's: `SpecialIds.ends`, `LLaDAConfig.end_ids`.
+
+    Those of its generation config, its tokenizer's EOS, and `closing`, the end of a turn in its template.
+    """
+    named = model.generation_config.eos_token_id
+    named = named if isinstance(named, list) else [named]
+    return sorted({*named, tokenizer.eos_token_id, closing} - {None})
