@@ -10,27 +10,19 @@ down_proj), with no time input and with logits that are not shifted: row i predi
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_llada import (
-    LLaDAAttention,
-    LLaDARotaryEmbedding,
-    make_attention_mask,
-    rotate,
-    take_mask_rows,
-    take_rows,
-)
+from .attention_llada import LLaDAAttention, LLaDARotaryEmbedding, make_attention_mask, take_rows
+from .block_llada import LLaDALlamaBlock, LLaDARMSNorm
 from .cache_llada import WindowCache
 from .configuration_llada import LLaDAConfig
 from .documents_llada import check_borders, document_positions
@@ -50,76 +42,27 @@ class LLaDAOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class LLaDARMSNorm(nn.Module):
-    """x / rms(x) * weight, normalised in float32."""
+class Inputs(TypedDict, total=False):
+    """What a forward takes beside tokens, padding, cache and the choice of rows."""
 
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+    position_ids: Tensor  # [B or 1, L]; default the columns, also under padding, as published
+    inputs_embeds: Tensor  # [B, L, D], instead of input_ids
+    attention_bias: Tensor  # [B or 1, 1 or H, L, K]; boolean or integer (nonzero = may attend), or added
+    document_borders: Tensor  # [D + 1], documents that do not see one another; see `documents_llada`
+    use_cache: bool  # without past_key_values: start a cache
+    output_hidden_states: bool
+    output_attentions: bool
 
 
-class LLaDALlamaBlock(GradientCheckpointingLayer):
-    """Attention, then SwiGLU, each on a normed copy and added back."""
+def given(inputs: Inputs) -> Inputs:
+    """Those that are not None; transformers looks at the config for what to capture if a name is not there.
 
-    def __init__(self, config: LLaDAConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        d_model, head_dim, d_ff = config.d_model, config.head_dim, config.mlp_hidden_size
-        qkv_bias = config.include_qkv_bias
-        self.attn_norm = LLaDARMSNorm(d_model, config.rms_norm_eps)
-        self.q_proj = nn.Linear(d_model, config.n_heads * head_dim, bias=qkv_bias)
-        self.k_proj = nn.Linear(d_model, config.n_kv_heads * head_dim, bias=qkv_bias)
-        self.v_proj = nn.Linear(d_model, config.n_kv_heads * head_dim, bias=qkv_bias)
-        self.attention = LLaDAAttention(config, layer_idx)
-        self.attn_out = nn.Linear(d_model, d_model, bias=False)
-        self.ff_norm = LLaDARMSNorm(d_model, config.rms_norm_eps)
-        self.ff_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.ff_out = nn.Linear(d_ff, d_model, bias=False)
-        self.activation = ACT2FN[config.activation_type]
-        self.dropout = nn.Dropout(config.residual_dropout)
-        # "mitchell": what is added to the residual stream starts smaller, the deeper the block
-        self.attn_out.init_shrink = self.ff_out.init_shrink = math.sqrt(2 * (layer_idx + 1))
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: WindowCache | None = None,
-        query_positions: Tensor | None = None,
-    ) -> Tensor:
-        """[B, L, D], or [B, R, D] with `query_positions` [B, R]: every row still gives its key and value."""
-        cos, sin = position_embeddings
-        precise = self.config.rope_full_precision
-        normed = self.attn_norm(hidden_states)
-        key = rotate(self._heads(self.k_proj(normed)), cos, sin, full_precision=precise)
-        value = self._heads(self.v_proj(normed))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-
-        if query_positions is not None:
-            hidden_states, normed, cos, sin = (
-                take_rows(x, query_positions) for x in (hidden_states, normed, cos, sin)
-            )
-            attention_mask = take_mask_rows(attention_mask, query_positions)
-        query = rotate(self._heads(self.q_proj(normed)), cos, sin, full_precision=precise)
-
-        attended, _ = self.attention(query, key, value, attention_mask)
-        hidden_states = hidden_states + self.dropout(self.attn_out(attended.flatten(2)))
-        normed = self.ff_norm(hidden_states)
-        mlp = self.ff_out(self.activation(self.ff_proj(normed)) * self.up_proj(normed))
-        return hidden_states + self.dropout(mlp)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # [B, H, L, head_dim]
+    Raises:
+        TypeError: a name that does not exist.
+    """
+    if unknown := inputs.keys() - Inputs.__annotations__.keys():
+        raise TypeError(f"forward() got an unexpected keyword argument {min(unknown)!r}")
+    return {name: value for name, value in inputs.items() if value is not None}
 
 
 class LLaDAPreTrainedModel(PreTrainedModel):
@@ -188,39 +131,18 @@ class LLaDAModel(LLaDAPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
         past_key_values: WindowCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        attention_bias: Tensor | None = None,
-        use_cache: bool | None = None,
         query_positions: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        document_borders: Tensor | None = None,
+        **inputs: Unpack[Inputs],
     ) -> BaseModelOutputWithPast:
         """Final hidden states after ln_f: [B, L, D], or [B, R, D]. Arguments as in `LLaDAModelLM.forward`."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if output_attentions and self.config._attn_implementation != "eager":
-            raise ValueError("output_attentions needs attn_implementation='eager'; other kernels form none")
-        if past_key_values is None and use_cache:
+        inputs = given(inputs)
+        self._check(input_ids, past_key_values, inputs)
+        embeds, borders = inputs.get("inputs_embeds"), inputs.get("document_borders")
+        hidden_states = self.transformer.wte(input_ids) if embeds is None else embeds
+        if past_key_values is None and inputs.get("use_cache"):
             past_key_values = WindowCache(self.config)
-        if past_key_values is not None and not isinstance(past_key_values, WindowCache):
-            raise ValueError(f"past_key_values must be a WindowCache, got {type(past_key_values).__name__}")
-
-        hidden_states = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds
-        batch, num_rows = hidden_states.shape[:2]
-        if document_borders is not None:
-            check_borders(document_borders, batch, num_rows)
-            if position_ids is None:
-                position_ids = document_positions(document_borders, batch, num_rows)
-        if position_ids is None:  # columns, under padding too, as published
-            start, end = past_key_values.span(num_rows) if past_key_values is not None else (0, num_rows)
-            position_ids = torch.arange(start, end, device=hidden_states.device)[None]
-        if position_ids.shape not in ((1, num_rows), (batch, num_rows)):
-            raise ValueError(
-                f"position_ids must have shape (1 or {batch}, {num_rows}), got {tuple(position_ids.shape)}"
-            )
+        position_ids = self._positions(hidden_states, inputs.get("position_ids"), borders, past_key_values)
         key_positions = position_ids
         if past_key_values is not None:
             key_positions = past_key_values.put_positions(position_ids)
@@ -228,10 +150,10 @@ class LLaDAModel(LLaDAPreTrainedModel):
             self.config,
             hidden_states,
             attention_mask=attention_mask,
-            attention_bias=attention_bias,
+            attention_bias=inputs.get("attention_bias"),
             key_positions=key_positions,
             cache=past_key_values,
-            document_borders=document_borders,
+            document_borders=borders,
         )
         # Kernels with a mask format of their own (flash: 2-D, flex: blocks) compute all rows; we pick later.
         has_rows = mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)
@@ -254,10 +176,38 @@ class LLaDAModel(LLaDAPreTrainedModel):
             last_hidden_state=self.transformer.ln_f(hidden_states), past_key_values=past_key_values
         )
 
+    def _check(self, input_ids: Tensor | None, cache: WindowCache | None, inputs: Inputs) -> None:
+        if (input_ids is None) == (inputs.get("inputs_embeds") is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs.get("output_attentions") and self.config._attn_implementation != "eager":
+            raise ValueError("output_attentions needs attn_implementation='eager'; other kernels form none")
+        if cache is not None and not isinstance(cache, WindowCache):
+            raise ValueError(f"past_key_values must be a WindowCache, got {type(cache).__name__}")
+
+    @staticmethod
+    def _positions(
+        hidden_states: Tensor, position_ids: Tensor | None, borders: Tensor | None, cache: WindowCache | None
+    ) -> Tensor:
+        """[B or 1, L] position ids: those given, or counted in each document, or else the columns."""
+        batch, num_rows = hidden_states.shape[:2]
+        if borders is not None:
+            check_borders(borders, batch, num_rows)
+        if position_ids is None and borders is not None:
+            return document_positions(borders, batch, num_rows)
+        if position_ids is None:  # columns, under padding too, as published
+            start, end = cache.span(num_rows) if cache is not None else (0, num_rows)
+            return torch.arange(start, end, device=hidden_states.device)[None]
+        if position_ids.shape not in ((1, num_rows), (batch, num_rows)):
+            raise ValueError(
+                f"position_ids must have shape (1 or {batch}, {num_rows}), got {tuple(position_ids.shape)}"
+            )
+        return position_ids
+
 
 class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
     """LLaDA with its LM head: a mask predictor p(x_0 | x_t)."""
 
+    accepts_loss_kwargs = False  # transformers' Trainer would add its own to **inputs
     _tied_weights_keys: ClassVar = {"model.transformer.ff_out.weight": "model.transformer.wte.weight"}
 
     def __init__(self, config: LLaDAConfig) -> None:
@@ -297,102 +247,97 @@ class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
         past_key_values: WindowCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        attention_bias: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
+        *,
         replace_position: Tensor | tuple[int, int] | None = None,
         logits_to_keep: int | Tensor = 0,
         query_positions: Tensor | None = None,
+        labels: Tensor | None = None,
         rows: Tensor | None = None,
         targets: Tensor | None = None,
         weights: Tensor | None = None,
         score: Score | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        document_borders: Tensor | None = None,
+        **inputs: Unpack[Inputs],
     ) -> LLaDAOutput:
         """Logits, or the loss of chosen rows without ever forming all logits.
 
+        One of four may choose the rows that the head sees; by default it sees all.
+
         Args:
-            input_ids: [B, L] long; or `inputs_embeds`: [B, L, D].
-            attention_mask: [B, K], 1 = keep, over all keys (K = L without a cache); or 4-D, as below.
-            position_ids: [B or 1, L]; by default columns, also under padding. Count the true positions
-                yourself for left-padded input to a block-causal model.
+            input_ids: [B, L] long; or `inputs_embeds`.
+            attention_mask: [B, K], 1 = keep, over all keys (K = L without a cache); or 4-D, as
+                `attention_bias`.
             past_key_values: a `WindowCache`; the input is appended to it, or overwrites its window.
-            attention_bias: [B or 1, 1 or H, L, K]; boolean or integer (nonzero = may attend), or added.
-            labels: [B, L]; loss is the mean nll where they are not -100, not shifted; no logits.
             replace_position: the cache window for this call only: (start, end), or a boolean mask [B, K].
-            logits_to_keep: last n rows, or indices, as everywhere in transformers.
-            query_positions: [B, R] long, input rows wanted; the last block and the head compute nothing else.
-            rows: [M] long, flat input rows b * L + i that get the head; logits are [M, E].
-            targets: [M] long, with rows: no logits; `nll`, and `loss` = sum(weights * nll) with its
-                gradients formed chunk by chunk.
-            weights: [M] float32, with targets; ones by default.
-            document_borders: [D + 1], several documents per row that do not see one another: the flat
-                positions b * L + i where they begin, and B * L. Positions count within each by default.
+            logits_to_keep: (1) the last n rows, or indices, as everywhere in transformers.
+            query_positions: (2) [B, R] long, rows of each sequence; the last block computes nothing else.
+            labels: (3) [B, L], rows that are not -100; `loss` is their mean nll, not shifted.
+            rows: (4) [M] long, flat rows b * L + i; logits are [M, E].
+            targets: [M] long, with rows, instead of logits: `nll`, and `loss` = sum(weights * nll) with its
+                gradients formed chunk by chunk; `weights`: [M] float32, ones by default.
             score: with rows, instead of targets: any loss of their logits, chunk by chunk; `loss` is its sum.
+            inputs: see `Inputs`.
 
         Raises:
             ValueError: arguments that exclude one another, or a mask the attention kernel cannot honour.
         """
-        keeps = not isinstance(logits_to_keep, int) or logits_to_keep != 0
+        keeps = isinstance(logits_to_keep, Tensor) or logits_to_keep != 0
         if (labels is not None) + (rows is not None) + (query_positions is not None) + keeps > 1:
             raise ValueError("labels, rows, query_positions and logits_to_keep choose rows; give one of them")
         if (targets is not None and rows is None) or (weights is not None and targets is None):
             raise ValueError("targets need rows, and weights need targets")
         if score is not None and (rows is None or targets is not None):
             raise ValueError("a score needs rows, and takes the place of targets")
-        if replace_position is not None and past_key_values is None:
-            raise ValueError("replace_position is a window of a cache; give past_key_values")
-        # transformers' capturing falls back to the config only for what is not passed at all
-        captured = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        captured = {name: value for name, value in captured.items() if value is not None}
-
-        with past_key_values.replacing(replace_position) if replace_position is not None else nullcontext():
-            outputs = self.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                attention_bias=attention_bias,
-                use_cache=use_cache,
-                # a shifted model needs the rows' left neighbours too, so it computes all
-                query_positions=None if self.config.logit_shift else query_positions,
-                document_borders=document_borders,
-                **captured,
-            )
-            hidden = outputs.last_hidden_state
-            if self.config.logit_shift:
-                hidden = self._shift(hidden, outputs.past_key_values, document_borders)
-                hidden = hidden if query_positions is None else take_rows(hidden, query_positions)
-
-        loss = logits = nll = None
         if labels is not None:
             rows = (labels != -100).flatten().nonzero()[:, 0]
             targets = labels.flatten()[rows]
             weights = torch.full(rows.shape, 1 / max(1, rows.numel()), device=rows.device)
-        if targets is not None:
-            if weights is None:
-                weights = torch.ones(rows.shape, device=rows.device)
-            loss, nll = self._score(hidden.flatten(0, 1).index_select(0, rows), targets, weights)
-        elif score is not None:
-            loss, nll = self._score(hidden.flatten(0, 1).index_select(0, rows), score=score)
-        elif rows is not None:
-            logits = self.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, rows))
-        else:
-            logits = self.get_output_embeddings()(slice_logits_to_keep(hidden, logits_to_keep))
-        return LLaDAOutput(
-            loss=loss,
-            logits=logits,
-            nll=nll,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+
+        outputs = self._hidden(
+            input_ids, attention_mask, past_key_values, replace_position, query_positions, given(inputs)
         )
+        hidden = outputs.last_hidden_state
+        loss = logits = nll = None
+        if rows is not None:
+            hidden = hidden.flatten(0, 1).index_select(0, rows)
+        elif keeps:
+            hidden = slice_logits_to_keep(hidden, logits_to_keep)
+        if targets is None and score is None:
+            logits = self.get_output_embeddings()(hidden)
+        else:
+            loss, nll = self._score(hidden, targets, weights, score)
+        outputs = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return LLaDAOutput(loss=loss, logits=logits, nll=nll, **outputs)
+
+    def _hidden(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        cache: WindowCache | None,
+        replace_position: Tensor | tuple[int, int] | None,
+        query_positions: Tensor | None,
+        inputs: Inputs,
+    ) -> BaseModelOutputWithPast:
+        """The final hidden states that predict the tokens of their own rows: [B, L, D], or [B, R, D]."""
+        if replace_position is not None and cache is None:
+            raise ValueError("replace_position is a window of a cache; give past_key_values")
+        shifts = self.config.logit_shift
+        with cache.replacing(replace_position) if replace_position is not None else nullcontext():
+            outputs = self.model(
+                input_ids,
+                attention_mask,
+                cache,
+                # a shifted model needs the rows' left neighbours too, so it computes all
+                None if shifts else query_positions,
+                **inputs,
+            )
+            if shifts:
+                hidden = self._shift(
+                    outputs.last_hidden_state, outputs.past_key_values, inputs.get("document_borders")
+                )
+                hidden = hidden if query_positions is None else take_rows(hidden, query_positions)
+                outputs.last_hidden_state = hidden
+        return outputs
 
     def _shift(self, hidden: Tensor, cache: WindowCache | None, document_borders: Tensor | None) -> Tensor:
         """Hidden states one row later: what predicts token i is found at row i - 1 of such a model."""
@@ -405,11 +350,7 @@ class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
         return torch.where(is_first[..., None], hidden, shifted)
 
     def _score(
-        self,
-        hidden: Tensor,
-        targets: Tensor | None = None,
-        weights: Tensor | None = None,
-        score: Score | None = None,
+        self, hidden: Tensor, targets: Tensor | None, weights: Tensor | None, score: Score | None
     ) -> tuple[Tensor, Tensor]:
         head = self.get_output_embeddings()
         if hasattr(head, "base_layer"):  # peft's wrapper: the loss would read the base weight only
@@ -417,4 +358,6 @@ class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
                 "the LM head model.transformer.ff_out has an adapter, which the chunked loss cannot apply; "
                 r"keep target_modules to the blocks, for example '.*blocks\.\d+\.(q_proj|ff_out)'"
             )
+        if targets is not None and weights is None:
+            weights = torch.ones(targets.shape, device=targets.device)
         return head(hidden, targets, weights, score)

@@ -1,0 +1,87 @@
+"""One layer of LLaDA: attention, then SwiGLU, each on a normed copy and added back.
+
+B sequences, L input rows, R rows that get a query, H heads, D model width.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention_llada import LLaDAAttention, rotate, take_mask_rows, take_rows
+from .cache_llada import WindowCache
+from .configuration_llada import LLaDAConfig
+
+
+class LLaDARMSNorm(nn.Module):
+    """x / rms(x) * weight, normalised in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+class LLaDALlamaBlock(GradientCheckpointingLayer):
+    """Attention, then SwiGLU, each on a normed copy and added back."""
+
+    def __init__(self, config: LLaDAConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        d_model, head_dim, d_ff = config.d_model, config.head_dim, config.mlp_hidden_size
+        qkv_bias = config.include_qkv_bias
+        self.attn_norm = LLaDARMSNorm(d_model, config.rms_norm_eps)
+        self.q_proj = nn.Linear(d_model, config.n_heads * head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(d_model, config.n_kv_heads * head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(d_model, config.n_kv_heads * head_dim, bias=qkv_bias)
+        self.attention = LLaDAAttention(config, layer_idx)
+        self.attn_out = nn.Linear(d_model, d_model, bias=False)
+        self.ff_norm = LLaDARMSNorm(d_model, config.rms_norm_eps)
+        self.ff_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.ff_out = nn.Linear(d_ff, d_model, bias=False)
+        self.activation = ACT2FN[config.activation_type]
+        self.dropout = nn.Dropout(config.residual_dropout)
+        # "mitchell": what is added to the residual stream starts smaller, the deeper the block
+        self.attn_out.init_shrink = self.ff_out.init_shrink = math.sqrt(2 * (layer_idx + 1))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: WindowCache | None = None,
+        query_positions: Tensor | None = None,
+    ) -> Tensor:
+        """[B, L, D], or [B, R, D] with `query_positions` [B, R]: every row still gives its key and value."""
+        cos, sin = position_embeddings
+        precise = self.config.rope_full_precision
+        normed = self.attn_norm(hidden_states)
+        key = rotate(self._heads(self.k_proj(normed)), cos, sin, full_precision=precise)
+        value = self._heads(self.v_proj(normed))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        if query_positions is not None:
+            hidden_states, normed, cos, sin = (
+                take_rows(x, query_positions) for x in (hidden_states, normed, cos, sin)
+            )
+            attention_mask = take_mask_rows(attention_mask, query_positions)
+        query = rotate(self._heads(self.q_proj(normed)), cos, sin, full_precision=precise)
+
+        attended, _ = self.attention(query, key, value, attention_mask)
+        hidden_states = hidden_states + self.dropout(self.attn_out(attended.flatten(2)))
+        normed = self.ff_norm(hidden_states)
+        mlp = self.ff_out(self.activation(self.ff_proj(normed)) * self.up_proj(normed))
+        return hidden_states + self.dropout(mlp)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # [B, H, L, head_dim]
