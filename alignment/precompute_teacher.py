@@ -45,6 +45,7 @@ from llada.autoregressive.teacher_rows import (
     fit_length,
 )
 from llada.autoregressive.teacher_server import ServerTeacher
+from llada.chat_client import ChatClient
 from llada.data.messages import to_messages, to_prompt
 from llada.data.records import files_of, read_records
 from llada.data.shards import Columns, Item, describe_inputs, describe_tokenizer, read_manifest, write_shards
@@ -203,10 +204,12 @@ def from_model(config: Config, student: Student) -> None:
 
 def from_server(config: Config, student: Student) -> None:
     """Rows from a server's answers."""
-    server = ServerTeacher(
-        config.server, config.server_model, config.server_key_env, config.top_k, config.temperature,
-        config.max_new_tokens, config.seed, config.server_timeout,
+    client = ChatClient(
+        base_url=config.server, model=config.server_model, api_key_env=config.server_key_env,
+        temperature=config.temperature, max_tokens=config.max_new_tokens, seed=config.seed,
+        timeout=config.server_timeout, max_retries=4, url_flag="--server", model_flag="--server_model",
     )  # fmt: skip
+    server = ServerTeacher(client, top_k=config.top_k)
 
     def answers(items: list[Item]) -> list[TeacherAnswer | None]:
         with ThreadPoolExecutor(config.server_concurrency) as pool:

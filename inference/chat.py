@@ -22,6 +22,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,8 +35,7 @@ from llada.data.records import read_records
 from llada.flags import flag, parse
 from llada.inference.denoising_view import DenoisingView, clean
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
-from llada.models.checkpoints import load_model
-from llada.models.tokens import load_tokenizer, special_ids
+from llada.models.checkpoints import load_for_inference
 from llada.run import start_run
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 
@@ -137,19 +137,14 @@ class Chat:
 
     def answer(self, text: str) -> None:
         """Answers a message; if that fails or is interrupted, the message is forgotten."""
+        before = list(self.messages)
         self.messages.append({"role": "user", "content": text})
         try:
-            reply = self._generate()
-        except KeyboardInterrupt:
-            reply = None
-            self.say("\n(stopped; the message is forgotten)")
-        except ValueError as error:
-            reply = None
-            self.say(f"error: {error}")
-        if reply is None:
-            self.messages.pop()
-        else:
-            self.messages.append({"role": "assistant", "content": reply})
+            self.messages.append({"role": "assistant", "content": self._generate()})
+        except (KeyboardInterrupt, ValueError) as error:
+            self.messages = before
+            is_error = isinstance(error, ValueError)
+            self.say(f"error: {error}" if is_error else "\n(stopped; the message is forgotten)")
 
     def _generate(self) -> str:
         settings = self.settings
@@ -158,18 +153,14 @@ class Chat:
         if num_left_out > self.num_left_out:
             self.say(f"(the oldest {num_left_out} messages no longer fit the context and are left out)")
         self.num_left_out = num_left_out
-        ids = special_ids(self.model.config, self.tokenizer)
+        ends, started = set(self.model.config.end_ids), time.monotonic()
         view = None
         if self.watch:
-            view = DenoisingView(self.tokenizer, settings.gen_length, ids.ends, is_live=self.is_live)
-        started = time.monotonic()
-        try:
+            view = DenoisingView(self.tokenizer, settings.gen_length, ends, is_live=self.is_live)
+        with closing(view) if view else nullcontext():
             output = self.model.generate(
                 [prompt], generation_config=settings, record_ids=[self.num_answers], on_step=view
             )
-        finally:
-            if view is not None:
-                view.close()
         self.num_answers += 1  # the same question asked again at a temperature above 0 is another draw
         seconds = time.monotonic() - started
         (completion,) = output.completions
@@ -268,16 +259,13 @@ def read_message(stream: TextIO) -> str | None:
     is_typed = stream is sys.stdin and stream.isatty()
     lines: list[str] = []
     while True:
-        if is_typed:
-            try:
-                line = input("... " if lines else ">>> ")
-            except EOFError:
-                return None
-        else:
-            line = stream.readline()
-            if not line:
-                return "\n".join(lines) or None
-            line = line.rstrip("\r\n")
+        try:  # input() alone gives a typing user line editing
+            line = input("... " if lines else ">>> ") + "\n" if is_typed else stream.readline()
+        except EOFError:
+            line = ""
+        if not line:
+            return "\n".join(lines) or None
+        line = line.rstrip("\r\n")
         lines.append(line.removesuffix("\\"))
         if not line.endswith("\\"):
             return "\n".join(lines)
@@ -288,17 +276,16 @@ def main(argv: list[str] | None = None, stream: TextIO | None = None) -> None:
     config = parse(Config, argv, description=__doc__)
     settings = sampler_settings(config)
     run = start_run(config.device)
-    tokenizer = load_tokenizer(config.model_name_or_path, chat=True)
-    if config.system is not None and drops_system(tokenizer):
-        raise ValueError("--system: this model's chat template leaves system messages out")
-    model = load_model(
+    model, tokenizer = load_for_inference(
         config.model_name_or_path,
+        chat=True,
         dtype=config.dtype,
         adapter_path=config.adapter_path,
         attn_implementation=config.attn_implementation,
         device=run.device,
     )
-    model.config.eot_token_id = special_ids(model.config, tokenizer).eot
+    if config.system is not None and drops_system(tokenizer):
+        raise ValueError("--system: this model's chat template leaves system messages out")
     chat = Chat(model, tokenizer, settings, system=config.system, watch=config.watch)
     if config.load is not None:
         chat.command(f"/load {config.load}")

@@ -351,7 +351,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr("llada.autoregressive.teacher_server.FIRST_WAIT", 0.0)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     running = Server()
     thread = threading.Thread(target=running.serve_forever, daemon=True)
     thread.start()
@@ -390,10 +390,10 @@ def test_a_server_answers_with_log_probabilities(server, tokenizer_dir, tmp_path
 @pytest.mark.parametrize(
     ("sent", "message"),
     [
-        ([(401, None)], "refuses: status 401"),
+        ([(401, None)], "HTTP 401"),
         ([(200, {"finish_reason": "stop", "message": {"content": "x"}})], "without log-probabilities"),
-        ([(503, None)] * 9, "gave no answer in 5 tries: status 503"),
-        ([(200, None)] * 9, "gave no answer in 5 tries: not a chat completion"),
+        ([(503, None)] * 9, "no answer in 5 tries: HTTP 503"),
+        ([(200, None)] * 9, "no answer in 5 tries: not a chat completion"),
         ([(200, {"logprobs": {"content": [entry("Hi", 0.0, [("Hi", float("nan"))])]}})], "sent nan as a log"),
     ],
 )

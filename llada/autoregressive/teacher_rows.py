@@ -95,7 +95,7 @@ def align_answer(
     drops_first_space: bool,
     where: str,
 ) -> np.ndarray:
-    """[answer tokens] which teacher token begins where each begins, -1 = none; see `VocabMap.align`.
+    """[answer tokens] which teacher token begins where each begins, -1 = none; see `align_texts`.
 
     Args:
         teacher_texts: what each of the teacher's tokens writes, None for special ones.

@@ -195,10 +195,6 @@ class VocabMap:
         known = sum(token is not None for token in self.source.tokens)
         return int(self.is_mapped.sum()) / known
 
-    def coverage_of(self, source_ids: Sequence[int]) -> float:
-        """The share of these tokens (of a text, counted as often as they stand there) that have one."""
-        return float(self.is_mapped[torch.as_tensor(source_ids)].float().mean())
-
     def project(self, log_probs: Tensor) -> tuple[Tensor, Tensor]:
         """Source log-probabilities as target log-probabilities and that of "other", in float32.
 
@@ -226,29 +222,22 @@ class VocabMap:
         projected = torch.zeros(shape, device=log_probs.device).scatter_add(-1, index, scaled).log() + shift
         return projected[..., :-1], projected[..., -1]
 
-    def align(self, source_ids: Sequence[int], target_ids: Sequence[int]) -> np.ndarray:
-        """Which source token begins where each target token begins: [n_target] long, -1 = none.
-
-        Both must write the same bytes. A special token belongs to a special token at the same place: the
-        first to the first, the second to the second.
-
-        Raises:
-            ValueError: the two texts differ; says from which byte on.
-        """
-        dropped = self.source.drops_first_space, self.target.drops_first_space
-        ours, theirs = self.source.texts, self.target.texts
-        return align_texts([ours[i] for i in source_ids], [theirs[i] for i in target_ids], dropped)
-
 
 def align_texts(
     source: Sequence[bytes | None],
     target: Sequence[bytes | None],
     drops_first_space: tuple[bool, bool] = (False, False),
 ) -> np.ndarray:
-    """`VocabMap.align` for tokens given by what they write; None is a special token.
+    """[target tokens] which source token begins where each target token begins, -1 = none.
+
+    A special token belongs to a special token at the same place: the first to the first, and so on.
 
     Args:
+        source, target: what each token writes, together the same bytes; None is a special token.
         drops_first_space: of the source's and the target's tokenizer.
+
+    Raises:
+        ValueError: the two texts differ; says from which byte on.
     """
     ours, theirs = (b"".join(text or b"" for text in texts) for texts in (source, target))
     shift = 0
@@ -271,7 +260,7 @@ def _starts(texts: Sequence[bytes | None]) -> np.ndarray:
 
 
 def _places(texts: Sequence[bytes | None], dropped: int) -> list[tuple[int, int]]:
-    """(first byte, 0 for text or the how-many-eth special token there) of each token."""
+    """(first byte, 0 for text else index among the special tokens at this place, from 1) of each token."""
     places, num_special = [], 0
     for text, start in zip(texts, _starts(texts), strict=False):
         num_special = num_special + 1 if text is None else 0
