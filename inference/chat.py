@@ -35,7 +35,7 @@ from llada.data.records import read_records
 from llada.flags import flag, parse
 from llada.inference.denoising_view import DenoisingView, clean
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
-from llada.models.checkpoints import load_for_inference
+from llada.models.building import load_for_inference
 from llada.run import start_run
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 
