@@ -19,14 +19,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llada.flags import read_yaml
 from llada.rewards.functions import puzzle_solved
+from llada.training.stages import ROOT, STAGES, Stage, output_of
 
-ROOT = Path(__file__).resolve().parent.parent
 TAIL_LINES = 30
 # Names in results.json that the table shows.
 METRICS = {
@@ -36,35 +35,6 @@ METRICS = {
 }
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A script; whether it reads a checkpoint, makes one, and whether later stages start from that one."""
-
-    script: str
-    reads_checkpoint: bool = False
-    trains: bool = False
-    is_trunk: bool = False
-
-
-STAGES = {
-    "data": Stage("scripts/make_quickstart_data.py"),
-    "tokenizer": Stage("scripts/train_tokenizer.py"),
-    "prepare_corpus": Stage("pretraining/prepare_corpus.py"),
-    "pretraining": Stage("pretraining/pretrain.py", trains=True, is_trunk=True),
-    "prepare_sft": Stage("sft_training/prepare_sft.py"),
-    "sft": Stage("sft_training/train_sft.py", reads_checkpoint=True, trains=True, is_trunk=True),
-    "teacher": Stage("alignment/train_teacher.py", trains=True),
-    "precompute_teacher": Stage("alignment/precompute_teacher.py"),
-    "alignment": Stage("alignment/train_kl.py", reads_checkpoint=True, trains=True),
-    "speculative": Stage("inference/speculative_decode.py", reads_checkpoint=True),
-    "preferences": Stage("rlhf/make_preferences.py", reads_checkpoint=True),
-    "dpo": Stage("rlhf/train_dpo.py", reads_checkpoint=True, trains=True),
-    "precompute_bref": Stage("rlhf/precompute_bref.py", reads_checkpoint=True),
-    "kto": Stage("rlhf/train_elbo_kto.py", reads_checkpoint=True, trains=True),
-    "grpo": Stage("rlhf/train_grpo.py", reads_checkpoint=True, trains=True),
-    "inference": Stage("inference/generate.py", reads_checkpoint=True),
-    "eval": Stage("eval/eval_llada.py", reads_checkpoint=True),
-}
 # Sections of the predecessor's config.yaml that only explain.
 PROSE_SECTIONS = ("data_format", "hardware", "performance_tips")
 
@@ -93,7 +63,7 @@ def script_of(section: str) -> Stage | None:
 
 
 class Pipeline:
-    """The commands of a config file, and what became of them."""
+    """The commands of a config file."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -101,28 +71,24 @@ class Pipeline:
         known = {*STAGES, *PROSE_SECTIONS, "model", "output_dir", "heldout", "nproc_per_node"}
         unknown = [name for name in config if name.partition(":")[0] not in known]
         if unknown:
-            raise ValueError(
-                f"--config {arguments.config}: unknown section {unknown[0]!r}; known: {sorted(known)}"
-            )
+            raise self._wrong(f"unknown section {unknown[0]!r}; known: {sorted(known)}")
         self.output_dir = Path(config.get("output_dir", "checkpoints"))
         self.model = config.get("model") or {}
         self.nproc = int(config.get("nproc_per_node", 1))
         self.sections = {name: dict(config[name] or {}) for name in config if script_of(name)}
-        self.heldout: dict[str, dict[str, Any]] = {}
+        self.heldout: dict[str, dict[str, Any]] = {}  # stage -> flags of generate.py after it
         for name, section in config.items():
             if name.partition(":")[0] != "heldout":
                 continue
             if not {"after", "prompts_file"} <= set(section or {}):
-                raise ValueError(
-                    f"--config {arguments.config}: section {name!r} needs `after` and `prompts_file`"
-                )
-            unknown = [stage for stage in section["after"] if stage not in self.sections]
-            if unknown:
-                raise ValueError(
-                    f"--config {arguments.config}: section {name!r}: no section {unknown[0]!r} to come after"
-                )
-            flags = {flag: value for flag, value in section.items() if flag != "after"}
-            self.heldout.update(dict.fromkeys(section["after"], flags))
+                raise self._wrong(f"section {name!r} needs `after` and `prompts_file`")
+            for stage in section["after"]:
+                if stage not in self.sections:
+                    raise self._wrong(f"section {name!r}: no section {stage!r} to come after")
+                self.heldout[stage] = {flag: value for flag, value in section.items() if flag != "after"}
+
+    def _wrong(self, message: str) -> ValueError:
+        return ValueError(f"--config {self.arguments.config}: {message}")
 
     def selected(self) -> list[str]:
         """The stages to run, in order."""
@@ -146,11 +112,22 @@ class Pipeline:
 
     def flags(self, stage: str) -> dict[str, Any]:
         """The flags of a stage: its section, and what the shared sections and earlier stages add."""
-        flags = {name: self._fill(value) for name, value in self.sections[stage].items() if value is not None}
-        if script_of(stage).trains or script_of(stage).reads_checkpoint:
-            self._add_shared(stage, flags)
-        if script_of(stage).trains and self.arguments.resume_from_checkpoint and stage == self.selected()[0]:
-            flags["resume_from_checkpoint"] = self.arguments.resume_from_checkpoint
+        flags = {name: self.fill(value) for name, value in self.sections[stage].items() if value is not None}
+        script = script_of(stage)
+        if stage == "eval":
+            arguments = flags.get("model_args", "")
+            if "model_path=" not in arguments:
+                named = f"model_path={self.checkpoint_before(stage)}"
+                flags["model_args"] = ",".join(filter(None, [named, arguments]))
+            return flags
+        if script.reads_checkpoint or (script.trains and "config_name" not in flags):
+            flags.setdefault("model_name_or_path", self.checkpoint_before(stage))
+        if script.trains:
+            for name in ("tokenizer_name", "max_length", "dtype"):
+                if self.model.get(name) is not None:
+                    flags.setdefault(name, self.fill(self.model[name]))
+            if self.arguments.resume_from_checkpoint and stage == self.selected()[0]:
+                flags["resume_from_checkpoint"] = self.arguments.resume_from_checkpoint
         if stage == "inference":
             self._add_inference(flags)
         return flags
@@ -168,44 +145,24 @@ class Pipeline:
         if self.arguments.is_instruct:
             flags["is_instruct"] = True
 
-    def _add_shared(self, stage: str, flags: dict[str, Any]) -> None:
-        if stage == "eval":
-            arguments = flags.get("model_args", "")
-            if "model_path=" not in arguments:
-                flags["model_args"] = ",".join(
-                    filter(None, [f"model_path={self.checkpoint_before(stage)}", arguments])
-                )
-            return
-        if script_of(stage).reads_checkpoint or "config_name" not in flags:
-            flags.setdefault("model_name_or_path", self.checkpoint_before(stage))
-        for name in ("tokenizer_name", "max_length", "dtype") if script_of(stage).trains else ():
-            if self.model.get(name) is not None:
-                flags.setdefault(name, self._fill(self.model[name]))
-
-    def _fill(self, value: Any) -> Any:
-        if isinstance(value, str):
-            return value.replace("{output_dir}", str(self.output_dir))
+    def fill(self, value: Any) -> Any:
+        """The value with {output_dir} replaced, in the items of a list too."""
         if isinstance(value, list):
-            return [self._fill(item) for item in value]
-        return value
+            return [self.fill(item) for item in value]
+        return value.replace("{output_dir}", str(self.output_dir)) if isinstance(value, str) else value
 
     def command(self, stage: str) -> list[str]:
         """The exact command of a stage."""
-        script = [str(ROOT / script_of(stage).script)]
-        if self.nproc > 1 and (script_of(stage).trains or script_of(stage).reads_checkpoint):
-            script = [
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc_per_node={self.nproc}",
-                *script,
-            ]
-        return [sys.executable, *script, *as_arguments(self.flags(stage))]
+        script = script_of(stage)
+        start = [sys.executable]
+        if self.nproc > 1 and (script.trains or script.reads_checkpoint):
+            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.nproc}"]
+        return [*start, str(ROOT / script.script), *as_arguments(self.flags(stage))]
 
     def heldout_command(self, stage: str) -> tuple[list[str], Path]:
         """Generation on the held-out prompts with the checkpoint of `stage`, and its output file."""
         output = self.output_dir / "heldout" / f"{stage}.jsonl"
-        flags = {name: self._fill(value) for name, value in self.heldout[stage].items()}
+        flags = {name: self.fill(value) for name, value in self.heldout[stage].items()}
         flags |= {"model_name_or_path": self.flags(stage)["output_dir"], "output_path": str(output)}
         return [sys.executable, str(ROOT / STAGES["inference"].script), *as_arguments(flags)], output
 
@@ -214,14 +171,12 @@ def as_arguments(flags: Mapping[str, Any]) -> list[str]:
     """Command-line arguments that say the same as a mapping of flags."""
     arguments: list[str] = []
     for name, value in flags.items():
-        if isinstance(value, list):
-            arguments += [f"--{name}", *map(str, value)]
+        if value is False:
+            arguments.append(f"--{name}=false")
         elif value is True:
             arguments.append(f"--{name}")
-        elif value is not False:
-            arguments += [f"--{name}", str(value)]
         else:
-            arguments.append(f"--{name}=false")
+            arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return arguments
 
 
@@ -277,7 +232,7 @@ def stage_rows(
     Args:
         earlier: the lines above; an earlier variant of the stage shows what was before.
     """
-    folder = Path(flags.get("output_dir") or flags.get("output_path") or flags.get("output_file") or "")
+    folder = output_of(flags)
     found: list[tuple[str, str, str]] = []  # metric, before, after
     if (folder / "results.json").is_file():
         values = json.loads((folder / "results.json").read_text())
@@ -324,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
             command, completions = pipeline.heldout_command(stage)
             completions.parent.mkdir(parents=True, exist_ok=True)
             seconds = run_once(f"heldout_{stage}", command, logs)
-            solved = accuracy_by_task(completions, Path(pipeline._fill(heldout["prompts_file"])))
+            solved = accuracy_by_task(completions, Path(pipeline.fill(heldout["prompts_file"])))
             before = accuracy.get(flags.get("model_name_or_path"), {})
             accuracy[flags["output_dir"]] = solved
             for task, value in solved.items():
@@ -346,15 +301,8 @@ def finish(pipeline: Pipeline, rows: list[tuple[str, ...]]) -> None:
     runs = [pipeline.flags(stage)["output_dir"] for stage in pipeline.selected() if script_of(stage).trains]
     if runs:
         curves = pipeline.output_dir / "loss_curves.png"
-        plot = [
-            sys.executable,
-            str(ROOT / "scripts/plot_metrics.py"),
-            "--runs",
-            *runs,
-            "--output",
-            str(curves),
-        ]
-        subprocess.run(plot, check=True)
+        script = str(ROOT / "scripts/plot_metrics.py")
+        subprocess.run([sys.executable, script, "--runs", *runs, "--output", str(curves)], check=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Kills training runs with kill -9 at random steps; the resumed runs must end as if nothing had happened.
 
-Every stage of the table STAGES runs once undisturbed. Then runs of it are killed at a random moment after a
-random step, started again by the same command, and must end with the same weights, bit by bit, and the same
-loss curve. With --ranks 2 --resume_ranks 1 the run goes on with fewer processes: weights then differ by
-rounding, and the loss curve must agree to --tolerance.
+Every stage that trains (llada/training/stages.py) runs once undisturbed. Then runs of it are killed at a
+random moment after a random step, started again by the same command, and must end with the same weights, bit
+by bit, and the same loss curve. With --ranks 2 --resume_ranks 1 the run goes on with fewer processes: weights
+then differ by rounding, and the loss curve must agree to --tolerance.
 
 Run:
     python scripts/benchmarks/kill_test.py --kills 20 --output_dir runs/kill_test
@@ -26,33 +26,16 @@ from safetensors.torch import load_file
 
 from llada.diffusion.masking import generator
 from llada.flags import flag, parse
-from llada.models.building import ROOT
 from llada.run import read_metrics
+from llada.training.stages import ROOT, STAGES, Stage
 
-PREPARE = (
-    ("scripts/train_tokenizer.py", "tokenizer"),
-    ("pretraining/prepare_corpus.py", "corpus"),
-    ("sft_training/prepare_sft.py", "sft_data"),
-    ("pretraining/pretrain.py", "pretrain"),
-    ("sft_training/train_sft.py", "sft"),
-    ("rlhf/precompute_bref.py", "bref"),
-    ("alignment/train_teacher.py", "train_teacher"),
-    ("alignment/precompute_teacher.py", "teacher_rows"),
-)
-"""Scripts of the debug chain, run in this order where runs/debug lacks the folder."""
-
-STAGES = {
-    "pretraining": ("pretraining/pretrain.py",),
-    "pretraining, packed": ("pretraining/pretrain.py", "--packing"),
-    "sft": ("sft_training/train_sft.py",),
-    "sft, lora": ("sft_training/train_sft.py", "--use_lora", "--lora_r", "4"),
-    "dpo": ("rlhf/train_dpo.py",),
-    "elbo-kto": ("rlhf/train_elbo_kto.py",),
-    "grpo": ("rlhf/train_grpo.py",),
-    "alignment": ("alignment/train_kl.py",),
-    "alignment, teacher": ("alignment/train_teacher.py",),
+RUNS = {
+    ", ".join(filter(None, [name, variant])): (stage, flags)
+    for name, stage in STAGES.items()
+    if stage.trains
+    for variant, flags in {"": (), **stage.variants}.items()
 }
-"""Stage -> its script, run with configs/debug/<script>.yaml, and further flags."""
+"""What is killed: every stage that trains, plain and in its variants."""
 
 
 @dataclass(kw_only=True)
@@ -60,7 +43,7 @@ class Config:
     """Flags of the test."""
 
     output_dir: str = flag(help="New folder for all runs.")
-    stages: list[str] = flag(list(STAGES), help="What to kill, of " + ", ".join(STAGES) + ".")
+    stages: list[str] = flag(list(RUNS), help="What to kill, of: " + "; ".join(RUNS) + ".")
     kills: int = flag(20, help="Kills in all, spread over the stages.")
     steps: int = flag(60, help="Steps of a run; it saves every 5.")
     ranks: int = flag(1, help="Processes of a run until it is killed.")
@@ -69,16 +52,16 @@ class Config:
     seed: int = flag(0, help="Of the moments.")
 
 
-def command_of(stage: str, output: Path, config: Config, ranks: int) -> list[str]:
+def command_of(name: str, output: Path, config: Config, ranks: int) -> list[str]:
     """The command line of a run."""
-    script, *flags = STAGES[stage]
+    stage, flags = RUNS[name]
     start = [sys.executable]
     if ranks > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     return [
-        *start, str(ROOT / script), "--config", str(ROOT / f"configs/debug/{Path(script).stem}.yaml"),
+        *start, str(ROOT / stage.script), "--config", str(ROOT / stage.debug_config), *flags,
         "--output_dir", str(output), "--max_steps", str(config.steps), "--save_interval", "5",
-        "--log_interval", "1", *flags, *(["--micro_batch_size", "1"] if config.ranks > 1 else []),
+        "--log_interval", "1", *(["--micro_batch_size", "1"] if config.ranks > 1 else []),
     ]  # fmt: skip
 
 
@@ -86,6 +69,15 @@ def environment() -> dict[str, str]:
     """One thread a process, so that sums are formed in one order."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+def prepare(stage: Stage) -> None:
+    """Runs the debug configs that come before that of `stage`, where runs/debug lacks their output."""
+    for before in (STAGES[name] for name in stage.after):
+        if not (ROOT / before.debug_output).exists():
+            prepare(before)
+            command = [sys.executable, str(ROOT / before.script), "--config", before.debug_config]
+            subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True)
 
 
 def finish(command: list[str], output: Path) -> None:
@@ -155,16 +147,13 @@ def compare(whole: Path, resumed: Path) -> tuple[bool, float]:
 def main(argv: list[str] | None = None) -> None:
     """Runs, kills, resumes and compares; RuntimeError if a run does not end as it should."""
     config = parse(Config, argv, description=__doc__)
-    if unknown := set(config.stages) - set(STAGES):
-        raise ValueError(f"--stages {sorted(unknown)}: choose from {', '.join(STAGES)}")
+    if unknown := set(config.stages) - set(RUNS):
+        raise ValueError(f"--stages {sorted(unknown)}: choose from {'; '.join(RUNS)}")
     output_dir = Path(config.output_dir).absolute()
     if output_dir.exists():
         raise ValueError(f"--output_dir {output_dir}: exists; give a new folder")
-    for script, folder in PREPARE:
-        if not (ROOT / "runs/debug" / folder).exists():
-            command = [sys.executable, str(ROOT / script), "--config"]
-            command.append(str(ROOT / f"configs/debug/{Path(script).stem}.yaml"))
-            subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True)
+    for name in config.stages:
+        prepare(RUNS[name][0])
     resume_ranks = config.resume_ranks or config.ranks
     random = generator(config.seed, "kill test")
     wrong = []
