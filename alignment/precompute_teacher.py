@@ -27,31 +27,8 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
-import numpy as np
-import torch
-from tqdm import tqdm
-from transformers import AutoTokenizer
-
-from llada.autoregressive.causal_lm import describe_causal_lm, load_causal_lm
-from llada.autoregressive.teacher_files import TeacherFile, read_teacher_records
-from llada.autoregressive.teacher_model import NO_NUMBERS, Question, TeacherModel
-from llada.autoregressive.teacher_rows import (
-    KIND,
-    LONG,
-    Student,
-    TeacherAnswer,
-    as_columns,
-    count,
-    fit_length,
-)
-from llada.autoregressive.teacher_server import ServerTeacher
 from llada.chat_client import ChatClient
-from llada.data.messages import to_messages, to_prompt
-from llada.data.records import files_of, read_records
-from llada.data.shards import Columns, Item, describe_inputs, describe_tokenizer, read_manifest, write_shards
-from llada.flags import flag, parse
-from llada.models.checkpoints import DTYPES
-from llada.models.tokens import load_tokenizer
+from llada.flags import check_command_line, flag, parse, run_main
 
 
 @dataclass(kw_only=True)
@@ -70,7 +47,9 @@ class Config:
     )
     teacher: str | None = flag(None, help="Autoregressive checkpoint folder or hub name.")
     teacher_gguf_file: str | None = flag(None, help="Name of a GGUF file in that folder.")
-    teacher_dtype: str = flag("auto", help="Of its weights; auto: as saved.", choices=["auto", *DTYPES])
+    teacher_dtype: str = flag(
+        "auto", help="Of its weights; auto: as saved.", choices=["auto", "float32", "bfloat16", "float16"]
+    )
     teacher_tokenizer: str | None = flag(
         None, help="Tokenizer of the model that made the records' logits; default the student's."
     )
@@ -86,7 +65,11 @@ class Config:
     temperature: float = flag(1.0, help="Of generated answers; the stored distributions are at 1.")
     max_new_tokens: int = flag(256, help="Longest generated answer in the teacher's tokens.")
     max_length: int = flag(4096, help="Longest row in the student's tokens.")
-    long: str = flag("error", help="Rows over --max_length: error, drop, or truncate.", choices=list(LONG))
+    long: str = flag(
+        "error",
+        help="Rows over --max_length: error, drop, or truncate.",
+        choices=["error", "drop", "truncate"],
+    )
     limit: int | None = flag(None, help="Only the first N records.")
     batch_size: int = flag(16, help="Answers in one forward of the teacher.")
     shard_size: int | None = flag(
@@ -109,6 +92,32 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} {value} must be at least 1")
+
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from llada.autoregressive.causal_lm import describe_causal_lm, load_causal_lm
+from llada.autoregressive.teacher_files import TeacherFile, read_teacher_records
+from llada.autoregressive.teacher_model import NO_NUMBERS, Question, TeacherModel
+from llada.autoregressive.teacher_rows import (
+    KIND,
+    Student,
+    TeacherAnswer,
+    as_columns,
+    count,
+    fit_length,
+)
+from llada.autoregressive.teacher_server import ServerTeacher
+from llada.data.messages import to_messages, to_prompt
+from llada.data.records import files_of, read_records
+from llada.data.shards import Columns, Item, describe_inputs, describe_tokenizer, read_manifest, write_shards
+from llada.models.tokens import load_tokenizer
 
 
 def questions(config: Config, paths: list[str], bar: tqdm) -> Iterator[Item]:
@@ -255,4 +264,4 @@ def write(
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -21,11 +21,10 @@ DEFAULTS = {
 
 def main(argv: list[str] | None = None) -> None:
     """Runs precompute_teacher.py with these defaults in front of the given flags."""
-    script = runpy.run_path(
-        str(Path(__file__).with_name("precompute_teacher.py")), run_name="precompute_teacher"
-    )
+    script = Path(__file__).with_name("precompute_teacher.py")
     defaults = [word for name, value in DEFAULTS.items() for word in (f"--{name}", value)]
-    script["main"]([*defaults, *(sys.argv[1:] if argv is None else argv)])
+    sys.argv = [str(script), *defaults, *(sys.argv[1:] if argv is None else argv)]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 if __name__ == "__main__":

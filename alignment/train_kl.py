@@ -34,25 +34,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
-
-from llada.autoregressive.teacher_rows import KIND
-from llada.autoregressive.teacher_stream import RULES, AlignedBatch, AlignmentStream, Windows
-from llada.data.prepared import load
-from llada.data.rows import ConversationRows
-from llada.data.shards import describe_tokenizer, is_prepared, load_rows, read_manifest
-from llada.diffusion.distillation_losses import Objective, RowScore, accepted_length
-from llada.flags import flag, parse
-from llada.models.tokens import load_tokenizer, special_ids
-from llada.run import Run, Sums, autocast, end_run, start_run, sum_over_ranks
-from llada.training import dry_run as preflight
+from llada.flags import check_command_line, flag, parse, run_main
 from llada.training.config import TrainConfig
-from llada.training.loop import LossParts, fit, load_trainable
-
-LOSS_TYPES = ("auto", "ce", "kl", "hybrid", "lk")
-WINDOW_WEIGHTS = ("uniform", "decay", "streak")
 
 
 @dataclass(kw_only=True)
@@ -62,8 +45,14 @@ class Config(TrainConfig):
     model_name_or_path: str = flag(help="Checkpoint to align.", aliases=["model_name"])
     train_data_path: str = flag(help="Folder made by precompute_teacher.py.", aliases=["data_path"])
     eval_data_path: str | None = flag(None, help="The same for validation.")
-    loss_type: str = flag("auto", help="ce, kl, hybrid, lk; auto: kl with a teacher.", choices=LOSS_TYPES)
-    positions: str = flag("windows", help="What is masked and scored.", choices=RULES)
+    loss_type: str = flag(
+        "auto",
+        help="ce, kl, hybrid, lk; auto: kl with a teacher.",
+        choices=["auto", "ce", "kl", "hybrid", "lk"],
+    )
+    positions: str = flag(
+        "windows", help="What is masked and scored.", choices=["masked", "answer", "windows"]
+    )
     alpha: float = flag(0.5, help="Hybrid: weight of the cross-entropy.")
     beta: float = flag(0.5, help="Hybrid: weight of the KL.")
     temperature: float = flag(1.0, help="Of both distributions in the KL.")
@@ -73,7 +62,7 @@ class Config(TrainConfig):
         "uniform",
         help="Weight of the k-th mask: all alike; exp(-(k - 1) / --window_decay); or the probability that "
         "all before it are accepted (streak).",
-        choices=WINDOW_WEIGHTS,
+        choices=["uniform", "decay", "streak"],
     )
     window_decay: float = flag(4.0, help="With --window_weights decay.")
     learning_rate: float = flag(2.5e-5, help="Peak learning rate.", aliases=["lr"])
@@ -101,7 +90,7 @@ class Config(TrainConfig):
         if self.loss_type == "hybrid" and self.alpha + self.beta == 0:
             raise ValueError("--loss_type hybrid with --alpha 0 and --beta 0 has no loss")
 
-    def objective(self, has_teacher: bool) -> Objective:
+    def objective(self, has_teacher: bool) -> "Objective":
         """The loss of a row; ValueError if it needs a teacher and there is none."""
         kind = self.loss_type
         if kind == "auto":
@@ -114,11 +103,30 @@ class Config(TrainConfig):
         alpha, beta = {"ce": (1.0, 0.0), "hybrid": (self.alpha, self.beta)}.get(kind, (0.0, 1.0))
         return Objective(alpha, beta, self.temperature, self.temperature_squared, is_lk=kind == "lk")
 
-    def windows(self) -> Windows:
+    def windows(self) -> "Windows":
         """The windows that the flags describe."""
         if self.window_weights == "decay":
             return Windows(self.window_length, self.window_decay)
         return Windows(self.window_length)
+
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from llada.autoregressive.teacher_rows import KIND
+from llada.autoregressive.teacher_stream import AlignedBatch, AlignmentStream, Windows
+from llada.data.prepared import load
+from llada.data.rows import ConversationRows
+from llada.data.shards import describe_tokenizer, is_prepared, load_rows, read_manifest
+from llada.diffusion.distillation_losses import Objective, RowScore, accepted_length
+from llada.models.tokens import load_tokenizer, special_ids
+from llada.run import Run, Sums, autocast, end_run, start_run, sum_over_ranks
+from llada.training import dry_run as preflight
+from llada.training.loop import LossParts, fit, load_trainable
 
 
 def planned_rows(path: str, tokenizer: PreTrainedTokenizerBase, *, config: Config) -> preflight.Rows:
@@ -310,4 +318,4 @@ def validation_numbers(
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -16,23 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
-
-from llada.data.prepared import load as load_rows
-from llada.data.rows import ConversationRows
-from llada.data.shards import row_lengths
-from llada.diffusion.batches import Example, MaskedBatch, Noised
-from llada.diffusion.stream import MaskedStream
-from llada.flags import flag, parse
-from llada.models.building import new_config
-from llada.models.checkpoints import resolve_checkpoint
-from llada.models.tokens import SpecialIds, load_tokenizer
-from llada.run import end_run, start_run
+from llada.flags import check_command_line, flag, parse, run_main
 from llada.training.config import TrainConfig
-from llada.training.loop import fit
-from llada.training.validation import validation_loss
 
 
 @dataclass(kw_only=True)
@@ -44,6 +29,26 @@ class Config(TrainConfig):
     tokenizer_name: str = flag(help="Tokenizer folder; the student's, for a shared vocabulary.")
     config_name: str | None = flag(None, help="From scratch: a size in configs/models.")
     model_name_or_path: str | None = flag(None, help="Causal checkpoint to continue.")
+
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from llada.data.prepared import load as load_rows
+from llada.data.rows import ConversationRows
+from llada.data.shards import row_lengths
+from llada.diffusion.batches import Example, MaskedBatch, Noised
+from llada.diffusion.stream import MaskedStream
+from llada.models.building import new_config
+from llada.models.checkpoints import resolve_checkpoint
+from llada.models.tokens import SpecialIds, load_tokenizer
+from llada.run import end_run, start_run
+from llada.training.loop import fit
+from llada.training.validation import validation_loss
 
 
 class CausalStream(MaskedStream):
@@ -143,4 +148,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -30,17 +30,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import lm_eval.tasks
 import yaml
 from lm_eval._cli import HarnessCLI
 from lm_eval.config.evaluate_config import EvaluatorConfig
-from lm_eval.tasks import TaskManager
 from lm_eval.utils import setup_logging
 
-from llada.flags import read_yaml
-from llada.inference.eval_worker import EvalRank, parse_model_args
-from llada.inference.lm_eval_model import LLaDADist, with_flags
-from llada.run import end_run
+from llada.flags import read_yaml, run_main
+from llada.inference.eval_args import parse_model_args
 
 MODEL = "llada_dist"  # registered by the import of llada.inference.lm_eval_model
 PRESETS = Path(__file__).with_name("presets.yaml")
@@ -116,6 +112,17 @@ def _prepare_model_args(arguments: argparse.Namespace) -> None:
         arguments.batch_size = "auto"  # lm_eval's default of 1 would override the model's
 
 
+if __name__ == "__main__":
+    run_main(lambda: parse_arguments(sys.argv[1:]))  # before the slow imports below
+
+import lm_eval.tasks
+from lm_eval.tasks import TaskManager
+
+from llada.inference.eval_worker import EvalRank
+from llada.inference.lm_eval_model import LLaDADist, with_flags
+from llada.run import end_run
+
+
 def _only_local_tasks(arguments: argparse.Namespace) -> AbstractContextManager:
     """Spares lm_eval its own ten thousand task files when --include_path has all that are asked for."""
     if arguments.include_path is None or not arguments.tasks:
@@ -165,4 +172,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -27,29 +27,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
-from transformers import PreTrainedTokenizerBase
-
-from llada.data.chat import drops_system, render_prompt
-from llada.data.messages import Message, to_messages
-from llada.data.records import read_records
-from llada.flags import flag, parse
-from llada.inference.denoising_view import DenoisingView, clean
+from llada.flags import check_command_line, flag, parse, run_main
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
-from llada.models.building import load_for_inference
-from llada.run import start_run
-from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
-
-COMMANDS = {
-    "/help": "these commands",
-    "/settings": "the sampler's settings",
-    "/set NAME VALUE ...": "change settings, for example: /set gen_length 128 block_length 32",
-    "/watch": "show answers while they are decided, or stop showing them",
-    "/undo": "forget the last message and its answer",
-    "/reset": "forget the whole conversation",
-    "/save FILE": "write the conversation, as a JSONL record that SFT takes",
-    "/load FILE": "go on with the first conversation of a file",
-    "/quit": "leave (or Ctrl-D)",
-}
 
 
 @dataclass(kw_only=True)
@@ -68,6 +47,32 @@ class Config(SamplerFlags):
     system: str | None = flag(None, help="System message at the start of the conversation.")
     load: str | None = flag(None, help="File whose first conversation is continued.")
     watch: bool = flag(False, help="Show answers while they are decided.")
+
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+from transformers import PreTrainedTokenizerBase
+
+from llada.data.chat import drops_system, render_prompt
+from llada.data.messages import Message, to_messages
+from llada.data.records import read_records
+from llada.inference.denoising_view import DenoisingView, clean
+from llada.models.building import load_for_inference
+from llada.run import start_run
+from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
+
+COMMANDS = {
+    "/help": "these commands",
+    "/settings": "the sampler's settings",
+    "/set NAME VALUE ...": "change settings, for example: /set gen_length 128 block_length 32",
+    "/watch": "show answers while they are decided, or stop showing them",
+    "/undo": "forget the last message and its answer",
+    "/reset": "forget the whole conversation",
+    "/save FILE": "write the conversation, as a JSONL record that SFT takes",
+    "/load FILE": "go on with the first conversation of a file",
+    "/quit": "leave (or Ctrl-D)",
+}
 
 
 SETTINGS = [field.name for field in fields(SamplerFlags)]
@@ -310,4 +315,4 @@ def main(argv: list[str] | None = None, stream: TextIO | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

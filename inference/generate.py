@@ -30,19 +30,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
-
-from llada.data.prompts import Prompt, PromptFlags
-from llada.diffusion.likelihood import Request, score
-from llada.flags import flag, parse
+from llada.data.flags import PromptFlags
+from llada.flags import check_command_line, flag, parse, run_main
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
-from llada.models.building import load_for_inference
-from llada.models.checkpoints import describe_checkpoint
-from llada.resumable import ResumableJob, write_atomically
-from llada.rewards.verifiers import final_answer
-from llada.run import Run, barrier, end_run, start_processes, start_run
-from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 
 
 @dataclass(kw_only=True)
@@ -80,6 +70,21 @@ class Config(PromptFlags, SamplerFlags):
         choices=["first", "majority", "likelihood"],
     )
 
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from llada.data.prompts import Prompt, read_asked_prompts
+from llada.diffusion.likelihood import Request, score
+from llada.models.building import load_for_inference
+from llada.models.checkpoints import describe_checkpoint
+from llada.resumable import ResumableJob, write_atomically
+from llada.rewards.verifiers import final_answer
+from llada.run import Run, barrier, end_run, start_processes, start_run
+from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 
 # Flags that change neither an answer nor which prompts have one: a killed run may go on with others.
 FREE = (
@@ -215,8 +220,8 @@ def main(argv: list[str] | None = None) -> None:
         device=run.device,
     )
     context = model.config.max_sequence_length
-    prompts, counts = config.read(
-        tokenizer, context=context, gen_length=config.gen_length, long=config.long_prompts
+    prompts, counts = read_asked_prompts(
+        config, tokenizer, context=context, gen_length=config.gen_length, long=config.long_prompts
     )
     if run.is_main:
         for what, count in counts.items():
@@ -234,4 +239,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -28,19 +28,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
-
-from llada.autoregressive.causal_lm import describe_causal_lm, load_causal_lm, prompt_ids
-from llada.data.prompts import Prompt, PromptFlags
-from llada.flags import flag, parse
-from llada.models.checkpoints import describe_checkpoint, load_model
-from llada.models.tokens import end_ids, load_tokenizer, special_ids
-from llada.resumable import ResumableJob, write_atomically
-from llada.run import barrier, end_run, start_run
-from llada.speculative.bridge import BRIDGES, Bridge
-from llada.speculative.decoder import SpeculativeDecoder, SpeculativeStats, ends_with
+from llada.data.flags import PromptFlags
+from llada.flags import check_command_line, flag, parse, run_main
 from llada.speculative.settings import SpeculativeSettings
 
 
@@ -58,7 +47,7 @@ class Config(PromptFlags, SpeculativeSettings):
         "none",
         help="none: both have one vocabulary. vocabulary: drafts of tokens that both have. text: drafted "
         "text is tokenised again (accepted by match only).",
-        choices=BRIDGES,
+        choices=["none", "vocabulary", "text"],
     )
     report_path: str | None = flag(None, help="JSON file that receives the report.")
     compare: bool = flag(True, help="Decode plainly, too, and compare.")
@@ -70,6 +59,22 @@ class Config(PromptFlags, SpeculativeSettings):
     )
     device: str | None = flag(None, help="cpu, cuda, ...; default the GPU of this process, else the CPU.")
 
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from llada.autoregressive.causal_lm import describe_causal_lm, load_causal_lm, prompt_ids
+from llada.data.prompts import Prompt, read_asked_prompts
+from llada.models.checkpoints import describe_checkpoint, load_model
+from llada.models.tokens import end_ids, load_tokenizer, special_ids
+from llada.resumable import ResumableJob, write_atomically
+from llada.run import barrier, end_run, start_run
+from llada.speculative.bridge import Bridge
+from llada.speculative.decoder import SpeculativeDecoder, SpeculativeStats, ends_with
 
 # Flags that change neither an answer nor which prompts have one: a killed run may go on with others.
 FREE = (
@@ -89,7 +94,7 @@ def read_items(
     config: Config, drafter_tokenizer: PreTrainedTokenizerBase, verifier_tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[Item]:
     """The prompts in both models' tokens; ValueError names file and line."""
-    prompts, _ = config.read(drafter_tokenizer)
+    prompts, _ = read_asked_prompts(config, drafter_tokenizer)
     for prompt in prompts:
         asked = prompt.prompt
         if config.is_instruct and isinstance(asked, str):
@@ -296,4 +301,4 @@ def finish(config: Config, items: list[Item], results: list[dict[str, Any]], rul
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -1,26 +1,34 @@
 """One dataclass field = one flag = one YAML key = one logged name.
 
-A script declares its flags as a dataclass and calls `parse`. The parser is transformers' HfArgumentParser, so
-every flag is also accepted with hyphens. `--config file.yaml` is turned into flags that stand before the
-command
-line: one parser, one set of conversions (`4e-4` is a number), one kind of error, and the command line wins.
+A script declares its flags as a dataclass and calls `parse`. Every flag is also accepted with hyphens.
+`--config file.yaml` is turned into flags that stand before the command line: one parser, one set of
+conversions (`4e-4` is a number), one kind of error, and the command line wins.
+
+A script's first screen is its manual, its `Config` and `check_command_line`; what is slow to import comes
+after: torch, datasets and transformers take six CPU seconds, which nobody should wait for to read `--help` or
+to be told of a wrong flag. So modules that declare flags import none of them, and the parser is argparse
+itself: HfArgumentParser takes 0.6 seconds to import, and we need forty lines of it.
 """
 
 import argparse
 import dataclasses
 import difflib
+import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+import time
+import types
+import typing
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from transformers.hf_argparser import HfArgumentParser
 
 T = TypeVar("T")
 REQUIRED = dataclasses.MISSING
-RANGE = ("at_least", "above", "at_most")
+DEBUG = "LLADA_DEBUG"  # environment variable; --debug sets it, so that child processes inherit it
 
 
 def flag(
@@ -29,6 +37,7 @@ def flag(
     help: str,
     aliases: Sequence[str] = (),
     choices: Sequence[str] | None = None,
+    is_input: bool = False,
 ) -> Any:
     """A dataclass field with its help text.
 
@@ -37,35 +46,82 @@ def flag(
         help: what the flag means, with its unit.
         aliases: other accepted spellings without dashes, for example those of the systems we succeed.
         choices: the accepted values.
+        is_input: the value names a file or folder that must exist.
     """
-    metadata: dict[str, Any] = {"help": help.replace("%", "%%")}
-    spellings = {spelling for name in aliases for spelling in (name, name.replace("_", "-"))}
-    if spellings:
-        metadata["aliases"] = sorted(f"--{spelling}" for spelling in spellings)
-    if choices is not None:
-        metadata["choices"] = list(choices)
+    metadata = {"help": help, "aliases": aliases, "choices": choices, "is_input": is_input}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def _to_bool(text: str) -> bool:
+    if text.lower() in ("true", "yes", "t", "y", "1"):
+        return True
+    if text.lower() in ("false", "no", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def _value_type(hint: Any) -> Any:
+    """The type of a field's value: `int` of `int | None`."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return hint
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and keeps the line breaks of the script's manual."""
+    """Shows defaults where there are some, and keeps the line breaks of the script's manual."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None:
+            return action.help
+        if action.default is argparse.SUPPRESS and action.dest != "help":
+            return f"{action.help} (required)"
+        return super()._get_help_string(action)
 
 
-class _Parser(HfArgumentParser):
+class _Parser(argparse.ArgumentParser):
     """Refuses abbreviations, and answers an unknown flag with the nearest known one."""
 
     def __init__(self, config_class: type, description: str | None) -> None:
-        super().__init__(config_class, description=description, allow_abbrev=False, formatter_class=_Help)
+        super().__init__(
+            usage="%(prog)s [--config FILE.yaml] [--FLAG VALUE ...]",
+            description=description,
+            allow_abbrev=False,
+            formatter_class=_Help,
+        )
+        hints = typing.get_type_hints(config_class)
+        for field in dataclasses.fields(config_class):
+            self._add_field(field, _value_type(hints[field.name]))
         self.add_argument("--config", metavar="FILE.yaml", help="YAML file of flags; the command line wins")
+        self.add_argument("--debug", action="store_true", help="show where an error was raised")
 
-    @staticmethod
-    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
-        metadata = {k: v for k, v in field.metadata.items() if k not in RANGE}
-        plain = dataclasses.field(default=field.default, default_factory=field.default_factory)
-        plain.name, plain.type, plain.metadata = field.name, field.type, metadata
-        HfArgumentParser._parse_dataclass_field(parser, plain)
+    def _add_field(self, field: dataclasses.Field, kind: Any) -> None:
+        settings: dict[str, Any] = {
+            "help": field.metadata["help"].replace("%", "%%"),
+            "choices": field.metadata.get("choices"),
+        }
+        if field.default_factory is not REQUIRED:
+            settings["default"] = field.default_factory()
+        else:  # a required flag is looked for after parsing, so that a YAML file and an alias count
+            settings["default"] = argparse.SUPPRESS if field.default is REQUIRED else field.default
+        if kind is bool:
+            settings |= {"type": _to_bool, "nargs": "?", "const": True}
+        elif typing.get_origin(kind) is list:
+            settings |= {"type": typing.get_args(kind)[0], "nargs": "+"}
+        else:
+            settings["type"] = kind
+        self.add_argument(
+            *(f"--{name}" for name in (field.name, *field.metadata.get("aliases", ()))), **settings
+        )
+        if kind is bool and field.default is True:
+            self.add_argument(
+                f"--no_{field.name}", dest=field.name, action="store_false", help=argparse.SUPPRESS
+            )
+
+    def error(self, message: str) -> typing.NoReturn:
+        """One line that names the flag once, instead of argparse's usage of a hundred flags."""
+        raise ValueError(re.sub(r"^argument (--\w+)[^:]*:", r"\1:", message))
 
     def known(self, name: str) -> bool:
         return f"--{name}" in self._option_string_actions
@@ -87,18 +143,77 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, *, descripti
         argv: arguments without the program name; default `sys.argv[1:]`.
         description: the script's docstring, shown by `--help`.
 
-    Exits with status 2 and one line of explanation for an unknown flag or YAML key, a missing required flag,
-    or a value of the wrong type.
+    Raises:
+        ValueError: an unknown flag or YAML key, a missing required flag, a value of the wrong type, an input
+            that does not exist.
     """
     parser = _Parser(config_class, description)
     argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [_with_underscores(word) for word in argv]
     argv = _flags_of_config_file(parser, config_class, argv) + argv
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].removeprefix("--").split("=")[0]
-        parser.error(f"unknown argument {unknown[0]!r}: {parser.suggest(name)}")
+        raise ValueError(f"unknown argument {unknown[0]!r}: {parser.suggest(name)}")
+    if namespace.debug:
+        os.environ[DEBUG] = "1"
     values = vars(namespace)
-    return config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)})
+    fields = dataclasses.fields(config_class)
+    missing = [field.name for field in fields if field.name not in values]
+    if missing:
+        raise ValueError(f"required: {', '.join(f'--{name}' for name in missing)}")
+    for field in fields:
+        if field.metadata.get("is_input") and values[field.name] is not None:
+            _check_inputs(field.name, values[field.name])
+    return config_class(**{field.name: values[field.name] for field in fields})
+
+
+def _with_underscores(word: str) -> str:
+    """`--max-steps=5` as `--max_steps=5`: every flag is accepted with hyphens, too."""
+    name, equals, value = word.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+
+
+def _check_inputs(name: str, value: str | list[str]) -> None:
+    for path in [value] if isinstance(value, str) else value:
+        if not Path(path).exists():
+            raise ValueError(f"--{name} {path}: no such file or folder")
+
+
+def check_command_line(config_class: type, description: str | None) -> None:
+    """Answers `--help` and a wrong command line before the slow imports of the script."""
+    run_main(lambda: parse(config_class, description=description))
+    # Ctrl-C during the imports ends the program without a traceback; run_main gives it back its meaning.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def run_main(main: Callable[[], Any]) -> None:
+    """Runs the program; what a user can mend ends in one line on stderr and exit status 2.
+
+    A ValueError is written for users everywhere in this suite, an OSError names its file. `--debug` or the
+    environment variable LLADA_DEBUG shows the traceback.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # a background job's SIG_IGN stays
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        main()
+    except KeyboardInterrupt:
+        _end("interrupted", 128 + signal.SIGINT)
+    except (ValueError, OSError) as error:
+        if os.environ.get(DEBUG, "0") not in ("", "0"):
+            raise
+        _end("error: " + " ".join(str(error).split()), 2)
+
+
+def _end(message: str, status: int) -> typing.NoReturn:
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0:
+        # The launcher ends all ranks with the first that fails; who is still there has a reason of its own.
+        time.sleep(2)
+        message = f"rank {rank}: {message}"
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(status)
 
 
 def _flags_of_config_file(parser: _Parser, config_class: type, argv: list[str]) -> list[str]:
@@ -114,11 +229,12 @@ def _flags_of_config_file(parser: _Parser, config_class: type, argv: list[str]) 
     defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
     flags: list[str] = []
     for key, value in values.items():
+        key = str(key).replace("-", "_")
         if not parser.known(key):
-            parser.error(f"{path}: unknown key {key!r}: {parser.suggest(key)}")
+            raise ValueError(f"{path}: unknown key {key!r}: {parser.suggest(key)}")
         if value is None:
             if defaults.get(key) is not None:
-                parser.error(
+                raise ValueError(
                     f"{path}: {key} has no value; remove the line to keep its default, {defaults[key]!r}"
                 )
         elif isinstance(value, list):

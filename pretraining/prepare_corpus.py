@@ -14,11 +14,8 @@ Run:
 
 from dataclasses import dataclass
 
-from llada.data.prepared import PrepareFlags
-from llada.data.records import TEXT_DOCUMENTS
-from llada.data.rows import ROWS, CorpusRows
-from llada.flags import flag, parse
-from llada.models.tokens import load_tokenizer
+from llada.data.flags import PrepareFlags
+from llada.flags import check_command_line, flag, parse, run_main
 
 
 @dataclass(kw_only=True)
@@ -29,19 +26,27 @@ class Config(PrepareFlags):
         "joined",
         help="joined: documents one after the other, cut every --max_length tokens; documents: each in a row "
         "of its own, for --packing.",
-        choices=list(ROWS),
+        choices=["joined", "documents"],
     )
     text_documents: str = flag(
-        "blank_line", help="What a document is in a .txt file.", choices=list(TEXT_DOCUMENTS)
+        "blank_line", help="What a document is in a .txt file.", choices=["blank_line", "line", "file"]
     )
+
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+from llada.data.prepared import write_splits
+from llada.data.rows import CorpusRows
+from llada.models.tokens import load_tokenizer
 
 
 def main(argv: list[str] | None = None) -> None:
     """Writes the rows and prints what they hold."""
     config = parse(Config, argv, description=__doc__)
     rows = CorpusRows(config.max_length, rows=config.rows, text_documents=config.text_documents)
-    config.write(rows, load_tokenizer(config.tokenizer))
+    write_splits(config, rows, load_tokenizer(config.tokenizer))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -23,30 +23,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-from datasets import Dataset
-
-from llada.data.prepared import load as load_rows
-from llada.data.rows import CorpusRows
-from llada.data.shards import row_lengths
-from llada.diffusion.batches import Example
-from llada.diffusion.losses import masked_diffusion_loss
-from llada.diffusion.masking import generator
-from llada.diffusion.stream import Curriculum, MaskedStream
-from llada.flags import flag, parse
-from llada.models.checkpoints import ROPE_SCALING, RopeScaling, load_config
-from llada.models.tokens import load_tokenizer, special_ids
-from llada.run import end_run, start_run
-from llada.training import dry_run as preflight
+from llada.flags import check_command_line, flag, parse, run_main
 from llada.training.config import TrainConfig
-from llada.training.cost import flops_counter
-from llada.training.loop import fit, load_trainable
-from llada.training.validation import validation_loss
-
-RESUME_MUST_AGREE = (
-    "random_length_probability", "rope_scaling", "rope_factor", "start_length", "length_steps",
-    "start_mask_ratio", "mask_steps",
-)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -73,13 +51,42 @@ class Config(TrainConfig):
         "--batch_size counts documents, --micro_batch_size rows.",
     )
     rope_scaling: str = flag(
-        "none", help="Stretch the positions of a model beyond its context.", choices=ROPE_SCALING
+        "none",
+        help="Stretch the positions of a model beyond its context.",
+        choices=["none", "linear", "ntk", "yarn"],
     )
     rope_factor: float = flag(1.0, help="With --rope_scaling: new context / the model's original one.")
     start_length: int = flag(0, help="Length curriculum: documents are cut to this many tokens at first.")
     length_steps: int = flag(0, help="Length curriculum: steps until they are whole; 0 = off, as LLaDA.")
     start_mask_ratio: float = flag(1.0, help="Masking curriculum: the largest t of the first step.")
     mask_steps: int = flag(0, help="Masking curriculum: steps until it is 1; 0 = off, as LLaDA.")
+
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+import numpy as np
+from datasets import Dataset
+
+from llada.data.prepared import load as load_rows
+from llada.data.rows import CorpusRows
+from llada.data.shards import row_lengths
+from llada.diffusion.batches import Example
+from llada.diffusion.losses import masked_diffusion_loss
+from llada.diffusion.masking import generator
+from llada.diffusion.stream import Curriculum, MaskedStream
+from llada.models.checkpoints import RopeScaling, load_config
+from llada.models.tokens import load_tokenizer, special_ids
+from llada.run import end_run, start_run
+from llada.training import dry_run as preflight
+from llada.training.cost import flops_counter
+from llada.training.loop import fit, load_trainable
+from llada.training.validation import validation_loss
+
+RESUME_MUST_AGREE = (
+    "random_length_probability", "rope_scaling", "rope_factor", "start_length", "length_steps",
+    "start_mask_ratio", "mask_steps",
+)  # fmt: skip
 
 
 def example_of(rows: Dataset, config: Config, cut: bool, record_id: int, epoch: int, _: int) -> Example:
@@ -157,4 +164,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

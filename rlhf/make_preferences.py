@@ -26,21 +26,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
-
-from llada.data.prompts import Prompt, read_prompts
-from llada.diffusion.masking import generator
-from llada.flags import flag, parse
+from llada.flags import check_command_line, flag, parse, run_main
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
-from llada.models.building import load_for_inference
-from llada.models.checkpoints import describe_checkpoint
-from llada.resumable import ResumableJob, write_atomically
 from llada.rewards.flags import RewardFlags
-from llada.rewards.scoring import Reward, compute_rewards
-from llada.run import barrier, end_run, start_run
-from modelling_final import LLaDAModelLM
 
 
 @dataclass(kw_only=True)
@@ -65,6 +53,22 @@ class Config(SamplerFlags, RewardFlags):
     dtype: str = flag("auto", help="Of the weights.", choices=["auto", "float32", "bfloat16", "float16"])
     device: str | None = flag(None, help="cpu, cuda, ...; default the GPU if there is one.")
 
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from llada.data.prompts import Prompt, read_prompts
+from llada.diffusion.masking import generator
+from llada.models.building import load_for_inference
+from llada.models.checkpoints import describe_checkpoint
+from llada.resumable import ResumableJob, write_atomically
+from llada.rewards.scoring import Reward, compute_rewards
+from llada.run import barrier, end_run, start_run
+from modelling_final import LLaDAModelLM
 
 # Flags that change neither a completion nor its score.
 FREE = (
@@ -234,4 +238,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -22,32 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from datasets import load_dataset
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
-
-from llada.data.answers import EOS, Encoded, Encoding, Tokens, encode_answers, read_labelled
-from llada.data.chat import LONG
-from llada.data.messages import Labelled
-from llada.data.records import input_files
-from llada.diffusion.bound_gradient import draw_values, make_draws
-from llada.diffusion.likelihood import Request
-from llada.flags import flag, parse
-from llada.models.checkpoints import load_model
-from llada.models.tokens import load_tokenizer
-from llada.policies.kto_reference import (
-    base_seed,
-    draw_masks,
-    fingerprint,
-    mask_checks,
-    mask_sizes,
-    plan_of,
-    prefix_means,
-)
-from llada.resumable import ResumableJob, write_atomically
-from llada.run import Run, autocast, barrier, end_run, start_processes, start_run
+from llada.flags import check_command_line, flag, parse, run_main
 
 
 @dataclass(kw_only=True)
@@ -70,8 +45,16 @@ class Config:
     mask_token: str | None = flag(None, help="Mask token; must be the model's.")
     tokenizer_name: str | None = flag(None, help="Tokenizer folder; default that of the model.")
     max_length: int = flag(4096, help="Longest prompt and answer in tokens.", aliases=["max_len"])
-    eos: str = flag("one", help="What ends an answer: see docs/preference_optimization.md.", choices=EOS)
-    long: str = flag("truncate", help="Answers beyond --max_length: stop, leave empty, or cut.", choices=LONG)
+    eos: str = flag(
+        "one",
+        help="What ends an answer: see docs/preference_optimization.md.",
+        choices=["one", "filled", "none", "padded"],
+    )
+    long: str = flag(
+        "truncate",
+        help="Answers beyond --max_length: stop, leave empty, or cut.",
+        choices=["error", "drop", "truncate"],
+    )
     apply_chat_template: bool = flag(
         False, help="Prompts and answers that are plain texts become turns; messages always use the template."
     )
@@ -96,6 +79,35 @@ class Config:
         if not values or values[0] < 1:
             raise ValueError(f"--k_vals {self.k_vals!r}: give positive numbers, for example 1,2,4,8")
         return values
+
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+import numpy as np
+import torch
+from datasets import load_dataset
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from llada.data.answers import Encoded, Encoding, Tokens, encode_answers, read_labelled
+from llada.data.messages import Labelled
+from llada.data.records import input_files
+from llada.diffusion.bound_gradient import draw_values, make_draws
+from llada.diffusion.likelihood import Request
+from llada.models.checkpoints import load_model
+from llada.models.tokens import load_tokenizer
+from llada.policies.kto_reference import (
+    base_seed,
+    draw_masks,
+    fingerprint,
+    mask_checks,
+    mask_sizes,
+    plan_of,
+    prefix_means,
+)
+from llada.resumable import ResumableJob, write_atomically
+from llada.run import Run, autocast, barrier, end_run, start_processes, start_run
 
 
 def read_split(config: Config) -> list[tuple[str, Labelled]]:
@@ -243,4 +255,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -21,12 +21,8 @@ interrupted run. How to choose the masks and the loss: docs/preference_optimizat
 from dataclasses import dataclass
 from functools import partial
 
-from torch import Tensor
-
-from llada.diffusion.preference_losses import DPO_LOSSES, dpo_losses
-from llada.flags import flag, parse
+from llada.flags import check_command_line, flag, parse, run_main
 from llada.policies.config import PairConfig, ReferenceFlags
-from llada.policies.pairs import PairBounds, train_on_pairs
 
 
 @dataclass(kw_only=True)
@@ -35,7 +31,9 @@ class Config(ReferenceFlags, PairConfig):
 
     beta: float = flag(0.1, help="Strength of the tie to the reference.")
     loss_type: list[str] = flag(
-        ["sigmoid"], help="Terms of the loss; sft is the chosen answer's own loss.", choices=DPO_LOSSES
+        ["sigmoid"],
+        help="Terms of the loss; sft is the chosen answer's own loss.",
+        choices=["sigmoid", "hinge", "ipo", "sft"],
     )
     loss_weights: list[float] | None = flag(None, help="Weight of each --loss_type; default 1.")
     label_smoothing: float = flag(0.0, help="sigmoid: probability that a preference is the wrong way round.")
@@ -52,6 +50,15 @@ class Config(ReferenceFlags, PairConfig):
         if self.rpo_alpha:
             names, weights = [*names, "sft"], [*weights, self.rpo_alpha]
         return names, weights
+
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+from torch import Tensor
+
+from llada.diffusion.preference_losses import dpo_losses
+from llada.policies.pairs import PairBounds, train_on_pairs
 
 
 def dpo(config: Config, pairs: PairBounds) -> tuple[Tensor, Tensor]:
@@ -75,4 +82,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -21,37 +21,8 @@ The same command continues an interrupted run. More: docs/preference_optimizatio
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
-from llada.data.answers import EOS
-from llada.diffusion.bound_gradient import Draws, differentiate, draw_values, gradient_parts, plan_draws
-from llada.diffusion.likelihood import Request
-from llada.diffusion.preference_losses import Z0_MODES, kto_baseline, kto_losses
-from llada.flags import flag, parse
-from llada.policies.answer_stream import AnswerBatch, Answers, AnswerStream
+from llada.flags import check_command_line, flag, parse, run_main
 from llada.policies.config import PolicyConfig, ReferenceFlags
-from llada.policies.kto_reference import (
-    BrefFile,
-    BrefRecord,
-    check_fingerprint,
-    fingerprint,
-    plan_of,
-    prefix_means,
-    read_bref,
-    subsample,
-)
-from llada.policies.reference_model import Reference, make_reference
-from llada.policies.stage import PolicyStage
-from llada.run import Run, Sums, autocast, sum_over_ranks
-from llada.training.dry_run import Rows
-from llada.training.loop import LossParts
-
-# Beside the flags of every stage.
-RESUME_MUST_AGREE = (
-    "kto_beta", "kto_lambda_D", "kto_lambda_U", "z0_mode", "n_mc_samples", "n_D", "n_U", "sample_seed",
-)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -73,7 +44,7 @@ class Config(ReferenceFlags, PolicyConfig):
         "global_mean",
         help="z0: nothing, the mean of r over the batch, that mean without the record itself, a moving "
         "average of it, or max(0, mean r of answers to other prompts), KTO's own, which needs the reference.",
-        choices=Z0_MODES,
+        choices=["zero", "global_mean", "loo_mean", "ema", "kl_mismatched"],
     )
     disable_mask_verification: bool = flag(
         False, help="Do not compare masks with the records' sums and hashes."
@@ -82,7 +53,11 @@ class Config(ReferenceFlags, PolicyConfig):
     n_D: float = flag(1.0, help="Share of the desirable records to use, 0 to 1.")
     n_U: float = flag(1.0, help="Share of the undesirable records to use, 0 to 1.")
     sample_seed: int = flag(42, help="Seed of that choice.")
-    eos: str | None = flag(None, help="As in precompute_bref.py; default what the records say.", choices=EOS)
+    eos: str | None = flag(
+        None,
+        help="As in precompute_bref.py; default what the records say.",
+        choices=["one", "filled", "none", "padded"],
+    )
     max_length: int | None = flag(None, help="As in precompute_bref.py; default what the records say.")
     long: str = flag("truncate", help="As in precompute_bref.py.", choices=["error", "drop", "truncate"])
     batch_size: int = flag(
@@ -111,7 +86,7 @@ class Config(ReferenceFlags, PolicyConfig):
         help="Under torchrun 'full_shard' is the same as --shard full; '' replicates the model.",
     )
 
-    def settle(self, run: Run) -> None:
+    def settle(self, run: "Run") -> None:
         super().settle(run)
         if self.batch_size == 0:
             self.micro_batch_size = self.micro_batch_size or 1
@@ -132,6 +107,39 @@ class Config(ReferenceFlags, PolicyConfig):
             )
         if not (0.0 <= self.n_D <= 1.0 and 0.0 <= self.n_U <= 1.0 and self.n_D + self.n_U > 0.0):
             raise ValueError(f"--n_D {self.n_D} --n_U {self.n_U}: shares between 0 and 1, not both 0")
+
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from llada.diffusion.bound_gradient import Draws, differentiate, draw_values, gradient_parts, plan_draws
+from llada.diffusion.likelihood import Request
+from llada.diffusion.preference_losses import kto_baseline, kto_losses
+from llada.policies.answer_stream import AnswerBatch, Answers, AnswerStream
+from llada.policies.kto_reference import (
+    BrefFile,
+    BrefRecord,
+    check_fingerprint,
+    fingerprint,
+    plan_of,
+    prefix_means,
+    read_bref,
+    subsample,
+)
+from llada.policies.reference_model import Reference, make_reference
+from llada.policies.stage import PolicyStage
+from llada.run import Run, Sums, autocast, sum_over_ranks
+from llada.training.dry_run import Rows
+from llada.training.loop import LossParts
+
+# Beside the flags of every stage.
+RESUME_MUST_AGREE = (
+    "kto_beta", "kto_lambda_D", "kto_lambda_U", "z0_mode", "n_mc_samples", "n_D", "n_U", "sample_seed",
+)  # fmt: skip
 
 
 def read(path: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> BrefFile:
@@ -337,4 +345,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -33,33 +33,10 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-from transformers import PreTrainedTokenizerBase
-
-from llada.data.prompts import Prompt, prompt_file, read_prompts
-from llada.diffusion.sampler_likelihood import check_settings
-from llada.flags import flag, parse
+from llada.flags import check_command_line, flag, parse, run_main
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
-from llada.models.checkpoints import load_config
 from llada.policies.config import GrpoConfig, OlderFlags
-from llada.policies.grpo import grpo_loss
-from llada.policies.likelihood_terms import TermBuilder
-from llada.policies.reference_model import make_reference
-from llada.policies.rollouts import RolloutStream, Sampler, sums_of
-from llada.policies.stage import PolicyStage
 from llada.rewards.flags import RewardFlags
-from llada.rewards.scoring import Reward
-from llada.run import Run, described_run, means_over_ranks
-from llada.training.dry_run import Rows
-from llada.training.monitor import EarlyStop
-
-# Beside the flags of every stage: what decides a rollout, its advantages, or its loss.
-RESUME_MUST_AGREE = (
-    "estimator", "num_generations", "num_iterations", "n_mc_samples", "mask_plan", "l_sampling",
-    "eos", "trajectory_steps", "order_term", "p_mask_prompt", "beta", "epsilon", "epsilon_high",
-    "loss_type", "scale_rewards", "advantages", "negative_weight", "reward_funcs", "reward_weights",
-    "gen_length", "block_length", "steps", "temperature", "remasking", "method", "apply_chat_template",
-)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -105,7 +82,7 @@ class Config(RewardFlags, SamplerFlags, OlderFlags, GrpoConfig):
     stop_accuracy: float | None = flag(None, help="Stop at this held-out accuracy (0 to 1).")
     patience: int = flag(0, help="Stop after so many validations without a better accuracy; 0 = never.")
 
-    def settle(self, run: Run) -> None:
+    def settle(self, run: "Run") -> None:
         """Checks the numbers of this stage against each other, and turns older spellings into flags."""
         super().settle(run)
         if self.remasking_threshold is not None:
@@ -129,12 +106,40 @@ class Config(RewardFlags, SamplerFlags, OlderFlags, GrpoConfig):
         if self.estimator == "trajectory":
             check_settings(sampler_settings(self))
 
-    def resolve(self, run: Run, num_records: int) -> None:
+    def resolve(self, run: "Run", num_records: int) -> None:
         """`num_records` completions are an epoch; --num_iterations steps learn from each."""
         if self.max_steps < 0:
             rollouts = max(1, round(self.num_train_epochs * num_records / self.batch_size))
             self.max_steps = rollouts * self.num_iterations
         super().resolve(run, num_records)
+
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from llada.data.prompts import Prompt, prompt_file, read_prompts
+from llada.diffusion.sampler_likelihood import check_settings
+from llada.models.checkpoints import load_config
+from llada.policies.grpo import grpo_loss
+from llada.policies.likelihood_terms import TermBuilder
+from llada.policies.reference_model import make_reference
+from llada.policies.rollouts import RolloutStream, Sampler, sums_of
+from llada.policies.stage import PolicyStage
+from llada.rewards.scoring import Reward
+from llada.run import Run, described_run, means_over_ranks
+from llada.training.dry_run import Rows
+from llada.training.monitor import EarlyStop
+
+# Beside the flags of every stage: what decides a rollout, its advantages, or its loss.
+RESUME_MUST_AGREE = (
+    "estimator", "num_generations", "num_iterations", "n_mc_samples", "mask_plan", "l_sampling",
+    "eos", "trajectory_steps", "order_term", "p_mask_prompt", "beta", "epsilon", "epsilon_high",
+    "loss_type", "scale_rewards", "advantages", "negative_weight", "reward_funcs", "reward_weights",
+    "gen_length", "block_length", "steps", "temperature", "remasking", "method", "apply_chat_template",
+)  # fmt: skip
 
 
 def prompts_in(
@@ -248,4 +253,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

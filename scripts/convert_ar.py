@@ -26,6 +26,33 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from llada.flags import check_command_line, flag, parse, run_main
+
+
+@dataclass
+class Config:
+    """Flags of this script."""
+
+    model_name_or_path: str = flag(help="folder or hub name of the autoregressive checkpoint")
+    output_dir: str = flag(help="new folder for the LLaDA checkpoint")
+    gguf_file: str | None = flag(
+        None, help="name of a GGUF file inside that folder, read instead of safetensors"
+    )
+    dtype: str = flag(
+        "auto",
+        help="dtype of the written weights; auto: as in the source",
+        choices=["auto", "float32", "bfloat16", "float16"],
+    )
+    num_layers: int | None = flag(None, help="keep only the first N layers (a drafter); default all")
+    logit_shift: bool = flag(False, help="declare that position i of the network predicts token i+1")
+    check_tokens: int = flag(
+        32, help="after converting, compare logits with the source on this many tokens; 0: no"
+    )
+
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
 import torch
 from transformers import (
     AutoConfig,
@@ -36,7 +63,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llada.flags import flag, parse
 from llada.models.checkpoints import DTYPES, resolve_checkpoint, save_model
 from llada.models.tokens import SPECIAL_TOKENS
 from modelling_final import LLaDAConfig, LLaDAModelLM
@@ -62,25 +88,6 @@ BLOCK_NAMES = {
     "mlp.down_proj": "ff_out",
 }
 ROWS_MULTIPLE = 64  # keeps matrix kernels fast
-
-
-@dataclass
-class Config:
-    """Flags of this script."""
-
-    model_name_or_path: str = flag(help="folder or hub name of the autoregressive checkpoint")
-    output_dir: str = flag(help="new folder for the LLaDA checkpoint")
-    gguf_file: str | None = flag(
-        None, help="name of a GGUF file inside that folder, read instead of safetensors"
-    )
-    dtype: str = flag(
-        "auto", help="dtype of the written weights; auto: as in the source", choices=["auto", *DTYPES]
-    )
-    num_layers: int | None = flag(None, help="keep only the first N layers (a drafter); default all")
-    logit_shift: bool = flag(False, help="declare that position i of the network predicts token i+1")
-    check_tokens: int = flag(
-        32, help="after converting, compare logits with the source on this many tokens; 0: no"
-    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -308,4 +315,4 @@ def causal_gap(source: PreTrainedModel, model: LLaDAModelLM, *, num_tokens: int)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

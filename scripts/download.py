@@ -19,6 +19,21 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from llada.flags import check_command_line, flag, parse, run_main
+
+
+@dataclass
+class Config:
+    """Flags of this script."""
+
+    model: str = flag(help="base, instruct, 1.5, or a hub repository org/name")
+    output_dir: str = flag(help="folder that receives the files; must be new")
+    revision: str = flag("main", help="branch, tag or commit on the hub")
+
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
 import huggingface_hub
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -29,8 +44,6 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx  # whichever HTTP library this version of the hub client uses
 
-from llada.flags import flag, parse
-
 PUBLISHED = {
     "base": "GSAI-ML/LLaDA-8B-Base",
     "instruct": "GSAI-ML/LLaDA-8B-Instruct",
@@ -39,15 +52,6 @@ PUBLISHED = {
 # Copies of the weights in formats that no script here reads.
 UNREAD_FORMATS = ["original/*", "*.pth", "*.onnx", "*.msgpack", "*.h5", "*.ot", "*.mlmodel"]
 RECORD = "download.json"
-
-
-@dataclass
-class Config:
-    """Flags of this script."""
-
-    model: str = flag(help="base, instruct, 1.5, or a hub repository org/name")
-    output_dir: str = flag(help="folder that receives the files; must be new")
-    revision: str = flag("main", help="branch, tag or commit on the hub")
 
 
 def repository(model: str) -> str:
@@ -139,4 +143,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

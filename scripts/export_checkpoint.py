@@ -14,11 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from llada.flags import flag, new_folder, parse, read_yaml
-from llada.models.building import build_model
-from llada.models.checkpoints import DTYPES, save_model
-from llada.models.tokens import load_tokenizer
-from llada.training.checkpoint import find_resume, load_weights, read_meta
+from llada.flags import check_command_line, flag, new_folder, parse, read_yaml, run_main
 
 
 @dataclass
@@ -28,7 +24,16 @@ class Config:
     run: str = flag(help="Folder of a training run: config.yaml and step-N states.")
     output_dir: str = flag(help="New folder for the checkpoint.")
     step: int | None = flag(None, help="Which step-N; default the latest.")
-    dtype: str = flag("float32", help="Of the weights written.", choices=list(DTYPES))
+    dtype: str = flag("float32", help="Of the weights written.", choices=["float32", "bfloat16", "float16"])
+
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+from llada.models.building import build_model
+from llada.models.checkpoints import DTYPES, save_model
+from llada.models.tokens import load_tokenizer
+from llada.training.checkpoint import find_resume, load_weights, read_meta
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -52,4 +57,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -18,14 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import reasoning_gym
-
-from llada.diffusion.masking import generator
-from llada.flags import flag, parse
-
-HELDOUT_SHARE = 0.25
-
-Puzzle = dict[str, Any]
+from llada.flags import check_command_line, flag, parse, run_main
 
 
 @dataclass(kw_only=True)
@@ -37,6 +30,18 @@ class Config:
     num_heldout: int = flag(250, help="Held-out puzzles of each task.")
     num_prompts: int = flag(4000, help="Training sudokus that are also written as prompts.")
     seed: int = flag(7, help="Key of the puzzles.")
+
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+import reasoning_gym
+
+from llada.diffusion.masking import generator
+
+HELDOUT_SHARE = 0.25
+
+Puzzle = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -148,4 +153,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -13,9 +13,7 @@ of the first. The tokenizer is the adapter's where it has one.
 from dataclasses import dataclass
 from pathlib import Path
 
-from llada.flags import flag, new_folder, parse
-from llada.models.checkpoints import base_and_adapter, load_model, save_model
-from llada.models.tokens import load_tokenizer
+from llada.flags import check_command_line, flag, new_folder, parse, run_main
 
 
 @dataclass
@@ -31,6 +29,13 @@ class Config:
     )
 
 
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+from llada.models.checkpoints import base_and_adapter, load_model, save_model
+from llada.models.tokens import load_tokenizer
+
+
 def main(argv: list[str] | None = None) -> None:
     """Merges and saves."""
     config = parse(Config, argv, description=__doc__)
@@ -43,4 +48,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -7,13 +7,7 @@ Run:
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-from llada.flags import flag, parse
-from llada.run import read_metrics
-
-matplotlib.use("Agg")  # no screen needed
-import matplotlib.pyplot as plt
+from llada.flags import check_command_line, flag, parse, run_main
 
 
 @dataclass(kw_only=True)
@@ -23,6 +17,14 @@ class Config:
     runs: list[str] = flag(help="Run folders, each with a metrics.jsonl.")
     output: str = flag(help="PNG file to write.")
     metrics: list[str] = flag(["loss", "eval_loss"], help="Names to draw, as in metrics.jsonl.")
+
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+import matplotlib.pyplot as plt
+
+from llada.run import read_metrics
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -48,4 +50,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

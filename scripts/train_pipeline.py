@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llada.flags import read_yaml
+from llada.flags import read_yaml, run_main
 from llada.rewards.functions import puzzle_solved
 from llada.training.stages import ROOT, STAGES, Stage, output_of
 
@@ -306,4 +306,4 @@ def finish(pipeline: Pipeline, rows: list[tuple[str, ...]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

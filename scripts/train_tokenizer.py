@@ -13,15 +13,7 @@ Run:
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
-
-from llada.data.messages import to_messages
-from llada.data.records import read_records
-from llada.flags import flag, parse
-from llada.models.tokens import CHAT_TEMPLATE, SPECIAL_TOKENS
-
-NUM_BYTES = 256
+from llada.flags import check_command_line, flag, parse, run_main
 
 
 @dataclass
@@ -31,6 +23,19 @@ class Config:
     data: list[str] = flag(help="Files or folders: JSONL with text or conversations, plain text, Parquet.")
     output_dir: str = flag(help="Folder that receives the tokenizer.")
     vocab_size: int = flag(4096, help="Number of tokens, bytes and special tokens included.")
+
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from llada.data.messages import to_messages
+from llada.data.records import read_records
+from llada.models.tokens import CHAT_TEMPLATE, SPECIAL_TOKENS
+
+NUM_BYTES = 256
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -92,4 +97,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

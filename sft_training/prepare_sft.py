@@ -13,11 +13,8 @@ Run:
 
 from dataclasses import dataclass
 
-from llada.data.chat import LONG, TURNS
-from llada.data.prepared import PrepareFlags
-from llada.data.rows import ConversationRows
-from llada.flags import flag, parse
-from llada.models.tokens import load_tokenizer
+from llada.data.flags import PrepareFlags
+from llada.flags import check_command_line, flag, parse, run_main
 
 
 @dataclass(kw_only=True)
@@ -27,21 +24,29 @@ class Config(PrepareFlags):
     turns: str = flag(
         "all",
         help="Which assistant turns are learned: all in one row, the last, or split = a row for each turn.",
-        choices=list(TURNS),
+        choices=["all", "last", "split"],
     )
     long: str = flag(
         "error",
         help="Rows over --max_length: error, drop, or truncate at the end; the last two are counted.",
-        choices=list(LONG),
+        choices=["error", "drop", "truncate"],
     )
+
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+from llada.data.prepared import write_splits
+from llada.data.rows import ConversationRows
+from llada.models.tokens import load_tokenizer
 
 
 def main(argv: list[str] | None = None) -> None:
     """Writes the rows and prints what they hold."""
     config = parse(Config, argv, description=__doc__)
     rows = ConversationRows(config.max_length, turns=config.turns, long=config.long)
-    config.write(rows, load_tokenizer(config.tokenizer, chat=True))
+    write_splits(config, rows, load_tokenizer(config.tokenizer, chat=True))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

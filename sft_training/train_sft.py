@@ -22,24 +22,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-from datasets import Dataset
-
-from llada.data.chat import LONG, TURNS
-from llada.data.prepared import load as load_rows
-from llada.data.rows import ConversationRows
-from llada.data.shards import row_lengths
-from llada.diffusion.batches import Example
-from llada.diffusion.losses import masked_diffusion_loss
-from llada.diffusion.stream import MaskedStream
-from llada.flags import flag, parse
-from llada.models.tokens import load_tokenizer, special_ids
-from llada.run import end_run, start_run
-from llada.training import dry_run as preflight
+from llada.flags import check_command_line, flag, parse, run_main
 from llada.training.config import TrainConfig
-from llada.training.cost import flops_counter
-from llada.training.loop import fit, load_trainable
-from llada.training.validation import validation_loss
 
 
 @dataclass(kw_only=True)
@@ -58,12 +42,12 @@ class Config(TrainConfig):
     turns: str = flag(
         "all",
         help="Which assistant turns are learned: all, the last, or each in a row of its own.",
-        choices=TURNS,
+        choices=["all", "last", "split"],
     )
     long: str = flag(
         "error",
         help="Conversations beyond --max_length: stop, drop and count, or cut and count.",
-        choices=LONG,
+        choices=["error", "drop", "truncate"],
     )
     eos_padding: bool = flag(
         False, help="Fill rows with EOS that is attended, masked and scored (LLaDA's recipe)."
@@ -79,6 +63,26 @@ class Config(TrainConfig):
         "--batch_size counts records, --micro_batch_size rows.",
     )
     learning_rate: float = flag(2e-5, help="Peak learning rate.", aliases=["lr"])
+
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+import numpy as np
+from datasets import Dataset
+
+from llada.data.prepared import load as load_rows
+from llada.data.rows import ConversationRows
+from llada.data.shards import row_lengths
+from llada.diffusion.batches import Example
+from llada.diffusion.losses import masked_diffusion_loss
+from llada.diffusion.stream import MaskedStream
+from llada.models.tokens import load_tokenizer, special_ids
+from llada.run import end_run, start_run
+from llada.training import dry_run as preflight
+from llada.training.cost import flops_counter
+from llada.training.loop import fit, load_trainable
+from llada.training.validation import validation_loss
 
 
 def example_of(rows: Dataset, config: Config, eos_id: int, record_id: int, _: int, longest: int) -> Example:
@@ -154,4 +158,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -1,6 +1,8 @@
 """The house: arrows point down, every YAML parses, every script explains itself."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,3 +142,26 @@ def test_every_yaml_parses(path):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/*.yaml")), ids=lambda p: p.name)
 def test_every_config_opens_with_its_purpose(path):
     assert path.read_text(encoding="utf-8").startswith("#"), f"{path.name}: say first what it is for"
+
+
+# What takes from half a CPU second to five.
+SLOW_IMPORTS = (
+    "torch",
+    "transformers",
+    "datasets",
+    "pyarrow",
+    "matplotlib",
+    "reasoning_gym",
+    "huggingface_hub",
+)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_a_script_answers_help_before_its_slow_imports(path):
+    code = (
+        "import runpy, sys\nsys.argv = [sys.argv[1], '--help']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        f"except SystemExit as stop: print([m for m in {SLOW_IMPORTS} if m in sys.modules], stop.code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "[] 0", done.stderr

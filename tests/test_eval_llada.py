@@ -18,7 +18,8 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from conftest import ROOT, load_script
 from llada.diffusion.likelihood import Request
-from llada.inference.eval_worker import EvalRank, _deal, cut_answer, parse_model_args
+from llada.inference.eval_args import parse_model_args
+from llada.inference.eval_worker import EvalRank, _deal, cut_answer
 from llada.inference.lm_eval_model import LLaDADist, with_flags
 from llada.models.building import new_model
 from llada.models.checkpoints import save_model
@@ -281,16 +282,16 @@ def test_generation_is_cut_at_the_end_token(lm, monkeypatch):
     assert model.generate_until([Instance("generate_until", {}, ("Hi", {"until": []}), 0)]) == ["ab"]
 
 
-def refuse(capsys, values):
-    with pytest.raises(SystemExit):
+def refuse(values):
+    with pytest.raises(ValueError) as refused:
         parse_model_args(values)
-    return capsys.readouterr().err
+    return str(refused.value)
 
 
-def test_bad_model_args_are_explained(capsys, lm, checkpoint):
-    assert "did you mean 'gen_length'" in refuse(capsys, {"model_path": "x", "gen_lenght": 3})
-    assert "invalid choice: 'elbow'" in refuse(capsys, {"model_path": "x", "likelihood": "elbow"})
-    assert "--steps: invalid int value: 'many'" in refuse(capsys, {"model_path": "x", "steps": "many"})
+def test_bad_model_args_are_explained(lm, checkpoint):
+    assert "did you mean 'gen_length'" in refuse({"model_path": "x", "gen_lenght": 3})
+    assert "invalid choice: 'elbow'" in refuse({"model_path": "x", "likelihood": "elbow"})
+    assert "--steps: invalid int value: 'many'" in refuse({"model_path": "x", "steps": "many"})
     with pytest.raises(ValueError, match="load_lora=True needs adapter_path"):
         parse_model_args({"model_path": "x", "load_lora": True})
     with pytest.raises(ValueError, match=r"mask_id=5: .* has mask_id="):

@@ -6,8 +6,8 @@ import torch
 from llada.speculative.acceptance import KeyedDraws
 from llada.speculative.decoder import SpeculativeDecoder, SpeculativeStats, ends_with
 from llada.speculative.generate import speculative_generate
-from llada.speculative.settings import SpeculativeSettings, warpers
-from llada.speculative.verifier import Verifier
+from llada.speculative.settings import SpeculativeSettings
+from llada.speculative.verifier import Verifier, warpers
 from speculation import IdsOnly, make_drafter, make_verifier
 
 V = 48

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from llada.data.flags import SHARD_SIZE, PrepareFlags
 from llada.data.records import files_of
 from llada.data.rows import EVERYTHING, Rows
 from llada.data.shards import (
@@ -21,44 +21,19 @@ from llada.data.shards import (
     read_manifest,
     write_shards,
 )
-from llada.flags import flag
 from llada.run import Run, first_rank_first
 
-SHARD_SIZE = 10_000
 
-
-@dataclass(kw_only=True)
-class PrepareFlags:
-    """Flags that prepare_corpus.py and prepare_sft.py share."""
-
-    input: list[str] = flag(help="Files or folders: .jsonl, .json, .txt, .parquet, HF dataset folder.")
-    tokenizer: str = flag(help="Folder of the tokenizer, or of the checkpoint to be trained.")
-    output_dir: str = flag(help="Folder for train/ and validation/.")
-    max_length: int = flag(4096, help="Longest row in tokens.")
-    validation_fraction: float = flag(
-        0.0, help="Share of the documents or conversations to hold out, in [0, 1)."
-    )
-    num_proc: int = flag(1, help="Processes that tokenise.")
-    shard_size: int = flag(SHARD_SIZE, help="Records a shard: a stopped run repeats at most one.")
-    overwrite: bool = flag(False, help="Start again where OUTPUT_DIR holds rows already.")
-
-    def splits(self) -> dict[str, tuple[float, float]]:
-        """The part of [0, 1) whose records each split gets."""
-        fraction = self.validation_fraction
-        if not 0.0 <= fraction < 1.0:
-            raise ValueError(f"--validation_fraction {fraction} must be in [0, 1)")
-        return {"train": (fraction, 1.0)} | ({"validation": (0.0, fraction)} if fraction else {})
-
-    def write(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Writes the splits, and prints what they hold."""
-        for split, hash_range in self.splits().items():
-            folder = f"{self.output_dir}/{split}"
-            prepare(
-                self.input, rows, tokenizer, folder,
-                hash_range=hash_range, shard_size=self.shard_size, num_proc=self.num_proc,
-                overwrite=self.overwrite,
-            )  # fmt: skip
-            print(f"{folder}: {rows.describe(read_manifest(folder)['statistics'])}")
+def write_splits(flags: PrepareFlags, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes the splits, and prints what they hold."""
+    for split, hash_range in flags.splits().items():
+        folder = f"{flags.output_dir}/{split}"
+        prepare(
+            flags.input, rows, tokenizer, folder,
+            hash_range=hash_range, shard_size=flags.shard_size, num_proc=flags.num_proc,
+            overwrite=flags.overwrite,
+        )  # fmt: skip
+        print(f"{folder}: {rows.describe(read_manifest(folder)['statistics'])}")
 
 
 def prepare(

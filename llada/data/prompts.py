@@ -10,36 +10,10 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from llada.data.chat import render_prompt
+from llada.data.flags import PromptFlags
 from llada.data.messages import Text, to_prompt
 from llada.data.records import read_records
-from llada.flags import flag
 from llada.run import Run, first_rank_first
-
-
-@dataclass(kw_only=True)
-class PromptFlags:
-    """Flags of the scripts that answer a prompt, or a file of them."""
-
-    prompt: str | None = flag(None, help="A prompt; its answer goes to the terminal.")
-    prompts_file: str | None = flag(None, help="File of prompts.", aliases=["dataset_path"])
-    output_path: str | None = flag(None, help="JSONL file of answers; needed with --prompts_file.")
-    max_samples: int | None = flag(None, help="Only the first so many prompts of the file.")
-    is_instruct: bool = flag(False, help="Use the chat template (with two models, each its own).")
-
-    def check_source(self) -> None:
-        """ValueError unless there is one source of prompts, and a place for a file's answers."""
-        if (self.prompt is None) == (self.prompts_file is None):
-            raise ValueError("give either --prompt TEXT or --prompts_file FILE")
-        if self.prompts_file is not None and self.output_path is None:
-            raise ValueError("--prompts_file needs --output_path FILE.jsonl for the answers")
-
-    def read(self, tokenizer: PreTrainedTokenizerBase, **limits: Any) -> tuple[list["Prompt"], Counter]:
-        """The prompts, see `read_prompts`."""
-        self.check_source()
-        return read_prompts(
-            self.prompts_file, tokenizer, text=self.prompt, chat=self.is_instruct, limit=self.max_samples,
-            **limits,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,6 +36,17 @@ class Prompt:
         """The prompt as the record gives it, for the output."""
         fields = ("prompt", "text", "question", "messages")
         return next((self.record[name] for name in fields if name in self.record), self.record)
+
+
+def read_asked_prompts(
+    flags: PromptFlags, tokenizer: PreTrainedTokenizerBase, **limits: Any
+) -> tuple[list[Prompt], Counter]:
+    """The prompts that these flags name, see `read_prompts`."""
+    flags.check_source()
+    return read_prompts(
+        flags.prompts_file, tokenizer, text=flags.prompt, chat=flags.is_instruct, limit=flags.max_samples,
+        **limits,
+    )  # fmt: skip
 
 
 def read_prompts(

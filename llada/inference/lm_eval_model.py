@@ -17,7 +17,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 
 from llada.diffusion.likelihood import Request
-from llada.inference.eval_worker import EvalRank, Generation, parse_model_args
+from llada.inference.eval_args import parse_model_args
+from llada.inference.eval_worker import EvalRank, Generation
 from llada.models.tokens import load_tokenizer
 
 log = logging.getLogger("lm_eval.llada")

@@ -1,13 +1,13 @@
 """Flags that DPO, KTO and GRPO share: the policy, its reference, the estimator, and older spellings."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from llada.data.answers import EOS
-from llada.data.chat import LONG
-from llada.diffusion.bound_estimator import SIZE_LAWS
 from llada.flags import flag
-from llada.run import Run
 from llada.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from llada.run import Run  # imports torch
 
 _DONE = "Accepted; "
 _OWN = _DONE + "this suite shards, saves and resumes by itself."
@@ -107,7 +107,7 @@ class PolicyConfig(TrainConfig):
         "`wandb login` or WANDB_API_KEY, where no script shows it.",
     )
 
-    def settle(self, run: Run) -> None:
+    def settle(self, run: "Run") -> None:
         """Turns the older spellings into the flags that the loop reads."""
         if self.adam_betas is not None:
             if len(self.adam_betas) != 2:
@@ -147,12 +147,12 @@ class PairConfig(PolicyConfig):
         "one",
         help="What ends an answer: its end-of-turn token and one EOS, these and EOS that count up to "
         "--max_length, nothing, or ELBO-KTO's attended EOS padding up to --max_length.",
-        choices=EOS,
+        choices=["one", "filled", "none", "padded"],
     )
     long: str = flag(
         "error",
         help="Answers beyond --max_length: stop, drop and count, or cut and count.",
-        choices=LONG,
+        choices=["error", "drop", "truncate"],
     )
     estimator: str = flag(
         "stratified",
@@ -163,11 +163,11 @@ class PairConfig(PolicyConfig):
         "auto",
         help="Law of the mask sizes: uniform, or small ones more often (inv_sqrt), with less noise, which is "
         "the default of --estimator stratified.",
-        choices=["auto", *SIZE_LAWS],
+        choices=["auto", "uniform", "inv_sqrt"],
     )
     dataset_probs: float = flag(1.0, help="Accepted; several files are read one after the other.")
 
-    def settle(self, run: Run) -> None:
+    def settle(self, run: "Run") -> None:
         super().settle(run)
         if self.l_sampling == "auto":
             self.l_sampling = "inv_sqrt" if self.estimator == "stratified" else "uniform"
@@ -185,7 +185,9 @@ class LikelihoodFlags:
         choices=["stratified", "iid", "complementary"],
     )
     l_sampling: str = flag(
-        "inv_sqrt", help="elbo: law of the mask sizes; inv_sqrt has less noise.", choices=SIZE_LAWS
+        "inv_sqrt",
+        help="elbo: law of the mask sizes; inv_sqrt has less noise.",
+        choices=["uniform", "inv_sqrt"],
     )
     eos: str = flag(
         "one",

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llada.chat_client import ChatClient
 from llada.flags import flag
-from llada.rewards.judge import MODES, RUBRIC, Judge
-from llada.rewards.scoring import Reward, load_rewards
+
+if TYPE_CHECKING:
+    from llada.rewards.judge import Judge  # imports an HTTP client, which flags do without
+    from llada.rewards.scoring import Reward
 
 
 @dataclass(kw_only=True)
@@ -24,7 +26,9 @@ class RewardFlags:
     )
     judge_model: str = flag("qwen3:30b-a3b-fp16", help="The judge, by the server's name.")
     judge_mode: str = flag(
-        "listwise", help="Ask about a whole group, each completion, or every pair.", choices=MODES
+        "listwise",
+        help="Ask about a whole group, each completion, or every pair.",
+        choices=["listwise", "pointwise", "pairwise"],
     )
     judge_rubric: str | None = flag(None, help="What is judged: a text, or a file that holds one.")
     judge_orders: int = flag(1, help="listwise: 2 asks again in reverse order and averages.")
@@ -36,10 +40,13 @@ class RewardFlags:
     judge_structured: bool = flag(True, help="Let the server force replies into the schema (json_schema).")
     judge_cache: str | None = flag(None, help="SQLite file of judgements, so that none is paid for twice.")
 
-    def make_judge(self) -> Judge | None:
+    def make_judge(self) -> "Judge | None":
         """The judge, if a reward needs one; ValueError if its server does not answer."""
         if "judge" not in self.reward_funcs:
             return None
+        from llada.chat_client import ChatClient
+        from llada.rewards.judge import RUBRIC, Judge
+
         client = ChatClient(
             base_url=self.judge_base_url,
             model=self.judge_model,
@@ -64,7 +71,9 @@ class RewardFlags:
             max_concurrency=self.judge_concurrency,
         )
 
-    def load_rewards(self) -> list[Reward]:
+    def load_rewards(self) -> "list[Reward]":
         """The reward functions that these flags name."""
+        from llada.rewards.scoring import load_rewards
+
         judge = self.make_judge()
         return load_rewards(self.reward_funcs, self.reward_weights, judge=judge and judge.reward)

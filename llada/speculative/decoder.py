@@ -33,8 +33,8 @@ from llada.speculative.acceptance import (
 )
 from llada.speculative.bridge import Bridge
 from llada.speculative.drafter import Draft, Drafter
-from llada.speculative.settings import SpeculativeSettings, warpers
-from llada.speculative.verifier import Verifier, shared_length
+from llada.speculative.settings import SpeculativeSettings
+from llada.speculative.verifier import Verifier, shared_length, warpers
 from modelling_final import LLaDAModelLM
 
 IsDone = Callable[[list[int]], bool]

@@ -2,9 +2,6 @@
 
 from dataclasses import dataclass
 
-from transformers import LogitsProcessorList
-from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
 from llada.flags import flag
 
 DRAFTS = ("one_pass", "left_to_right", "confidence")
@@ -110,17 +107,3 @@ class SpeculativeSettings:
         if match_only is not None:
             return "match"
         return "block" if self.num_chains == 1 else "token"
-
-
-def warpers(*, temperature: float, top_k: int = 0, top_p: float = 1.0) -> LogitsProcessorList:
-    """What transformers' sampling does to logits [R, V] under these settings; nothing at temperature 0."""
-    found = LogitsProcessorList()
-    if temperature == 0:
-        return found
-    if temperature != 1:
-        found.append(TemperatureLogitsWarper(float(temperature)))
-    if top_k > 0:
-        found.append(TopKLogitsWarper(top_k))
-    if top_p < 1:
-        found.append(TopPLogitsWarper(top_p))
-    return found

@@ -127,3 +127,17 @@ def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
     """Number of tokens at which both begin alike."""
     both = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(both) if a != b), min(len(one), len(other)))
+
+
+def warpers(*, temperature: float, top_k: int = 0, top_p: float = 1.0) -> LogitsProcessorList:
+    """What transformers' sampling does to logits [R, V] under these settings; nothing at temperature 0."""
+    found = LogitsProcessorList()
+    if temperature == 0:
+        return found
+    if temperature != 1:
+        found.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k > 0:
+        found.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        found.append(TopPLogitsWarper(top_p))
+    return found

@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llada.flags import flag
-from llada.run import Run
+
+if TYPE_CHECKING:
+    from llada.run import Run  # imports torch
 
 # Flags that change what a step computes; a resumed run must not change them.
 RESUME_MUST_AGREE = (
@@ -151,7 +153,7 @@ class TrainConfig:
         """none, selective or full: what of a block its backward computes again."""
         return "full" if self.gradient_checkpointing else self.activation_checkpointing
 
-    def stream(self, run: Run, mask_id: int, pad_id: int) -> dict[str, Any]:
+    def stream(self, run: "Run", mask_id: int, pad_id: int) -> dict[str, Any]:
         """What a `MaskedStream` takes from the flags."""
         return {
             **{name: getattr(self, name) for name in ("batch_size", "micro_batch_size", "seed")},
@@ -160,7 +162,7 @@ class TrainConfig:
             "row_length": self.max_length if self.packing else 0,
         }
 
-    def resolve(self, run: Run, num_records: int) -> None:
+    def resolve(self, run: "Run", num_records: int) -> None:
         """Fills --micro_batch_size and --max_steps, and checks the numbers against each other."""
         if self.micro_batch_size is None:
             self.micro_batch_size = 1 if self.packing else max(1, self.batch_size // run.world_size)

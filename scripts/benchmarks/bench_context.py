@@ -17,20 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from llada.data.prepared import load
-from llada.data.rows import CorpusRows
-from llada.diffusion.batches import Example, MaskedBatch
-from llada.diffusion.stream import MaskedStream
-from llada.flags import flag, parse
-from llada.models.checkpoints import ROPE_SCALING, RopeScaling, load_model
-from llada.models.tokens import load_tokenizer, special_ids
-from llada.run import Run, autocast
-
-# N rows, L positions of a row, K parts of the context
+from llada.flags import check_command_line, flag, parse, run_main
 
 
 @dataclass(kw_only=True)
@@ -45,13 +32,31 @@ class Config:
     draws: int = flag(1, help="Masks per row.")
     batch_size: int = flag(1, help="Rows per forward.")
     rope_scaling: list[str] = flag(
-        [], help=f"For each model how its positions are stretched ({', '.join(ROPE_SCALING)}); default none."
+        [], help="For each model how its positions are stretched (none, linear, ntk, yarn); default none."
     )
     rope_factor: list[float] = flag([], help="For each model by how much; default 1.")
     dtype: str = flag("float32", help="Of the weights.", choices=["float32", "bfloat16"])
     device: str | None = flag(None, help="cpu or cuda; default the GPU if there is one.")
     output: str | None = flag(None, help="JSON file for all numbers.")
     seed: int = flag(0, help="Of the masks.")
+
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from llada.data.prepared import load
+from llada.data.rows import CorpusRows
+from llada.diffusion.batches import Example, MaskedBatch
+from llada.diffusion.stream import MaskedStream
+from llada.models.checkpoints import RopeScaling, load_model
+from llada.models.tokens import load_tokenizer, special_ids
+from llada.run import Run, autocast
+
+# N rows, L positions of a row, K parts of the context
 
 
 def full_rows(config: Config) -> np.ndarray:
@@ -159,4 +164,4 @@ def print_table(labels: list[str], bounds: list[np.ndarray], config: Config) -> 
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -39,27 +39,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedTokenizerBase
-
-from llada.data.prompts import Prompt, read_prompts
-from llada.flags import flag, parse
-from llada.models.checkpoints import load_model
-from llada.models.tokens import load_tokenizer, special_ids
-from llada.rewards.functions import puzzle_solved
-from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
-from reference_sampler import left_padded, peer_samplers, reference_sampler
-from sampler_arms import Arm, canvas_arm, our_arm, settings_of
-from sampler_floor import Gpu
-from sampler_shapes import SHAPES, random_model, time_lengths
-from sampler_timing import Calls, Result, agreement, describe_machine, print_table, time_arm
-
-TIMED = ["reference", "exact", "exact+nostop", "factor", "threshold", "dual", "prefix+factor", "dual+factor"]
-COMPARED = [
-    "exact", "sampled", "random", "guided", "penalised", "origin", "factor", "threshold", "entropy", "klass",
-    "prefix", "dual", "dual+refresh4", "dual+factor", "prefix+threshold", "dual+klass", "remdm",
-]  # fmt: skip
-SAME_TEXTS = ("exact", "exact+nostop", "nostop")  # arms that promise the reference's
+from llada.flags import check_command_line, flag, parse, run_main
 
 
 @dataclass(kw_only=True)
@@ -94,17 +74,44 @@ class Config:
     context: int | None = flag(None, help="The model's context in tokens, in place of its config's.")
     peer_path: list[str] = flag([], help="Checkouts of LLaDA, Fast-dLLM or dllm, to run their samplers.")
     invariance: bool = flag(False, help="Compare batch sizes and paddings instead of timing.")
-    shape: str | None = flag(None, help="Random weights of this shape instead.", choices=list(SHAPES))
+    shape: str | None = flag(
+        None, help="Random weights of this shape instead.", choices=["8b-random", "micro-random"]
+    )
     tokens_per_step: list[int] = flag([1], help="With --shape: tokens decided in a step.")
     peak_tflops: float = flag(989.4, help="Of the GPU, dense bf16; H100 and H200 SXM: 989.4.")
     bandwidth: float = flag(3.35, help="Of the GPU's memory in TB/s; H100 SXM 3.35, H200 4.8.")
     output: str | None = flag(None, help="JSON file for all numbers.")
     seed: int = flag(0, help="Of random draws and weights.")
 
-    def settings(self, arm: str) -> LLaDAGenerationConfig:
+    def settings(self, arm: str) -> "LLaDAGenerationConfig":
         """The sampler's settings for an arm of this run."""
         values = {name: getattr(self, name) for name in ("gen_length", "block_length", "steps", "seed")}
         return settings_of(arm, **values)
+
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from llada.data.prompts import Prompt, read_prompts
+from llada.models.checkpoints import load_model
+from llada.models.tokens import load_tokenizer, special_ids
+from llada.rewards.functions import puzzle_solved
+from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
+from reference_sampler import left_padded, peer_samplers, reference_sampler
+from sampler_arms import Arm, canvas_arm, our_arm, settings_of
+from sampler_floor import Gpu
+from sampler_shapes import SHAPES, random_model, time_lengths
+from sampler_timing import Calls, Result, agreement, describe_machine, print_table, time_arm
+
+TIMED = ["reference", "exact", "exact+nostop", "factor", "threshold", "dual", "prefix+factor", "dual+factor"]
+COMPARED = [
+    "exact", "sampled", "random", "guided", "penalised", "origin", "factor", "threshold", "entropy", "klass",
+    "prefix", "dual", "dual+refresh4", "dual+factor", "prefix+threshold", "dual+klass", "remdm",
+]  # fmt: skip
+SAME_TEXTS = ("exact", "exact+nostop", "nostop")  # arms that promise the reference's
 
 
 def check(config: Config) -> None:
@@ -344,4 +351,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

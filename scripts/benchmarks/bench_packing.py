@@ -24,19 +24,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from llada.data.shards import load_rows, row_lengths
-from llada.diffusion.batches import Example, MaskedBatch, collate
-from llada.diffusion.losses import masked_diffusion_loss
-from llada.diffusion.stream import MaskedStream
-from llada.flags import flag, parse
-from llada.models.building import new_model
-from llada.models.tokens import load_tokenizer
-from llada.run import Run, autocast, start_run
-from modelling_final import LLaDAModelLM
-from modelling_final.documents_llada import same_document
+from llada.flags import check_command_line, flag, parse, run_main
 
 ARMS = ("fixed", "batch", "sorted", "packed", "dense")
 
@@ -58,6 +46,23 @@ class Config:
     repeats: int = flag(5, help="Steps per arm, each over other records.")
     seed: int = flag(0, help="Of weights, records and masks.")
     output: str | None = flag(None, help="JSON file for all numbers.")
+
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+import numpy as np
+import torch
+
+from llada.data.shards import load_rows, row_lengths
+from llada.diffusion.batches import Example, MaskedBatch, collate
+from llada.diffusion.losses import masked_diffusion_loss
+from llada.diffusion.stream import MaskedStream
+from llada.models.building import new_model
+from llada.models.tokens import load_tokenizer
+from llada.run import Run, autocast, start_run
+from modelling_final import LLaDAModelLM
+from modelling_final.documents_llada import same_document
 
 
 class Arms:
@@ -204,4 +209,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -26,14 +26,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from llada.diffusion.masking import generator
-from llada.flags import flag, parse, read_yaml
-from llada.rewards.functions import puzzle_solved
+from llada.flags import check_command_line, flag, parse, read_yaml, run_main
 
 ROOT = Path(__file__).resolve().parents[2]
-NUM_RESAMPLES = 10_000
 
 
 @dataclass(kw_only=True)
@@ -50,6 +45,17 @@ class Config:
     seeds: list[int] = flag([1, 2, 3], help="Each method runs once for each.")
     task: str = flag("mini_sudoku", help="Puzzles of the data that count.")
     max_heldout: int | None = flag(None, help="Only the first so many held-out puzzles.")
+
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+import numpy as np
+
+from llada.diffusion.masking import generator
+from llada.rewards.functions import puzzle_solved
+
+NUM_RESAMPLES = 10_000
 
 
 @dataclass
@@ -196,4 +202,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -29,37 +29,21 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
-
-from llada.flags import flag, parse
-from llada.training.cost import count_parameters, flops_per_token
-from reference_losses import (
-    NoisedBatch,
-    all_rows_loss,
-    dllm_loss,
-    our_loss,
-    peer_loss,
-    published_loss,
-    unchunked_loss,
-)
-from step_shapes import SHAPES, Shape, bare, build_model
-from step_timing import Arm, Bench, compare, matmul_rate, time_arms, trunk_loss
-
-_PRECISIONS = ["float32", "bfloat16"]
+from llada.flags import check_command_line, flag, parse, run_main
 
 
 @dataclass(kw_only=True)
 class Config:
     """Flags of the benchmark."""
 
-    shape: str = flag("cpu", help="Model and batch.", choices=list(SHAPES))
+    shape: str = flag("cpu", help="Model and batch.", choices=["cpu", "cpu-v126k", "1b", "8b-lora", "micro"])
     batch_size: int | None = flag(None, help="Sequences per step; default the shape's.")
     length: int | None = flag(None, help="Tokens per sequence; default the shape's.")
     lora_r: int | None = flag(None, help="LoRA rank on all linear layers, 0 = none; default the shape's.")
     device: str = flag("cpu", help="cpu or cuda.")
-    dtype: str = flag("float32", help="Of the matrix products in ours.", choices=_PRECISIONS)
+    dtype: str = flag("float32", help="Of the matrix products in ours.", choices=["float32", "bfloat16"])
     reference_dtype: str | None = flag(
-        None, help="The same in published and dllm; default --dtype.", choices=_PRECISIONS
+        None, help="The same in published and dllm; default --dtype.", choices=["float32", "bfloat16"]
     )
     compile: bool = flag(False, help="torch.compile per block, in ours.")
     gradient_checkpointing: bool = flag(False, help="Recompute blocks in the backward, in all arms.")
@@ -79,7 +63,7 @@ class Config:
     seed: int = flag(0, help="Of weights, tokens and masks.")
     memory_of: str | None = flag(None, help="Only print this arm's peak memory; --memory runs this.")
 
-    def resolve(self) -> Shape:
+    def resolve(self) -> "Shape":
         """Checks the flags and gives the shape they ask for."""
         if not self.mask_ratio or not all(0 < ratio <= 1 for ratio in self.mask_ratio):
             raise ValueError(f"--mask_ratio {self.mask_ratio}: every ratio must be in (0, 1]")
@@ -92,6 +76,25 @@ class Config:
         self.reference_dtype = self.reference_dtype or self.dtype
         wishes = {name: getattr(self, name) for name in ("batch_size", "length", "lora_r")}
         return replace(SHAPES[self.shape], **{name: n for name, n in wishes.items() if n is not None})
+
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+import torch
+
+from llada.training.cost import count_parameters, flops_per_token
+from reference_losses import (
+    NoisedBatch,
+    all_rows_loss,
+    dllm_loss,
+    our_loss,
+    peer_loss,
+    published_loss,
+    unchunked_loss,
+)
+from step_shapes import SHAPES, Shape, bare, build_model
+from step_timing import Arm, Bench, compare, matmul_rate, time_arms, trunk_loss
 
 
 def make_bench(config: Config, shape: Shape) -> Bench:
@@ -195,7 +198,7 @@ def measure(bench: Bench, arms: list[Arm], config: Config, *, mask_ratio: float,
         bare(bench.model).config, count_parameters(bench.model), length=bench.shape.length,
         masked_share=batch.rows.numel() / num_tokens,
     )  # fmt: skip
-    rates = {dtype: matmul_rate(bench, dtype) for dtype in _PRECISIONS if any(a.dtype == dtype for a in arms)}
+    rates = {dtype: matmul_rate(bench, dtype) for dtype in sorted({arm.dtype for arm in arms}, reverse=True)}
     print("  matrix product: " + ", ".join(f"{x / 1e12:.3f} TFLOP/s {dtype}" for dtype, x in rates.items()))
     by_arm = {arm.name: rates[arm.dtype] for arm in arms}
     rows = summarize(seconds, tokens=num_tokens, flops=flops, rates=by_arm)
@@ -244,4 +247,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

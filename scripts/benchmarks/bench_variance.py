@@ -23,27 +23,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from llada.data.records import read_records
-from llada.diffusion.batches import Example
-from llada.diffusion.losses import masked_diffusion_loss
-from llada.diffusion.masking import generator
-from llada.diffusion.stream import MaskedStream
-from llada.flags import flag, parse
-from llada.run import Run
-from modelling_final import LLaDAConfig, LLaDAModelLM
-
-# B records of a batch, L bytes of a record, N draws, P parameters
-
-SCHEMES = {
-    "iid": ("iid", "bernoulli"),
-    "stratified t": ("stratified", "bernoulli"),
-    "exact count": ("iid", "exact"),
-    "stratified + exact": ("stratified", "exact"),
-}
-MASK_ID, EOS_ID, VOCAB_SIZE = 256, 257, 320  # bytes first; this model is ours and never saved
+from llada.flags import check_command_line, flag, parse, run_main
 
 
 @dataclass(kw_only=True)
@@ -63,6 +43,31 @@ class Config:
     threads: int | None = flag(None, help="CPU threads; default torch's choice.")
     output: str | None = flag(None, help="JSON file for all numbers.")
     seed: int = flag(0, help="Of weights, batches and masks.")
+
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+import numpy as np
+import torch
+
+from llada.data.records import read_records
+from llada.diffusion.batches import Example
+from llada.diffusion.losses import masked_diffusion_loss
+from llada.diffusion.masking import generator
+from llada.diffusion.stream import MaskedStream
+from llada.run import Run
+from modelling_final import LLaDAConfig, LLaDAModelLM
+
+# B records of a batch, L bytes of a record, N draws, P parameters
+
+SCHEMES = {
+    "iid": ("iid", "bernoulli"),
+    "stratified t": ("stratified", "bernoulli"),
+    "exact count": ("iid", "exact"),
+    "stratified + exact": ("stratified", "exact"),
+}
+MASK_ID, EOS_ID, VOCAB_SIZE = 256, 257, 320  # bytes first; this model is ours and never saved
 
 
 def read_bytes(paths: list[str], length: int) -> np.ndarray:
@@ -224,4 +229,4 @@ def measure(model: LLaDAModelLM, held_out: np.ndarray, config: Config) -> dict[s
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -20,13 +20,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from safetensors.torch import load_file
-
-from llada.diffusion.masking import generator
-from llada.flags import flag, parse
-from llada.run import read_metrics
+from llada.flags import check_command_line, flag, parse, run_main
 from llada.training.stages import ROOT, STAGES, Stage
 
 RUNS = {
@@ -50,6 +44,17 @@ class Config:
     resume_ranks: int | None = flag(None, help="Processes afterwards; default the same.")
     tolerance: float = flag(1e-6, help="Of the loss curve where the number of ranks changes, relative.")
     seed: int = flag(0, help="Of the moments.")
+
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from llada.diffusion.masking import generator
+from llada.run import read_metrics
 
 
 def command_of(name: str, output: Path, config: Config, ranks: int) -> list[str]:
@@ -183,4 +188,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
