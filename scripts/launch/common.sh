@@ -65,6 +65,11 @@ launch() {
     exec "$@" # a signal sent to the launcher then reaches torchrun
 }
 
+# print_output_dir folder: answers slurm.sbatch, which asks where the markers will be, and ends.
+print_output_dir() {
+    [[ -z ${PRINT_OUTPUT_DIR:-} ]] || { printf '%s\n' "$1" && exit 0; }
+}
+
 # launch_training output_dir script [flags]: survives signals (torchrun passes them on and waits for the save,
 # its own limit is 30 s) and dead ranks. The flags come before the caller's, which therefore win.
 launch_training() {
@@ -76,10 +81,49 @@ launch_training() {
                 die "$flag: the folder comes from PRETRAIN_OUTPUT, SFT_OUTPUT, ..., where SLURM looks for markers" ;;
         esac
     done
-    if [[ -n ${PRINT_OUTPUT_DIR:-} ]]; then
-        printf '%s\n' "$output_dir"
-        exit 0
-    fi
+    print_output_dir "$output_dir"
     launch --signals-to-handle=SIGTERM,SIGUSR1,SIGHUP --shutdown-timeout="${SHUTDOWN_TIMEOUT:-300}" \
         --max-restarts="${MAX_RESTARTS:-3}" "$1" --output_dir "$output_dir" "${@:2}"
+}
+
+# train STAGE output_dir script [flags]: what the training launchers share. STAGE_LORA_TARGETS, STAGE_ADAPTER and
+# STAGE_ARGS are read here; the launcher's own flags stand in the array `flags`.
+train() {
+    local stage=$1 output_dir=$2 targets=$1_LORA_TARGETS adapter=$1_ADAPTER arguments=$1_ARGS
+    if [[ $stage != PRETRAIN ]]; then
+        split_words "${!targets-q_proj v_proj k_proj attn_out}"
+        ((${#WORDS[@]} == 0)) || flags+=(--use_lora --lora_target_modules "${WORDS[@]}")
+    fi
+    [[ -z ${!adapter:-} ]] || flags+=(--sft_adapter_path "${!adapter}")
+    split_words "${!arguments:-}"
+    note "[$stage] ${flags[1]} -> $output_dir"
+    launch_training "$output_dir" "$3" "${flags[@]}" --dtype bfloat16 --gradient_checkpointing \
+        "${WORDS[@]}" "${@:4}"
+}
+
+# prepare script input output: makes training rows; PREPROCESS_ARGS are further flags.
+prepare() {
+    split_words "${PREPROCESS_ARGS:-}"
+    note "[1/3] $2 -> $3"
+    (NPROC_PER_NODE=1 launch "$1" --input "$2" --output_dir "$3" --tokenizer "$MODEL" --max_length "$MAX_LENGTH" "${WORDS[@]}")
+}
+
+# align rows output_dir [flags]: trains $MODEL on the rows, then shows an answer of the result.
+align() {
+    note "[2/3] $MODEL on $1 -> $2"
+    (launch_training "$2" alignment/train_kl.py \
+        --model_name_or_path "$MODEL" \
+        --train_data_path "$1" \
+        --temperature "${TEMPERATURE:-1.0}" \
+        --batch_size "${BATCH_SIZE:-2}" \
+        --learning_rate "${LEARNING_RATE:-2.5e-5}" \
+        --weight_decay "${WEIGHT_DECAY:-0.1}" \
+        --num_train_epochs "${EPOCHS:-3}" \
+        --warmup_steps "${WARMUP_STEPS:-50}" \
+        --max_length "$MAX_LENGTH" \
+        "${@:3}")
+    note "[3/3] an answer of $2"
+    (NPROC_PER_NODE=1 launch inference/generate.py --model_name_or_path "$2/final" --is_instruct \
+        --prompt "${PROMPT:-What is the capital of France?}" \
+        --method semi_autoregressive_padding --gen_length 128 --steps 128 --block_length 32)
 }

@@ -5,35 +5,9 @@
 # shellcheck source=scripts/launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-model=${MODEL_NAME:-GSAI-ML/LLaDA-8B-Instruct}
-processed=${PROCESSED_FILE:-sft_data/processed_alignment.pt}
+MODEL=${MODEL_NAME:-GSAI-ML/LLaDA-8B-Instruct} MAX_LENGTH=${MAX_LENGTH:-256}
 output_dir=${OUTPUT_DIR:-alignment_output}
-max_length=${MAX_LENGTH:-256}
-if [[ -n ${PRINT_OUTPUT_DIR:-} ]]; then
-    printf '%s\n' "$output_dir"
-    exit 0
-fi
-split_words "${PREPROCESS_ARGS:-}"
-
-note "[1/3] ${INPUT_FILE:=sft_data/llama_logits.json} -> $processed"
-(NPROC_PER_NODE=1 launch alignment/precompute_teacher.py --input "$INPUT_FILE" --output_dir "$processed" \
-    --tokenizer "$model" --max_length "$max_length" "${WORDS[@]}")
-note "[2/3] $model on $processed -> $output_dir"
-(launch_training "$output_dir" alignment/train_kl.py \
-    --model_name_or_path "$model" \
-    --train_data_path "$processed" \
-    --positions answer \
-    --loss_type kl \
-    --temperature "${TEMPERATURE:-1.0}" \
-    --batch_size "${BATCH_SIZE:-2}" \
-    --learning_rate "${LEARNING_RATE:-2.5e-5}" \
-    --weight_decay "${WEIGHT_DECAY:-0.1}" \
-    --num_train_epochs "${EPOCHS:-3}" \
-    --warmup_steps "${WARMUP_STEPS:-50}" \
-    --log_interval "${LOG_INTERVAL:-100}" \
-    --max_length "$max_length" \
-    "$@")
-note "[3/3] an answer of $output_dir"
-(NPROC_PER_NODE=1 launch inference/generate.py --model_name_or_path "$output_dir/final" --is_instruct \
-    --prompt "${PROMPT:-What is the capital of France?}" \
-    --method semi_autoregressive_padding --gen_length 128 --steps 128 --block_length 32)
+rows=${PROCESSED_FILE:-sft_data/processed_alignment.pt}
+print_output_dir "$output_dir"
+prepare alignment/precompute_teacher.py "${INPUT_FILE:-sft_data/llama_logits.json}" "$rows"
+align "$rows" "$output_dir" --positions answer --loss_type kl --log_interval "${LOG_INTERVAL:-100}" "$@"
