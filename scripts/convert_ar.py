@@ -24,9 +24,9 @@ top while it is read.
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
-from llada.flags import check_command_line, flag, parse, run_main
+from llada.flags import check_command_line, flag, new_folder, parse, run_main
 
 
 @dataclass
@@ -54,17 +54,11 @@ if __name__ == "__main__":
     check_command_line(Config, __doc__)
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llada.models.checkpoints import DTYPES, resolve_checkpoint, save_model
-from llada.models.tokens import SPECIAL_TOKENS
+from llada.autoregressive.causal_lm import load_causal_lm
+from llada.models.checkpoints import save_model
+from llada.models.tokens import CHAT_ROLES, SPECIAL_TOKENS
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
 # Shapes: B sequences, L positions, R rows of the source's embedding, E rows of ours, D width.
@@ -91,11 +85,20 @@ ROWS_MULTIPLE = 64  # keeps matrix kernels fast
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Converts, compares with the source, saves."""
     config = parse(Config, argv, description=__doc__)
-    output_dir = Path(config.output_dir)
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ValueError(f"--output_dir {output_dir}: exists and is not empty; give a new folder")
-    source, tokenizer = load_source(config)
+    output_dir = new_folder("--output_dir", config.output_dir)
+    source, tokenizer = load_causal_lm(
+        config.model_name_or_path,
+        flag="--model_name_or_path",
+        gguf_file=config.gguf_file,
+        gguf_flag="--gguf_file",
+        dtype=config.dtype,
+        check=partial(refuse_what_llada_lacks, num_layers=config.num_layers),
+    )
+    if config.num_layers is not None:
+        source.model.layers = source.model.layers[: config.num_layers]
+        source.config.num_hidden_layers = config.num_layers
     model = convert(source, tokenizer, logit_shift=config.logit_shift)
     if config.check_tokens:
         gap, scale = causal_gap(source, model, num_tokens=config.check_tokens)
@@ -116,76 +119,27 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
-def load_source(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The autoregressive model, cut to --num_layers, and its tokenizer.
-
-    Raises:
-        ValueError: no such checkpoint, one of a kind that cannot be expressed, or one with missing weights.
-    """
-    path, gguf = source_path(config), {"gguf_file": config.gguf_file} if config.gguf_file else {}
-    try:
-        shape = AutoConfig.from_pretrained(path, **gguf)
-        refuse_what_llada_lacks(shape, path)
-        if config.num_layers is not None and not 1 <= config.num_layers <= shape.num_hidden_layers:
-            raise ValueError(
-                f"--num_layers {config.num_layers}: the source has {shape.num_hidden_layers} layers"
-            )
-        tokenizer = AutoTokenizer.from_pretrained(path, **gguf)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES.get(config.dtype, config.dtype), output_loading_info=True, **gguf
-        )
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"--model_name_or_path {path}: transformers cannot read it ({reason}); "
-            "fetch a hub checkpoint first with scripts/download.py"
-        ) from error
-    if report["missing_keys"] or report["mismatched_keys"]:
-        keys = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-        raise ValueError(f"--model_name_or_path {path}: {len(keys)} weights missing or misshapen: {keys[:3]}")
-    if config.num_layers is not None:
-        model.model.layers = model.model.layers[: config.num_layers]
-        model.config.num_hidden_layers = config.num_layers
-    return model.eval(), tokenizer
-
-
-def source_path(config: Config) -> str:
-    """Where the source is; ValueError names what is missing."""
-    folder = Path(config.model_name_or_path)
-    if config.gguf_file is None:
-        if folder.is_dir() and not (folder / "config.json").is_file():
-            names = sorted(file.name for file in folder.glob("*.gguf"))
-            if names:
-                raise ValueError(f"--model_name_or_path {folder}: no config.json; add --gguf_file {names[0]}")
-        return resolve_checkpoint(config.model_name_or_path)
-    if folder.is_dir() and not (folder / config.gguf_file).is_file():
-        raise ValueError(f"--gguf_file {config.gguf_file}: not in the folder {folder}")
-    return config.model_name_or_path
-
-
-def refuse_what_llada_lacks(source: PreTrainedConfig, path: str) -> None:
+def refuse_what_llada_lacks(source: PreTrainedConfig, *, num_layers: int | None = None) -> None:
     """Raises ValueError where the source computes something that LLaDA's blocks cannot."""
     reason = None
     rope = getattr(source, "rope_parameters", None) or {}
-    if source.model_type == "llada":
-        reason = "it is a LLaDA model already"
-    elif source.model_type.startswith("qwen3"):
+    width = source.hidden_size // source.num_attention_heads
+    if source.model_type.startswith("qwen3"):
         reason = "Qwen3 normalises queries and keys (q_norm, k_norm), and LLaDA has no such layers"
     elif source.model_type not in SUPPORTED_TYPES:
         reason = f"model_type {source.model_type!r} is not one of {', '.join(SUPPORTED_TYPES)}"
     elif getattr(source, "mlp_bias", False) or getattr(source, "attention_bias", False):
         reason = "its attn_out or MLP layers have biases, and LLaDA has them on q, k and v only"
-    elif (getattr(source, "head_dim", None) or 0) not in (
-        0,
-        source.hidden_size // source.num_attention_heads,
-    ):
+    elif (getattr(source, "head_dim", None) or width) != width:
         reason = f"head_dim {source.head_dim} is not hidden_size / heads, and LLaDA has no head_dim field"
     elif rope.get("rope_type", "default") not in SUPPORTED_ROPE:
         reason = f"rope_type {rope['rope_type']!r} is not one of {', '.join(SUPPORTED_ROPE)}"
     elif rope.get("partial_rotary_factor", 1.0) != 1.0:
         reason = f"only {rope['partial_rotary_factor']} of each head is rotated, and LLaDA rotates all of it"
+    elif num_layers is not None and not 1 <= num_layers <= source.num_hidden_layers:
+        reason = f"--num_layers {num_layers}: the source has {source.num_hidden_layers} layers"
     if reason is not None:
-        raise ValueError(f"--model_name_or_path {path}: cannot be converted: {reason}")
+        raise ValueError(reason)
     if getattr(source, "sliding_window", None):
         window = source.sliding_window
         print(
@@ -227,11 +181,7 @@ def llada_config(
     Where there is no chat template, rows are kept free for the chat tokens that fine-tuning then adds.
     """
     ar, rows = source.config, source.get_input_embeddings().num_embeddings
-    spare = (
-        0
-        if tokenizer.chat_template
-        else sum(r in SPECIAL_TOKENS for r in ("start_header", "end_header", "eot"))
-    )
+    spare = 0 if tokenizer.chat_template else len(CHAT_ROLES)
     if num_tokens + spare > rows:
         rows = -(-(num_tokens + spare) // ROWS_MULTIPLE) * ROWS_MULTIPLE
     eos = tokenizer.eos_token_id

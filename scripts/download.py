@@ -52,6 +52,15 @@ PUBLISHED = {
 # Copies of the weights in formats that no script here reads.
 UNREAD_FORMATS = ["original/*", "*.pth", "*.onnx", "*.msgpack", "*.h5", "*.ot", "*.mlmodel"]
 RECORD = "download.json"
+# Kind of failure -> what to check. GatedRepoError is a RepositoryNotFoundError: it comes first.
+ADVICE = {
+    OfflineModeIsEnabled: "offline mode is on: unset HF_HUB_OFFLINE, or copy the files and use their folder",
+    GatedRepoError: "the repository is gated: accept its terms on the hub, then `hf auth login` or HF_TOKEN",
+    RevisionNotFoundError: "no such --revision in that repository",
+    RepositoryNotFoundError: "no such repository, or a private one: check the spelling, and HF_TOKEN",
+    HFValidationError: "not a valid repository name: give org/name",
+    httpx.TransportError: "the hub cannot be reached: check the network, HTTPS_PROXY and HF_ENDPOINT",
+}
 
 
 def repository(model: str) -> str:
@@ -95,24 +104,8 @@ def fetch(repo_id: str, revision: str, folder: Path) -> str:
     return commit
 
 
-def explain(error: Exception) -> str:
-    """What to check, for one kind of failure."""
-    if isinstance(error, OfflineModeIsEnabled):
-        return "offline mode is on: unset HF_HUB_OFFLINE, or copy the files by hand and use their folder"
-    if isinstance(error, GatedRepoError):
-        return "the repository is gated: accept its terms on the hub, then `hf auth login` or set HF_TOKEN"
-    if isinstance(error, RevisionNotFoundError):
-        return "no such --revision in that repository"
-    if isinstance(error, RepositoryNotFoundError):
-        return "no such repository, or a private one: check the spelling, and HF_TOKEN if it is private"
-    if isinstance(error, HFValidationError):
-        return "not a valid repository name: give org/name"
-    if isinstance(error, httpx.TransportError):
-        return "the hub cannot be reached: check the network, HTTPS_PROXY, HF_ENDPOINT and HF_HUB_OFFLINE"
-    return "run the same command again to resume"
-
-
 def main(argv: list[str] | None = None) -> None:
+    """Fetches the checkpoint, or says in one line why not."""
     config = parse(Config, argv, description=__doc__)
     repo_id = repository(config.model)
     output_dir = Path(config.output_dir)
@@ -133,8 +126,10 @@ def main(argv: list[str] | None = None) -> None:
     except (httpx.HTTPError, OSError, ValueError) as error:  # the hub's own errors are among these
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         kept = f"; what arrived is kept in {partial}" if partial.exists() else ""
+        retry = "run the same command again to resume"
+        advice = next((text for kind, text in ADVICE.items() if isinstance(error, kind)), retry)
         raise SystemExit(
-            f"--model {config.model}: {repo_id} was not downloaded: {explain(error)} ({reason}){kept}"
+            f"--model {config.model}: {repo_id} was not downloaded: {advice} ({reason}){kept}"
         ) from error
     text = json.dumps({**request, "commit": commit}, indent=2)
     (partial / RECORD).write_text(text + "\n", encoding="utf-8")

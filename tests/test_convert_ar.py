@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from conftest import load_script
+from llada.autoregressive import causal_lm
 from llada.models.checkpoints import load_model
 from llada.models.tokens import load_tokenizer, special_ids
 from modelling_final import LLaDAModelLM
@@ -243,9 +244,9 @@ def test_gguf_goes_through_transformers(tmp_path, monkeypatch):
         return from_pretrained
 
     report = {"missing_keys": set(), "mismatched_keys": set()}
-    monkeypatch.setattr(convert_ar.AutoConfig, "from_pretrained", loader(source.config))
-    monkeypatch.setattr(convert_ar.AutoTokenizer, "from_pretrained", loader(make_tokenizer()))
-    monkeypatch.setattr(convert_ar.AutoModelForCausalLM, "from_pretrained", loader((source, report)))
+    monkeypatch.setattr(causal_lm.AutoConfig, "from_pretrained", loader(source.config))
+    monkeypatch.setattr(causal_lm.AutoTokenizer, "from_pretrained", loader(make_tokenizer()))
+    monkeypatch.setattr(causal_lm.AutoModelForCausalLM, "from_pretrained", loader((source, report)))
     flags = ["--gguf_file", "model.gguf", "--model_name_or_path", str(tmp_path)]
     convert_ar.main([*flags, "--output_dir", str(tmp_path / "out")])
     monkeypatch.undo()
@@ -283,14 +284,15 @@ def test_user_mistakes(tmp_path):
     assert "no checkpoint there" in refusal(tmp_path, source="./nowhere")
     folder = save_source(tmp_path / "ar", llama())
     assert "--num_layers 9: the source has 3 layers" in refusal(tmp_path, "--num_layers", "9")
-    assert "--gguf_file m.gguf: not in the folder" in refusal(tmp_path, "--gguf_file", "m.gguf")
+    assert "does not appear to have a file named m.gguf" in refusal(tmp_path, "--gguf_file", "m.gguf")
+    assert "on the hub a name is owner/model" in refusal(tmp_path, source="SmolLM2-135M")
     (tmp_path / "gguf").mkdir()
     (tmp_path / "gguf/a.gguf").write_bytes(b"")
     assert "no config.json; add --gguf_file a.gguf" in refusal(tmp_path, source=tmp_path / "gguf")
     with pytest.raises(ValueError, match="is not empty; give a new folder"):
         convert_ar.main(["--model_name_or_path", folder, "--output_dir", folder])
     run(tmp_path, folder)
-    with pytest.raises(ValueError, match="it is a LLaDA model already"):
+    with pytest.raises(ValueError, match="a LLaDA model is not autoregressive"):
         convert_ar.main(
             ["--model_name_or_path", str(tmp_path / "out"), "--output_dir", str(tmp_path / "again")]
         )

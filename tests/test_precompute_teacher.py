@@ -258,7 +258,7 @@ def test_a_teacher_without_numbers_leaves_nothing_usable(more, value, teacher_di
         (("--server", "y", "--top_k", "0"), "a server gives the most likely tokens only"),
         (("--top_k", "-1"), "--top_k -1 must not be negative"),
         (("--limit", "0"), "--limit 0 must be at least 1"),
-        (("--teacher", "no/such"), "--teacher no/such: transformers cannot read"),
+        (("--teacher", "no/such"), "--teacher no/such: cannot be read"),
     ],
 )
 def test_wrong_flags(more, message, tokenizer_dir, tmp_path):

@@ -85,7 +85,8 @@ def resolve_checkpoint(path: str, *, flag: str = "--model_name_or_path") -> str:
             return resolve_checkpoint(str(candidate), flag=flag)
     if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
         wanted = "config.json or adapter_config.json, or a run's final/ or best/ folder"
-        raise ValueError(f"{flag} {path}: no checkpoint there (looked for {wanted})")
+        hub = "" if "/" in path else "; on the hub a name is owner/model, as HuggingFaceTB/SmolLM2-135M"
+        raise ValueError(f"{flag} {path}: no checkpoint there (looked for {wanted}){hub}")
     return path
 
 

@@ -18,6 +18,8 @@ SPECIAL_TOKENS = {
     "eot": "<|eot_id|>",
 }
 
+CHAT_ROLES = ("start_header", "end_header", "eot")  # of those, the ones that LLaDA-8B-Base lacks
+
 # The published template always appends the assistant's header; this one does so only when asked.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -49,9 +51,8 @@ def load_tokenizer(path: str, *, chat: bool = False) -> PreTrainedTokenizerBase:
 
     Args:
         path: checkpoint folder, run folder, tokenizer folder, or hub name.
-        chat: also make sure of the header and end-of-turn tokens and of a chat template: LLaDA-8B-Base lacks
-        the
-            three tokens that Instruct has, and added here they get the same ids.
+        chat: also make sure of `CHAT_ROLES` and of a chat template; added to LLaDA-8B-Base's tokenizer, the
+            three tokens get the ids that they have in Instruct's.
     """
     if not Path(path, "tokenizer_config.json").is_file():
         path = resolve_checkpoint(path)
@@ -67,7 +68,7 @@ def load_tokenizer(path: str, *, chat: bool = False) -> PreTrainedTokenizerBase:
     if chat:
         if tokenizer.chat_template is None:
             tokenizer.chat_template = CHAT_TEMPLATE
-        wanted = [SPECIAL_TOKENS[role] for role in ("start_header", "end_header", "eot")]
+        wanted = [SPECIAL_TOKENS[role] for role in CHAT_ROLES]
         missing = [token for token in wanted if token not in tokenizer.get_vocab()]
         if missing and SPECIAL_TOKENS["start_header"] in tokenizer.chat_template:
             added = {"additional_special_tokens": missing}
