@@ -18,7 +18,9 @@ then: the same command after a kill goes on where it stopped.
 import json
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -87,16 +89,17 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from datasets import load_dataset
+from datasets.exceptions import DatasetsError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from llada.data.answers import Encoded, Encoding, Tokens, encode_answers, read_labelled
+from llada.data.answers import Encoded, Encoding, Tokens, encode_answers, labelled_answers
 from llada.data.messages import Labelled
-from llada.data.records import input_files
+from llada.data.records import Located, input_files, read_records
 from llada.diffusion.bound_gradient import draw_values, make_draws
 from llada.diffusion.likelihood import Request
 from llada.models.checkpoints import load_model
-from llada.models.tokens import load_tokenizer
+from llada.models.tokens import SpecialIds, load_tokenizer, special_ids
 from llada.policies.kto_reference import (
     base_seed,
     draw_masks,
@@ -107,25 +110,23 @@ from llada.policies.kto_reference import (
     prefix_means,
 )
 from llada.resumable import ResumableJob, write_atomically
-from llada.run import Run, autocast, barrier, end_run, start_processes, start_run
+from llada.run import autocast, barrier, end_run, start_processes, start_run
 
 
-def read_split(config: Config) -> list[tuple[str, Labelled]]:
-    """The answers of --split in order."""
+def located_records(config: Config) -> Iterable[Located]:
+    """("file:line", record) of --split in order."""
     path = Path(config.dataset)
     if not path.exists():
         try:
             rows = load_dataset(config.dataset, split=config.split)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, DatasetsError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
                 f"--dataset {config.dataset}: neither a file here nor given by the hub ({reason})"
             ) from error
-        folder = Path(f"{config.output_file}.parts", "dataset")
-        rows.save_to_disk(str(folder))
-        return read_labelled(str(folder), max_samples=config.max_samples)
+        return ((f"{config.dataset}:{number}", row) for number, row in enumerate(rows, start=1))
     if (path / "dataset_dict.json").is_file():
-        return read_labelled(str(path / config.split), max_samples=config.max_samples)
+        return read_records(path / config.split)
     if path.is_dir() and not (path / "state.json").is_file():
         # a folder as the hub lays it out: data/train-00000-of-00001.parquet, train/..., train.jsonl
         files = [
@@ -134,9 +135,8 @@ def read_split(config: Config) -> list[tuple[str, Labelled]]:
             if file.stem.split("-")[0] == config.split or file.parent.name == config.split
         ]
         if files:
-            found = [item for file in files for item in read_labelled(str(file))]
-            return found[: config.max_samples]
-    return read_labelled(str(path), max_samples=config.max_samples)
+            return chain.from_iterable(map(read_records, files))
+    return read_records(path)
 
 
 def describe(index: int, item: Labelled, found: Encoded, num_draws: int) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def describe(index: int, item: Labelled, found: Encoded, num_draws: int) -> dict
     masks = draw_masks(base, length, num_draws)
     return {
         "index": index,
-        "seed": str(base),
+        "seed": str(base),  # a 64-bit number, which JSON readers in other languages would round
         "l_values": mask_sizes(base, length, num_draws),
         **mask_checks(masks, found.prompt_length),
         "prompt": item.prompt,
@@ -166,29 +166,36 @@ def batches_of(tokens: list[Tokens | None], batch_size: int) -> list[list[int]]:
     return [usable[start : start + batch_size] for start in range(0, len(usable), batch_size)]
 
 
-def score(
-    model: torch.nn.Module, batch: list[tuple[int, Tokens]], config: Config, run: Run, eos_id: int
-) -> np.ndarray:
-    """[len(batch), K] B^(1) .. B^(K) of each (seed, answer), in nats."""
+def bounds_of(
+    model: torch.nn.Module, batch: dict[int, Tokens], config: Config, ids: SpecialIds
+) -> list[list[float]]:
+    """[len(batch)][K] B^(1) .. B^(K) of each answer, by the index of its record, in nats."""
     num_draws = config.num_draws()[-1]
     draws = make_draws(
-        [Request(found.context, found.answer, "") for _, found in batch],
-        [plan_of(draw_masks(seed, len(found.answer), num_draws)) for seed, found in batch],
+        [Request(found.context, found.answer, "") for found in batch.values()],
+        [plan_of(draw_masks(base_seed(i), len(found.answer), num_draws)) for i, found in batch.items()],
         num_draws,
-        mask_id=model.config.mask_token_id,
-        pad_id=model.config.pad_token_id,
-        fill=(eos_id, config.max_length) if config.eos == "padded" else None,
+        mask_id=ids.mask,
+        pad_id=ids.pad,
+        fill=(ids.eos, config.max_length) if config.eos == "padded" else None,
     )
-    with autocast(run.device, config.dtype):
-        return prefix_means(draw_values(model, [draws.to(run.device)]).numpy()).T
+    with autocast(model.device, config.dtype):
+        means = prefix_means(draw_values(model, [draws.to(model.device)]).numpy()).T
+    if not np.isfinite(means).all():  # else training would meet it, hours later
+        at = list(batch)[int(np.flatnonzero(~np.isfinite(means).all(axis=1))[0])]
+        raise ValueError(
+            f"--model_path {config.model_path}: B_ref of answer {at} is not finite: its weights hold nan or "
+            f"inf, or overflow in --dtype {config.dtype}"
+        )
+    return means.tolist()
 
 
 def check_mask_token(config: Config, mask_id: int, tokenizer: PreTrainedTokenizerBase) -> None:
     """ValueError if --mask_id or --mask_token is not the token that the model was trained with."""
-    named = config.mask_id
+    named = [] if config.mask_id is None else [config.mask_id]
     if config.mask_token is not None:
-        named = tokenizer.convert_tokens_to_ids(config.mask_token)
-    if named not in (None, mask_id):
+        named.append(tokenizer.get_vocab().get(config.mask_token))
+    if any(token_id != mask_id for token_id in named):
         raise ValueError(
             f"--mask_id {config.mask_id} --mask_token {config.mask_token}: the model's mask token has id "
             f"{mask_id}"
@@ -205,47 +212,40 @@ def main(argv: list[str] | None = None) -> None:
     if config.dtype == "auto":
         config.dtype = "bfloat16" if run.device.type == "cuda" else "float32"
     tokenizer = load_tokenizer(config.tokenizer_name or config.model_path, chat=True)
-    model = load_model(config.model_path, dtype=config.weights_dtype, device=run.device).eval()
-    check_mask_token(config, model.config.mask_token_id, tokenizer)
-    items = read_split(config)
+    items = labelled_answers(located_records(config), max_samples=config.max_samples)
     encoding = Encoding(tokenizer, config.eos, config.apply_chat_template, config.max_length, config.long)
     encoded = encode_answers([(where, item.prompt, item.completion) for where, item in items], encoding)
-    tokens = [found.tokens for found in encoded]
+    model = load_model(config.model_path, dtype=config.weights_dtype, device=run.device).eval()
+    ids = special_ids(model.config, tokenizer)
+    check_mask_token(config, ids.mask, tokenizer)
     settings = fingerprint(
         config.model_path,
         tokenizer,
         max_length=config.max_length,
-        mask_id=model.config.mask_token_id,
+        mask_id=ids.mask,
         eos=config.eos,
         chat=config.apply_chat_template,
         dtype=config.dtype,
         weights_dtype=config.weights_dtype,
     )
     parts = f"{config.output_file}.parts"
-    wanted = {**settings, "draws": k_vals[-1]}
-    log = ResumableJob(parts, wanted, rank=run.rank, world_size=run.world_size)
-    batches = batches_of(tokens, config.batch_size)
-    keys = [
-        log.key([[i, tokens[i].context.tolist(), tokens[i].answer.tolist()] for i in batch])
-        for batch in batches
-    ]
-    for n in tqdm(log.share(keys), desc="B_ref", unit="batch", disable=not run.is_main, mininterval=2):
-        batch = [(base_seed(index), tokens[index]) for index in batches[n]]
-        log.put(keys[n], score(model, batch, config, run, tokenizer.eos_token_id).tolist())
+    job = ResumableJob(parts, {**settings, "draws": k_vals[-1]}, rank=run.rank, world_size=run.world_size)
+    tokens = [found.tokens for found in encoded]
+    batches = [{i: tokens[i] for i in indices} for indices in batches_of(tokens, config.batch_size)]
+    keys = [job.key([[i, t.context.tolist(), t.answer.tolist()] for i, t in b.items()]) for b in batches]
+    for n in tqdm(job.share(keys), desc="B_ref", unit="batch", disable=not run.is_main, mininterval=2):
+        job.put(keys[n], bounds_of(model, batches[n], config, ids))
     barrier()
     if run.is_main:
-        log.read()
-        means = {
-            index: row
-            for batch, key in zip(batches, keys, strict=True)
-            for index, row in zip(batch, log[key], strict=True)
-        }
+        job.read()
+        rows = (zip(batch, job[key], strict=True) for batch, key in zip(batches, keys, strict=True))
+        means = dict(chain.from_iterable(rows))
         lines = []
         for index, ((_, item), found) in enumerate(zip(items, encoded, strict=True)):
+            values = means.get(index, [0.0] * k_vals[-1])  # nothing is left of the answer
             record = describe(index, item, found, k_vals[-1])
-            values = means.get(index, [0.0] * k_vals[-1])
-            record["B_ref"] = {str(k): values[k - 1] for k in k_vals}
-            lines.append(json.dumps({**record, "fingerprint": settings}, ensure_ascii=False) + "\n")
+            record |= {"B_ref": {str(k): values[k - 1] for k in k_vals}, "fingerprint": settings}
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
         Path(config.output_file).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(config.output_file), "".join(lines))
         shutil.rmtree(parts)

@@ -56,7 +56,7 @@ def project(model_dir, tmp_path, monkeypatch):
 
 
 def test_elbo_kto(project, monkeypatch):
-    monkeypatch.setattr(load_script("rlhf/precompute_bref.py").os, "cpu_count", lambda: 1)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
     run(BREF, "--max_length", "256")
     written = (project / "data/kto-mix-14k-processed/train.jsonl").read_text()
     records = [json.loads(line) for line in written.splitlines()]

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from llada.data.answers import Encoding, encode_answers, load_pairs, read_labelled
+from llada.data.answers import Encoding, encode_answers, labelled_answers, load_pairs
 from llada.data.messages import PAIR_KEYS, to_labelled, to_pair
+from llada.data.records import read_records
 from llada.models.tokens import load_tokenizer
 
 USER = [{"role": "user", "content": "2 + 2?"}]
@@ -157,4 +158,5 @@ def test_files_of_pairs_are_counted(tokenizer, tmp_path):
     assert len(pairs) == 1
     _, counts = load_pairs([str(file)], encoding(tokenizer, long="drop"), keys=PAIR_KEYS, max_samples=1)
     assert counts["kept"] == 1 and counts["equal"] == 0
-    assert [item.label for _, item in read_labelled(str(file), max_samples=3)] == [True, False, True]
+    found = labelled_answers(read_records(str(file)), max_samples=3)
+    assert [item.label for _, item in found] == [True, False, True]

@@ -1,17 +1,21 @@
 """DPO and ELBO-KTO as they are run: exact starts, splits that do not matter, resumes, and what is refused."""
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from conftest import ROOT, load_script
 from llada.policies.kto_reference import mask_sizes
+from llada.policies.pairs import PairBounds
 from llada.run import read_metrics
 
 DPO, KTO, BREF = "rlhf/train_dpo.py", "rlhf/train_elbo_kto.py", "rlhf/precompute_bref.py"
@@ -207,22 +211,22 @@ def test_bref_goes_on_after_a_kill_and_does_not_depend_on_the_processes(model_di
     assert file.read_bytes() == bref.read_bytes()
 
     script, file, scored = load_script(BREF), tmp_path / "killed.jsonl", []
-    whole = script.score
+    whole = script.bounds_of
 
-    def score(*arguments):
+    def bounds_of(*arguments):
         scored.append(1)
         if len(scored) == 3:
             raise KeyboardInterrupt
         return whole(*arguments)
 
-    script.score = score
+    script.bounds_of = bounds_of
     try:
         with pytest.raises(KeyboardInterrupt):
             run(BREF, *flags, "--output_file", file)
         assert not file.exists()
         run(BREF, *flags, "--output_file", file)
     finally:
-        script.score = whole
+        script.bounds_of = whole
     assert len(scored) == 3 + 2  # two batches were kept
     assert file.read_bytes() == bref.read_bytes()
     assert not (tmp_path / "killed.jsonl.parts").exists()
@@ -331,8 +335,21 @@ def test_what_precompute_refuses(model_dir, tmp_path):
     flags = ["--model_path", model_dir, "--dataset", SAMPLES / "kto.jsonl", "--output_file", tmp_path / "o"]
     with pytest.raises(ValueError, match="--k_vals '1,x': give positive numbers"):
         run(BREF, *flags, "--k_vals", "1,x")
-    with pytest.raises(ValueError, match="the model's mask token has id"):
-        run(BREF, *flags, "--k_vals", "1", "--mask_id", "3")
+    for named in (["--mask_id", "3"], ["--mask_token", "<none of its tokens>"]):
+        with pytest.raises(ValueError, match="the model's mask token has id"):
+            run(BREF, *flags, "--k_vals", "1", *named)
+    # a tokenizer with more tokens than the embedding has rows; weights that are not numbers
+    larger = AutoTokenizer.from_pretrained(model_dir)
+    larger.add_tokens([f"<{n}>" for n in range(1000)])
+    larger.save_pretrained(tmp_path / "larger")
+    with pytest.raises(ValueError, match="the model's embedding only"):
+        run(BREF, *flags, "--k_vals", "1", "--tokenizer_name", tmp_path / "larger")
+    broken = shutil.copytree(model_dir, tmp_path / "broken") / "model.safetensors"
+    tensors = load_file(broken)
+    next(iter(tensors.values())).fill_(torch.nan)
+    save_file(tensors, broken, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"B_ref of answer \d is not finite: its weights hold nan"):
+        run(BREF, *flags, "--k_vals", "1", "--model_path", broken.parent)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -352,8 +369,36 @@ def test_eight_draws_take_the_memory_of_one():
         assert peaks["8"] <= 1.15 * peaks["1"], stage
 
 
-def test_dry_runs(model_dir, bref, tmp_path, capsys):
-    run(DPO, *dpo_flags(model_dir, tmp_path / "x", "--dry_run"))
-    run(KTO, *kto_flags(model_dir, bref, tmp_path / "x", "--dry_run"))
-    assert capsys.readouterr().out.count("8 rows") == 2
+def test_dry_runs(model_dir, bref, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # ranks that are described and not there: none is waited for
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    held_out = ["--eval_data_path", SAMPLES / "preference.jsonl"]
+    run(DPO, *dpo_flags(model_dir, tmp_path / "x", "--dry_run", *held_out))
+    run(KTO, *kto_flags(model_dir, bref, tmp_path / "x", "--dry_run", "--eval_dataset_path", bref))
+    assert capsys.readouterr().out.count("8 rows") == 4
     assert not (tmp_path / "x").exists()
+    with pytest.raises(ValueError, match=r"no/such\.jsonl"):
+        run(DPO, *dpo_flags(model_dir, tmp_path / "x", "--dry_run", "--eval_data_path", "no/such.jsonl"))
+
+
+def test_a_new_pair_wise_stage_is_its_flags_its_formula_and_a_call(model_dir, tmp_path):
+    page = (ROOT / "docs/preference_optimization.md").read_text()
+    source = page.split("```python\n")[1].split("```")[0]
+    assert len(source.splitlines()) <= 80
+    file = tmp_path / "train_simpo.py"
+    file.write_text(source)
+    script = str(file)
+    options = ["--max_steps", 3, "--beta", 2.0, "--gamma", 0.5, "--save_interval", 2]
+    held_out = ["--eval_data_path", SAMPLES / "preference.jsonl"]
+    run(script, *dpo_flags(model_dir, tmp_path / "run", *options, *held_out))
+    simpo = load_script(script)
+    policy = torch.tensor([[-20.0, -33.0]], dtype=torch.float64)
+    pairs = PairBounds(policy, torch.full_like(policy, torch.nan), torch.tensor([[4, 10]]))
+    config = simpo.Config(model_name_or_path="x", output_dir="x", train_data_path=["x"], beta=2.0, gamma=0.5)
+    losses, rewards = simpo.simpo(config, pairs)
+    assert losses.tolist() == pytest.approx([math.log1p(math.exp(-(-10.0 + 6.6 - 0.5)))], rel=1e-12)
+    assert rewards.tolist() == [[-10.0, pytest.approx(-6.6)]]
+    first, *_, last = curve(tmp_path / "run", "eval_loss")
+    assert last < first and (tmp_path / "run/step-2").is_dir()
+    with pytest.raises(ValueError, match=r"--gamma was 0\.5, "):
+        run(script, *dpo_flags(model_dir, tmp_path / "run", *options, "--gamma", 1.0))

@@ -262,3 +262,17 @@ def test_mistakes_are_named(flags, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             main(*flags, *out, *more)
+
+
+def test_a_dry_run_never_trains(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # ranks that are described and not there: none is waited for
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    held_out = ["--eval_data_path", tmp_path / "prompts.jsonl"]
+    more = ["--output_dir", tmp_path / "out", "--dry_run", "--num_iterations", "3"]
+    main(*flags, *held_out, *more)
+    printed = capsys.readouterr().out
+    assert printed.count("32 rows") == 2  # 8 prompts x 4 completions, twice
+    assert "6 = " in printed  # 32 completions / 16 a rollout x 3 steps each
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=r"no/such\.jsonl"):
+        main(*flags, *more, "--eval_data_path", "no/such.jsonl")

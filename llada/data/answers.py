@@ -10,7 +10,7 @@ Where an answer ends is a policy, because the likelihood of an answer depends on
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from llada.data.chat import (
     split_conversation,
 )
 from llada.data.messages import Labelled, Pair, Text, to_labelled, to_pair
-from llada.data.records import read_records
+from llada.data.records import Located, read_records
 
 EOS = ("one", "filled", "none", "padded")
 _BATCH = 256
@@ -171,10 +171,12 @@ def load_pairs(
     return pairs, counts
 
 
-def read_labelled(path: str, *, max_samples: int | None = None) -> list[tuple[str, Labelled]]:
-    """("file:line", answer) of every record in order; a pair gives two, the chosen one first."""
+def labelled_answers(
+    records: Iterable[Located], *, max_samples: int | None = None
+) -> list[tuple[str, Labelled]]:
+    """("file:line", answer) of located records in order; a pair gives two, the chosen one first."""
     found: list[tuple[str, Labelled]] = []
-    for where, record in read_records(path):
+    for where, record in records:
         found += [(where, labelled) for labelled in to_labelled(record, where)]
         if max_samples is not None and len(found) >= max_samples:
             return found[:max_samples]
