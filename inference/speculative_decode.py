@@ -7,8 +7,8 @@ The answers are the verifier's own: exactly its distribution when sampling, its 
 Prompts as for generate.py: --prompt, or a file with a prompt or a conversation in each record. With
 --is_instruct each model sees them in its own chat format. The drafter's canvas is [its prompt, the answer so
 far, --draft_length masks], the answer in its own tokens; where the two tokenizers differ, --bridge says how.
-Prompts are decoded one after the other. Under torchrun the processes share them out. A killed run goes on
-where it stopped when the same command is given again.
+Prompts are decoded one after the other. Under torchrun the processes share them. A killed run continues when
+the same command is given again.
 
 The output has one line for each prompt: {"id", "prompt", "completion", "acceptance_length", "is_equal", ...}.
 
@@ -69,8 +69,9 @@ from transformers import PreTrainedTokenizerBase
 
 from llada.autoregressive.causal_lm import describe_causal_lm, load_causal_lm, prompt_ids
 from llada.data.prompts import Prompt, read_asked_prompts
-from llada.models.checkpoints import describe_checkpoint, load_model
-from llada.models.tokens import end_ids, load_tokenizer, special_ids
+from llada.models.building import load_for_inference
+from llada.models.checkpoints import describe_checkpoint
+from llada.models.tokens import end_ids
 from llada.resumable import ResumableJob, write_atomically
 from llada.run import barrier, end_run, start_run
 from llada.speculative.bridge import Bridge
@@ -90,16 +91,19 @@ class Item(Prompt):
     verifier_ids: list[int] = field(default_factory=list)
 
 
-def read_items(
-    config: Config, drafter_tokenizer: PreTrainedTokenizerBase, verifier_tokenizer: PreTrainedTokenizerBase
-) -> Iterator[Item]:
-    """The prompts in both models' tokens; ValueError names file and line."""
-    prompts, _ = read_asked_prompts(config, drafter_tokenizer)
+def read_items(config: Config, pair: "Pair") -> Iterator[Item]:
+    """The prompts in both models' tokens; ValueError names file and line, also of one without room."""
+    prompts, _ = read_asked_prompts(config, pair.drafter_tokenizer)
     for prompt in prompts:
         asked = prompt.prompt
         if config.is_instruct and isinstance(asked, str):
             asked = [{"role": "user", "content": asked}]
-        yield Item(**vars(prompt), verifier_ids=prompt_ids(asked, verifier_tokenizer))
+        item = Item(**vars(prompt), verifier_ids=prompt_ids(asked, pair.verifier_tokenizer))
+        try:
+            pair.decoder.check_lengths(len(item.verifier_ids), len(item.token_ids), config.max_new_tokens)
+        except ValueError as error:
+            raise ValueError(f"{item.where}: {error}") from error
+        yield item
 
 
 def answer(decoder: SpeculativeDecoder, item: Item, ends: Sequence[int], *, compare: bool) -> dict[str, Any]:
@@ -205,11 +209,13 @@ class Pair:
 
 def load(config: Config, device: torch.device) -> Pair:
     """Both models; ValueError for what cannot be loaded or does not go together."""
-    drafter_tokenizer = load_tokenizer(config.model_name_or_path, chat=config.is_instruct)
-    drafter = load_model(
-        config.model_name_or_path, dtype=config.dtype, adapter_path=config.adapter_path, device=device
+    drafter, drafter_tokenizer = load_for_inference(
+        config.model_name_or_path,
+        chat=config.is_instruct,
+        dtype=config.dtype,
+        adapter_path=config.adapter_path,
+        device=device,
     )
-    drafter.config.eot_token_id = special_ids(drafter.config, drafter_tokenizer).eot
     verifier, verifier_tokenizer = load_causal_lm(
         config.verifier,
         flag="--verifier",
@@ -217,13 +223,8 @@ def load(config: Config, device: torch.device) -> Pair:
         dtype=config.dtype,
         device=device,
     )
-    bridge = Bridge(
-        config.bridge,
-        drafter.config,
-        drafter_tokenizer,
-        verifier_tokenizer,
-        num_outputs=verifier.config.get_text_config().vocab_size,
-    )
+    width = verifier.config.get_text_config().vocab_size
+    bridge = Bridge(config.bridge, drafter.config, drafter_tokenizer, verifier_tokenizer, num_outputs=width)
     decoder = SpeculativeDecoder(drafter, verifier, bridge, config)
     ends = end_ids(verifier, verifier_tokenizer, bridge.vocabulary.target.closing)
     return Pair(decoder, bridge, drafter_tokenizer, verifier_tokenizer, ends)
@@ -231,11 +232,8 @@ def load(config: Config, device: torch.device) -> Pair:
 
 def warm_up(pair: Pair, item: Item, config: Config) -> None:
     """Decodes a few tokens both ways: what is only slow the first time belongs to neither side."""
-    limits = {
-        "record_id": 0,
-        "max_new_tokens": min(8, config.max_new_tokens),
-        "is_done": ends_with(pair.ends),
-    }
+    num_tokens = min(8, config.max_new_tokens)
+    limits = {"record_id": 0, "max_new_tokens": num_tokens, "is_done": ends_with(pair.ends)}
     pair.decoder.decode_plain(item.verifier_ids, **limits)
     pair.decoder.decode(item.verifier_ids, item.token_ids, **limits)
 
@@ -247,37 +245,30 @@ def main(argv: list[str] | None = None) -> None:
     config.rule(config.bridge)
     run = start_run(config.device)
     pair = load(config, run.device)
-    items = list(read_items(config, pair.drafter_tokenizer, pair.verifier_tokenizer))
-    for item in items:
-        try:
-            pair.decoder.check_lengths(len(item.verifier_ids), len(item.token_ids), config.max_new_tokens)
-        except ValueError as error:
-            raise ValueError(f"{item.where}: {error}") from error
+    items = list(read_items(config, pair))
     if run.is_main and config.bridge != "none":
         vocabulary = pair.bridge.vocabulary
         covered = int(vocabulary.is_mapped.sum())
         print(f"{covered} of the drafter's tokens are also the verifier's ({vocabulary.coverage:.0%})")
 
-    parts = None if config.output_path is None else f"{config.output_path}.parts"
-    settings = {
-        **{name: value for name, value in asdict(config).items() if name not in FREE},
-        "drafter": describe_checkpoint(config.model_name_or_path, config.adapter_path),
-        "verifier": describe_causal_lm(config.verifier, config.verifier_gguf_file),
-    }
-    answers = ResumableJob(parts, settings, rank=run.rank, world_size=run.world_size)
-    keys = [answers.key(i.index, i.verifier_ids, i.token_ids) for i in items]
-    mine = answers.share(keys)
+    settings = {name: value for name, value in asdict(config).items() if name not in FREE}
+    settings["drafter"] = describe_checkpoint(config.model_name_or_path, config.adapter_path)
+    settings["verifier"] = describe_causal_lm(config.verifier, config.verifier_gguf_file)
+    parts = config.output_path and f"{config.output_path}.parts"
+    job = ResumableJob(parts, settings, rank=run.rank, world_size=run.world_size)
+    keys = [job.key(item.index, item.verifier_ids, item.token_ids) for item in items]
+    mine = job.share(keys)
     if mine:
         warm_up(pair, items[mine[0]], config)
     for n in tqdm(mine, desc="answers", unit="prompt", disable=not run.is_main or len(mine) < 2):
         fields = answer(pair.decoder, items[n], pair.ends, compare=config.compare)
         kept = [i for i in fields.pop("token_ids") if i not in pair.ends]
         text = pair.verifier_tokenizer.decode(kept, skip_special_tokens=True)
-        answers.put(keys[n], {"completion": text, **fields})
+        job.put(keys[n], {"completion": text, **fields})
     barrier()
     if run.is_main:
-        answers.read()
-        finish(config, items, [answers[key] for key in keys], pair.decoder.rule)
+        job.read()
+        finish(config, items, [job[key] for key in keys], pair.decoder.rule)
         if parts is not None:
             shutil.rmtree(parts)
     end_run()

@@ -11,7 +11,7 @@ from llada.models.tokens import load_tokenizer
 from llada.speculative.acceptance import KeyedDraws
 from llada.speculative.bridge import Bridge, GrowingText
 from llada.speculative.decoder import SpeculativeDecoder, SpeculativeStats, ends_with
-from llada.speculative.generate import speculative_generate
+from llada.speculative.generate import Speculation
 from llada.speculative.settings import SpeculativeSettings
 from modelling_final import LLaDAConfig, LLaDAModelLM
 from speculation import make_verifier
@@ -177,10 +177,9 @@ def test_generate_across_tokenizers(drafter, verifier, ours, theirs):
     inputs = theirs(PROMPTS[:1], return_tensors="pt")
     inputs = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
     for kind in ("vocabulary", "text"):
-        output = verifier.generate(
-            **inputs, max_new_tokens=12, custom_generate=speculative_generate, drafter=drafter,
-            bridge=make_bridge(kind, drafter, ours, theirs, verifier), speculation=SpeculativeSettings(),
-        )  # fmt: skip
+        bridge = make_bridge(kind, drafter, ours, theirs, verifier)
+        speculation = Speculation(drafter, bridge, SpeculativeSettings())
+        output = verifier.generate(**inputs, max_new_tokens=12, custom_generate=speculation)
         assert torch.equal(output, verifier.generate(**inputs, max_new_tokens=12))
 
 

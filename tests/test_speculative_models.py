@@ -5,7 +5,7 @@ import torch
 
 from llada.speculative.acceptance import KeyedDraws
 from llada.speculative.decoder import SpeculativeDecoder, SpeculativeStats, ends_with
-from llada.speculative.generate import speculative_generate
+from llada.speculative.generate import Speculation
 from llada.speculative.settings import SpeculativeSettings
 from llada.speculative.verifier import Verifier, warpers
 from speculation import IdsOnly, make_drafter, make_verifier
@@ -224,11 +224,12 @@ def generate(model, prompts, drafter, settings, **flags):
     width = max(map(len, prompts))
     ids = torch.tensor([[EOS] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    extra = {}
     if drafter is not None:
-        extra = {"custom_generate": speculative_generate, "drafter": drafter, "speculation": settings}
-        extra["bridge"] = IdsOnly(V, drafter.config.mask_token_id)
-    return model.generate(ids, attention_mask=mask, max_new_tokens=LENGTH, **extra, **flags)
+        speculation = Speculation(drafter, IdsOnly(V, drafter.config.mask_token_id), settings)
+        flags["custom_generate"] = speculation
+    output = model.generate(ids, attention_mask=mask, max_new_tokens=LENGTH, **flags)
+    assert drafter is None or speculation.statistics.rounds > 0
+    return output
 
 
 def test_as_the_way_of_decoding_of_generate(drafter, verifier):
@@ -236,9 +237,8 @@ def test_as_the_way_of_decoding_of_generate(drafter, verifier):
     for flags in ({}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 9}):
         wanted = generate(verifier, PROMPTS, None, None, do_sample=False, **flags)
         assert torch.equal(generate(verifier, PROMPTS, drafter, settings, do_sample=False, **flags), wanted)
-    stats = SpeculativeStats()
-    output = generate(verifier, PROMPTS, drafter, settings, return_dict_in_generate=True, statistics=stats)
-    assert torch.equal(output.sequences, generate(verifier, PROMPTS, None, None)) and stats.rounds > 0
+    output = generate(verifier, PROMPTS, drafter, settings, return_dict_in_generate=True)
+    assert torch.equal(output.sequences, generate(verifier, PROMPTS, None, None))
     with pytest.raises(ValueError, match="num_beams 2"):
         generate(verifier, PROMPTS, drafter, settings, num_beams=2)
 
