@@ -42,6 +42,11 @@ from llada.training.config import TrainConfig
 class Config(TrainConfig):
     """Flags of alignment."""
 
+    fixed = (
+        *TrainConfig.fixed, "positions", "loss_type", "alpha", "beta", "temperature", "temperature_squared",
+        "window_length", "window_weights", "window_decay",
+    )  # fmt: skip
+
     model_name_or_path: str = flag(help="Checkpoint to align.", aliases=["model_name"])
     train_data_path: str = flag(help="Folder made by precompute_teacher.py.", aliases=["data_path"])
     eval_data_path: str | None = flag(None, help="The same for validation.")
@@ -290,12 +295,9 @@ def main(argv: list[str] | None = None) -> None:
             validation_numbers, alignment=alignment, config=config, run=run,
             make_stream=partial(make_stream, held_out),
         )  # fmt: skip
-    names = ("positions", "loss_type", "alpha", "beta", "temperature", "temperature_squared", "window_length",
-             "window_weights", "window_decay")  # fmt: skip
     fit(
         model, tokenizer, config, run, stream=stream, loss=alignment.loss, validate=validate,
-        fingerprint={"train_data_path": f"{len(rows)} rows, {stream.num_tokens} tokens",
-                     **{name: getattr(config, name) for name in names}},
+        data=f"{len(rows)} rows, {stream.num_tokens} tokens",
     )  # fmt: skip
     end_run()
 

@@ -14,7 +14,6 @@ The same command continues an interrupted run.
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from llada.flags import check_command_line, flag, parse, run_main
 from llada.training.config import TrainConfig
@@ -38,17 +37,13 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from llada.data.prepared import load as load_rows
 from llada.data.rows import ConversationRows
-from llada.data.shards import row_lengths
 from llada.diffusion.batches import Example, MaskedBatch, Noised
 from llada.diffusion.stream import MaskedStream
 from llada.models.building import new_config
 from llada.models.checkpoints import resolve_checkpoint
-from llada.models.tokens import SpecialIds, load_tokenizer
-from llada.run import end_run, start_run
-from llada.training.loop import fit
-from llada.training.validation import validation_loss
+from llada.models.tokens import SpecialIds
+from llada.training.rows_stage import train_on_rows
 
 
 class CausalStream(MaskedStream):
@@ -103,12 +98,15 @@ def new_teacher(
         )
 
 
-def load_causal(config: Config, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
-    """The model to train: new, or from a checkpoint, in float32."""
+def load_causal(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[torch.nn.Module, SpecialIds]:
+    """The model to train, new or from a checkpoint, in float32, and ids for its stream."""
     if config.config_name is not None:
-        return new_teacher(config.config_name, tokenizer, seed=config.seed, max_length=config.max_length)
-    path = resolve_checkpoint(config.model_name_or_path)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model = new_teacher(config.config_name, tokenizer, seed=config.seed, max_length=config.max_length)
+    else:
+        path = resolve_checkpoint(config.model_name_or_path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    pad = tokenizer.pad_token_id  # no token is masked; an id is needed where a stream would put one
+    return model.train(), SpecialIds(mask=pad, eos=tokenizer.eos_token_id, pad=pad, eot=None)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -122,29 +120,14 @@ def main(argv: list[str] | None = None) -> None:
         )
     if config.dry_run:
         raise ValueError("--dry_run looks at LLaDA checkpoints; a teacher of this size is tried out directly")
-    run = start_run(config.device, output_dir=config.output_dir)
-    tokenizer = load_tokenizer(config.tokenizer_name, chat=True)
-    model = load_causal(config, tokenizer).train()
-    # causal training has no masks; an id is needed where a stream would put one
-    ids = SpecialIds(
-        mask=tokenizer.pad_token_id, eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id, eot=None
+    train_on_rows(
+        config,
+        ConversationRows(config.max_length),
+        lambda rows, *_: partial(example_of, rows),
+        load=load_causal,
+        stream_type=CausalStream,
+        loss=causal_loss,
     )
-    load = partial(load_rows, rows=ConversationRows(config.max_length), tokenizer=tokenizer, run=run)
-    data_dir = Path(config.output_dir, "data")
-    rows = load([config.train_data_path], prepared=data_dir / "train").with_format("numpy")
-    config.resolve(run, len(rows))
-    settings = config.stream(run, ids.mask, ids.pad)
-    stream = CausalStream(partial(example_of, rows), row_lengths(rows), **settings)
-    validate = None
-    if config.eval_data_path is not None:
-        held_out = load([config.eval_data_path], prepared=data_dir / "validation").with_format("numpy")
-        asked = CausalStream(partial(example_of, held_out), row_lengths(held_out), **settings)
-        validate = partial(validation_loss, stream=asked, config=config, run=run, loss=causal_loss)
-    fit(
-        model, tokenizer, config, run, stream=stream, loss=causal_loss, validate=validate,
-        fingerprint={"train_data_path": f"{len(rows)} rows, {stream.lengths.sum()} tokens"},
-    )  # fmt: skip
-    end_run()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ The same command continues an interrupted run.
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from llada.flags import check_command_line, flag, parse, run_main
 from llada.training.config import TrainConfig
@@ -30,6 +29,11 @@ from llada.training.config import TrainConfig
 @dataclass(kw_only=True)
 class Config(TrainConfig):
     """Flags of pretraining."""
+
+    fixed = (
+        *TrainConfig.fixed, "random_length_probability", "rope_scaling", "rope_factor", "start_length",
+        "length_steps", "start_mask_ratio", "mask_steps",
+    )  # fmt: skip
 
     train_data_path: str = flag(
         help="Folder made by prepare_corpus.py, or raw .jsonl {'text'}, .txt, .parquet or dataset folder.",
@@ -68,25 +72,13 @@ if __name__ == "__main__":
 import numpy as np
 from datasets import Dataset
 
-from llada.data.prepared import load as load_rows
 from llada.data.rows import CorpusRows
-from llada.data.shards import row_lengths
 from llada.diffusion.batches import Example
-from llada.diffusion.losses import masked_diffusion_loss
 from llada.diffusion.masking import generator
-from llada.diffusion.stream import Curriculum, MaskedStream
+from llada.diffusion.stream import Curriculum, ExampleOf
 from llada.models.checkpoints import RopeScaling, load_config
-from llada.models.tokens import load_tokenizer, special_ids
-from llada.run import end_run, start_run
-from llada.training import dry_run as preflight
-from llada.training.cost import flops_counter
-from llada.training.loop import fit, load_trainable
-from llada.training.validation import validation_loss
-
-RESUME_MUST_AGREE = (
-    "random_length_probability", "rope_scaling", "rope_factor", "start_length", "length_steps",
-    "start_mask_ratio", "mask_steps",
-)  # fmt: skip
+from llada.models.tokens import SpecialIds
+from llada.training.rows_stage import train_on_rows
 
 
 def example_of(rows: Dataset, config: Config, cut: bool, record_id: int, epoch: int, _: int) -> Example:
@@ -109,31 +101,14 @@ def main(argv: list[str] | None = None) -> None:
     rope = RopeScaling(config.rope_scaling, config.rope_factor, config.max_length)
     if config.model_name_or_path is not None:
         rope.apply(load_config(config.model_name_or_path))  # says now what does not fit
-    kind = CorpusRows(config.max_length, rows="documents" if config.packing else "joined")
-    if config.dry_run:
-        preflight.report(
-            config,
-            partial(preflight.data_rows, kind=kind),
-            train=[config.train_data_path],
-            held_out=config.eval_data_path,
-            checkpoint=config.model_name_or_path,
-            config_name=config.config_name,
-        )
-        return
-    run = start_run(config.device, output_dir=config.output_dir)
-    tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path)
-    model = load_trainable(config)
-    ids = special_ids(model.config, tokenizer)
 
-    load = partial(load_rows, rows=kind, tokenizer=tokenizer, run=run)
-    data_dir = Path(config.output_dir, "data")  # for raw text that has to be tokenised
-    rows = load([config.train_data_path], prepared=data_dir / "train").with_format("numpy")
-    config.resolve(run, len(rows))
-    settings = config.stream(run, ids.mask, ids.pad)
-    stream = MaskedStream(
-        partial(example_of, rows, config, True),
-        row_lengths(rows),
-        **settings,
+    def example_of_rows(rows: Dataset, _: SpecialIds, is_training: bool) -> ExampleOf:
+        return partial(example_of, rows, config, is_training)
+
+    train_on_rows(
+        config,
+        CorpusRows(config.max_length, rows="documents" if config.packing else "joined"),
+        example_of_rows,
         curriculum=Curriculum(
             config.start_length,
             config.max_length,
@@ -142,25 +117,6 @@ def main(argv: list[str] | None = None) -> None:
             config.mask_steps,
         ),
     )
-    validate = None
-    if config.eval_data_path is not None:
-        held_out = load([config.eval_data_path], prepared=data_dir / "validation").with_format("numpy")
-        masks = MaskedStream(partial(example_of, held_out, config, False), row_lengths(held_out), **settings)
-        validate = partial(validation_loss, stream=masks, config=config, run=run)
-
-    fit(
-        model,
-        tokenizer,
-        config,
-        run,
-        stream=stream,
-        loss=masked_diffusion_loss,
-        validate=validate,
-        fingerprint={"train_data_path": f"{len(rows)} rows, {stream.lengths.sum()} tokens"}
-        | {name: getattr(config, name) for name in RESUME_MUST_AGREE},
-        flops_of=flops_counter(model),
-    )
-    end_run()
 
 
 if __name__ == "__main__":

@@ -29,6 +29,11 @@ from llada.policies.config import PolicyConfig, ReferenceFlags
 class Config(ReferenceFlags, PolicyConfig):
     """Flags of ELBO-KTO."""
 
+    fixed = (
+        *PolicyConfig.fixed, "kto_beta", "kto_lambda_D", "kto_lambda_U", "z0_mode", "n_mc_samples", "n_D",
+        "n_U", "sample_seed",
+    )  # fmt: skip
+
     output_dir: str = flag("kto-train", help="Folder of the run.", aliases=["save_path"])
     train_dataset_path: str = flag(
         help="Records written by precompute_bref.py, ours or the published program's.",
@@ -135,11 +140,6 @@ from llada.policies.stage import PolicyStage
 from llada.run import Run, Sums, autocast, sum_over_ranks
 from llada.training.dry_run import Rows
 from llada.training.loop import LossParts
-
-# Beside the flags of every stage.
-RESUME_MUST_AGREE = (
-    "kto_beta", "kto_lambda_D", "kto_lambda_U", "z0_mode", "n_mc_samples", "n_D", "n_U", "sample_seed",
-)  # fmt: skip
 
 
 def read(path: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> BrefFile:
@@ -338,8 +338,7 @@ def main(argv: list[str] | None = None) -> None:
         training,
         loss.step,
         validate=partial(loss.validate, held_out[0]) if held_out else None,
-        must_agree=RESUME_MUST_AGREE,
-        data={"train_dataset_path": f"{len(records)} records, {num_tokens} tokens"},
+        data=f"{len(records)} records, {num_tokens} tokens",
         kept=loss,
     )
 

@@ -43,6 +43,15 @@ from llada.rewards.flags import RewardFlags
 class Config(RewardFlags, SamplerFlags, OlderFlags, GrpoConfig):
     """Flags of GRPO."""
 
+    # What decides a rollout, its advantages, or its loss.
+    fixed = (
+        *GrpoConfig.fixed, "estimator", "num_generations", "num_iterations", "n_mc_samples", "mask_plan",
+        "l_sampling", "eos", "trajectory_steps", "order_term", "p_mask_prompt", "beta", "epsilon",
+        "epsilon_high", "loss_type", "scale_rewards", "advantages", "negative_weight", "reward_funcs",
+        "reward_weights", "gen_length", "block_length", "steps", "temperature", "remasking", "method",
+        "apply_chat_template",
+    )  # fmt: skip
+
     train_data_path: str = flag(
         "openai/gsm8k@main", help="File of prompts, or name@config of a hub data set.", aliases=["dataset"]
     )
@@ -132,14 +141,6 @@ from llada.rewards.scoring import Reward
 from llada.run import Run, described_run, means_over_ranks
 from llada.training.dry_run import Rows
 from llada.training.monitor import EarlyStop
-
-# Beside the flags of every stage: what decides a rollout, its advantages, or its loss.
-RESUME_MUST_AGREE = (
-    "estimator", "num_generations", "num_iterations", "n_mc_samples", "mask_plan", "l_sampling",
-    "eos", "trajectory_steps", "order_term", "p_mask_prompt", "beta", "epsilon", "epsilon_high",
-    "loss_type", "scale_rewards", "advantages", "negative_weight", "reward_funcs", "reward_weights",
-    "gen_length", "block_length", "steps", "temperature", "remasking", "method", "apply_chat_template",
-)  # fmt: skip
 
 
 def prompts_in(
@@ -245,8 +246,7 @@ def main(argv: list[str] | None = None) -> None:
         stream,
         partial(grpo_loss, flags=config),
         validate=validate,
-        must_agree=RESUME_MUST_AGREE,
-        data={"train_data_path": f"{len(prompts)} prompts, {num_tokens} tokens"},
+        data=f"{len(prompts)} prompts, {num_tokens} tokens",
         prefetch=False,  # a rollout needs the weights as they are
         early_stop=EarlyStop(target, config.patience),
     )

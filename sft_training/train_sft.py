@@ -20,7 +20,6 @@ its global batch with EOS tokens that count as answer.
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from llada.flags import check_command_line, flag, parse, run_main
 from llada.training.config import TrainConfig
@@ -29,6 +28,8 @@ from llada.training.config import TrainConfig
 @dataclass(kw_only=True)
 class Config(TrainConfig):
     """Flags of SFT."""
+
+    fixed = (*TrainConfig.fixed, "eos_padding", "full_padding_probability")
 
     model_name_or_path: str = flag(help="Checkpoint to fine-tune.", aliases=["pretrained_model"])
     train_data_path: list[str] = flag(
@@ -71,18 +72,11 @@ if __name__ == "__main__":
 import numpy as np
 from datasets import Dataset
 
-from llada.data.prepared import load as load_rows
 from llada.data.rows import ConversationRows
-from llada.data.shards import row_lengths
 from llada.diffusion.batches import Example
-from llada.diffusion.losses import masked_diffusion_loss
-from llada.diffusion.stream import MaskedStream
-from llada.models.tokens import load_tokenizer, special_ids
-from llada.run import end_run, start_run
-from llada.training import dry_run as preflight
-from llada.training.cost import flops_counter
-from llada.training.loop import fit, load_trainable
-from llada.training.validation import validation_loss
+from llada.diffusion.stream import ExampleOf
+from llada.models.tokens import SpecialIds
+from llada.training.rows_stage import train_on_rows
 
 
 def example_of(rows: Dataset, config: Config, eos_id: int, record_id: int, _: int, longest: int) -> Example:
@@ -99,62 +93,19 @@ def example_of(rows: Dataset, config: Config, eos_id: int, record_id: int, _: in
 def main(argv: list[str] | None = None) -> None:
     """Runs SFT with the given flags."""
     config = parse(Config, argv, description=__doc__)
-    kind = ConversationRows(config.max_length, turns=config.turns, long=config.long)
-    if config.dry_run:
-        preflight.report(
-            config,
-            partial(preflight.data_rows, kind=kind),
-            train=config.train_data_path,
-            held_out=config.eval_data_path,
-            weights=config.data_weights,
-            checkpoint=config.model_name_or_path,
-            chat=True,
-        )
-        return
-    run = start_run(config.device, output_dir=config.output_dir)
-    tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, chat=True)
-    model = load_trainable(config)
-    ids = special_ids(model.config, tokenizer)
 
-    load = partial(load_rows, rows=kind, tokenizer=tokenizer, run=run)
-    data_dir = Path(config.output_dir, "data")  # for raw records that have to be tokenised
-    rows = load(
-        config.train_data_path, prepared=data_dir / "train", weights=config.data_weights, seed=config.seed
-    ).with_format("numpy")
-    config.resolve(run, len(rows))
-    settings = config.stream(run, ids.mask, ids.pad)
-    stream = MaskedStream(
-        partial(example_of, rows, config, ids.eos),
-        row_lengths(rows),
-        **settings,
+    def example_of_rows(rows: Dataset, ids: SpecialIds, _: bool) -> ExampleOf:
+        return partial(example_of, rows, config, ids.eos)
+
+    train_on_rows(
+        config,
+        ConversationRows(config.max_length, turns=config.turns, long=config.long),
+        example_of_rows,
+        weights=config.data_weights,
         fills_rows=config.eos_padding,
         full_length=config.max_length,
         full_length_probability=config.full_padding_probability,
     )
-    validate = None
-    if config.eval_data_path is not None:
-        held_out = load([config.eval_data_path], prepared=data_dir / "validation").with_format("numpy")
-        masks = MaskedStream(
-            partial(example_of, held_out, config, ids.eos), row_lengths(held_out), **settings
-        )
-        validate = partial(validation_loss, stream=masks, config=config, run=run)
-
-    fit(
-        model,
-        tokenizer,
-        config,
-        run,
-        stream=stream,
-        loss=masked_diffusion_loss,
-        validate=validate,
-        fingerprint={
-            "train_data_path": f"{len(rows)} rows, {stream.lengths.sum()} tokens",
-            "eos_padding": config.eos_padding,
-            "full_padding_probability": config.full_padding_probability,
-        },
-        flops_of=flops_counter(model),
-    )
-    end_run()
 
 
 if __name__ == "__main__":

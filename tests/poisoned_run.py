@@ -35,7 +35,7 @@ def faulty(step):
 model = prepare_trainable(tiny_model(), config)
 fit(
     model, NoTokenizer(), config, run, stream=faulty, loss=masked_diffusion_loss, validate=None,
-    fingerprint={}, prefetch=False,
+    data="", prefetch=False,
 )  # fmt: skip
 weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 print(f"rank {run.rank} ends with {weights.double().sum().item():.12f}", flush=True)

@@ -13,7 +13,7 @@ from llada.flags import parse
 from llada.models.checkpoints import NO_SCALING, RopeScaling, load_config, load_model
 from llada.run import Run
 from llada.training.config import TrainConfig
-from llada.training.validation import validation_loss
+from llada.training.rows_stage import validation_loss
 from modelling_final import LLaDAConfig
 from test_stages import SAMPLES
 from tiny_llada import make_model

@@ -302,7 +302,7 @@ def test_a_loss_in_parts_is_one_step(tmp_path):
     for name, loss in (("whole", whole), ("halves", halves)):
         config = make_config(tmp_path / name)
         fit(tiny_model(), NoTokenizer(), config, CPU, stream=make_stream(config), loss=loss, validate=None,
-            fingerprint={})  # fmt: skip
+            data="")  # fmt: skip
         curves.append([entry for entry in read_metrics(tmp_path / name / "metrics.jsonl")])
     for one, two in zip(*curves, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)

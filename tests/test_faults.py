@@ -30,7 +30,7 @@ def train_on(folder, stream_of, **changes):
     model = prepare_trainable(tiny_model(), config)
     fit(
         model, NoTokenizer(), config, CPU, stream=stream_of(make_stream(config)), loss=masked_diffusion_loss,
-        validate=None, fingerprint={}, prefetch=False,
+        validate=None, data="", prefetch=False,
     )  # fmt: skip
     return model
 

@@ -13,7 +13,7 @@ from llada.diffusion.masking import mask_probability
 from llada.diffusion.stream import MaskedStream
 from llada.run import Run
 from llada.training.config import TrainConfig
-from llada.training.validation import validation_loss
+from llada.training.rows_stage import validation_loss
 from tiny_llada import V, make_model
 
 MASK = V - 1

@@ -13,7 +13,7 @@ from llada.diffusion.losses import masked_diffusion_loss
 from llada.diffusion.stream import Curriculum, MaskedStream
 from llada.run import Run
 from llada.training.config import TrainConfig
-from llada.training.validation import validation_loss
+from llada.training.rows_stage import validation_loss
 from test_stages import SAMPLES, final_weights, launch, losses, pretrain_flags, sft_flags
 from test_training import EOS, MASK, tiny_model
 

@@ -64,7 +64,7 @@ def train(folder, *, model=None, **changes):
     model = prepare_trainable(model or tiny_model(), config)
     fit(
         model, NoTokenizer(), config, CPU, stream=make_stream(config), loss=masked_diffusion_loss,
-        validate=None, fingerprint={},
+        validate=None, data="",
     )  # fmt: skip
     return model
 

@@ -1,7 +1,7 @@
 """Flags that DPO, KTO and GRPO share: the policy, its reference, the estimator, and older spellings."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 from llada.flags import flag
 from llada.training.config import TrainConfig
@@ -136,6 +136,9 @@ class PolicyConfig(TrainConfig):
 class PairConfig(PolicyConfig):
     """Flags of every stage that learns from pairs of answers; see llada/policies/pairs.py."""
 
+    # Other masks, or another end of the answer, are another loss.
+    fixed = (*PolicyConfig.fixed, "n_mc_samples", "estimator", "l_sampling", "eos")
+
     train_data_path: list[str] = flag(help="Files of preference pairs.", aliases=["dataset"])
     eval_data_path: list[str] | None = flag(
         None, help="Pairs for validation: loss, accuracy and margin.", aliases=["eval_dataset"]
@@ -171,6 +174,12 @@ class PairConfig(PolicyConfig):
         super().settle(run)
         if self.l_sampling == "auto":
             self.l_sampling = "inv_sqrt" if self.estimator == "stratified" else "uniform"
+
+    def agreed(self) -> dict[str, Any]:
+        """With the flags that a stage declares itself: they are its loss."""
+        shared = {field.name for field in fields(PairConfig)}
+        own = [field.name for field in fields(self) if field.name not in shared]
+        return super().agreed() | {name: getattr(self, name) for name in own}
 
 
 @dataclass(kw_only=True)

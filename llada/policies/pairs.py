@@ -13,7 +13,7 @@ Shapes: P pairs of this rank's share of a batch, K draws; column 0 is the chosen
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -36,9 +36,6 @@ from llada.training.dry_run import Rows
 from llada.training.loop import LossParts
 
 Pairs = list[tuple[Tokens, Tokens]]
-
-# Beside the flags that a stage declares itself: other masks, or another end of the answer, are another loss.
-MUST_AGREE = ("n_mc_samples", "estimator", "l_sampling", "eos")
 
 
 class PairBounds(NamedTuple):
@@ -182,14 +179,9 @@ def train_on_pairs(config: PairConfig, loss: PairLoss, *, reference: str = "none
             b_ref = precompute_reference(streams[purpose], config, stage.run, stage.model, file)
             streams[purpose].answers_of = partial(make, b_ref)
     of_step = PairStage(config, loss, make_reference(config, stage.run) if reference == "live" else None)
-    common = {field.name for field in fields(PairConfig)}
     stage.train(
         streams["preference"],
         of_step.step_loss,
         validate=partial(of_step.validate, streams["validation"]) if "validation" in streams else None,
-        must_agree=[*MUST_AGREE, *(field.name for field in fields(config) if field.name not in common)],
-        data={
-            "train_data_path": f"{len(pairs)} pairs, "
-            f"{sum(len(tokens) for pair in pairs for tokens in pair)} tokens"
-        },
+        data=f"{len(pairs)} pairs, {sum(len(tokens) for pair in pairs for tokens in pair)} tokens",
     )

@@ -72,17 +72,8 @@ class PolicyStage:
             fill=(self.ids.eos, config.max_length) if config.eos == "padded" else None,
         )
 
-    def train(
-        self, stream: Stream, loss: Loss, *, must_agree: Iterable[str], data: dict[str, str], **options: Any
-    ) -> None:
-        """The loop, and the end of the run.
-
-        Args:
-            must_agree: flags that a resumed run must share with the first one, beside those of every stage.
-            data: flag of the training data -> their description, which must agree as well.
-            options: those of `fit`.
-        """
-        agreed = {name: getattr(self.config, name) for name in must_agree}
+    def train(self, stream: Stream, loss: Loss, *, data: str, **options: Any) -> None:
+        """The loop, and the end of the run; `options` are those of `fit`."""
         common = (self.model, self.tokenizer, self.config, self.run)
-        fit(*common, stream=stream, loss=loss, fingerprint=data | agreed, **options)
+        fit(*common, stream=stream, loss=loss, data=data, **options)
         end_run()

@@ -9,20 +9,20 @@ from llada.flags import flag
 if TYPE_CHECKING:
     from llada.run import Run  # imports torch
 
-# Flags that change what a step computes; a resumed run must not change them.
-RESUME_MUST_AGREE = (
-    "seed", "batch_size", "max_steps", "max_length", "learning_rate", "min_learning_rate",
-    "lr_scheduler_type", "warmup_steps", "warmup_ratio", "decay_ratio", "weight_decay",
-    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "dtype", "use_lora", "lora_r", "lora_alpha",
-    "lora_dropout", "lora_target_modules", "t_sampling", "mask_count",
-)  # fmt: skip
-
 
 @dataclass(kw_only=True)
 class TrainConfig:
     """Flags that every training stage has."""
 
     packing = False  # a flag of the stages that can; see MaskedStream.row_length
+
+    # Flags that change what a step computes: a resumed run must have the same. Stages add theirs.
+    fixed = (
+        "seed", "batch_size", "max_steps", "max_length", "learning_rate", "min_learning_rate",
+        "lr_scheduler_type", "warmup_steps", "warmup_ratio", "decay_ratio", "weight_decay",
+        "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "dtype", "use_lora", "lora_r",
+        "lora_alpha", "lora_dropout", "lora_target_modules", "t_sampling", "mask_count",
+    )  # fmt: skip
 
     output_dir: str = flag(
         help="Folder of the run: step-N states, final/, best/, metrics.jsonl, results.json."
@@ -152,6 +152,10 @@ class TrainConfig:
     def recompute(self) -> str:
         """none, selective or full: what of a block its backward computes again."""
         return "full" if self.gradient_checkpointing else self.activation_checkpointing
+
+    def agreed(self) -> dict[str, Any]:
+        """The `fixed` flags with their values."""
+        return {name: getattr(self, name) for name in self.fixed}
 
     def stream(self, run: "Run", mask_id: int, pad_id: int) -> dict[str, Any]:
         """What a `MaskedStream` takes from the flags."""

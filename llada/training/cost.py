@@ -201,8 +201,10 @@ def useful_flops(
 
 
 def flops_counter(model: nn.Module) -> Callable[[MaskedBatch], float]:
-    """`useful_flops` of a micro-batch, for this model."""
+    """`useful_flops` of a micro-batch, for this model; 0 for one of another kind than LLaDA."""
     shape = (model.get_base_model() if hasattr(model, "peft_config") else model).config
+    if not isinstance(shape, LLaDAConfig):
+        return lambda _: 0.0
     parameters = count_parameters(model)
 
     def flops_of(batch: MaskedBatch) -> float:

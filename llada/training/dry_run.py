@@ -29,7 +29,7 @@ from llada.models.checkpoints import base_and_adapter, load_config
 from llada.models.tokens import load_tokenizer, special_ids
 from llada.run import Run
 from llada.training.checkpoint import check_meta, find_resume, read_meta
-from llada.training.config import RESUME_MUST_AGREE, TrainConfig
+from llada.training.config import TrainConfig
 from llada.training.cost import (
     ADAMW_BYTES,
     FLOAT32,
@@ -142,7 +142,6 @@ def report(
     held_out: str | Sequence[str] | None = None,
     weights: Sequence[float] | None = None,
     checkpoint: str | None,
-    config_name: str | None = None,
     chat: bool = False,
 ) -> None:
     """Checks the files of a training stage and prints what the run will be. Rank 0 alone does it.
@@ -150,7 +149,7 @@ def report(
     Args:
         rows_of: how the stage reads its data.
         train, held_out, weights: the data and the share of each.
-        checkpoint, config_name: what to start from; as in pretraining, one of them is None.
+        checkpoint: what to start from; None = new weights of --config_name.
         chat: whether the tokenizer needs chat tokens.
 
     Raises:
@@ -169,7 +168,7 @@ def report(
     rows = _mixture([rows_of(path, tokenizer) for path in train], weights)
     config.resolve(Run(rank=0, world_size=world_size, device=torch.device("cpu")), int(rows.num_rows))
     lines = [
-        ("checkpoint", f"{checkpoint or config_name}{files}"),
+        ("checkpoint", f"{checkpoint or config.config_name}{files}"),
         ("parameters", _describe_parameters(parameters)),
         ("vocabulary", f"{len(tokenizer)} tokens, {shape.embedding_size} rows; "
          f"mask {ids.mask}, eos {ids.eos}, pad {ids.pad}, eot {ids.eot}"),
@@ -265,7 +264,7 @@ def _describe_output(config: TrainConfig, parameters: Parameters) -> list[tuple[
     state = find_resume(folder, config.resume_from_checkpoint)
     begins = "a new run"
     if state is not None:
-        check_meta(state, {name: getattr(config, name) for name in RESUME_MUST_AGREE})
+        check_meta(state, config.agreed())
         begins = f"continues {state} at step {read_meta(state)['step']}"
     existing = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
     size = (FLOAT32 + ADAMW_BYTES) * parameters.trainable / GB

@@ -23,7 +23,7 @@ from llada.models.checkpoints import save_model
 from llada.resumable import write_atomically
 from llada.run import Metrics, Run, sum_over_ranks
 from llada.training import checkpoint
-from llada.training.config import RESUME_MUST_AGREE, TrainConfig
+from llada.training.config import TrainConfig
 from llada.training.monitor import EarlyStop, LossWatch, Progress, gather_records
 from llada.training.parallel import full_state_dict, parallelize, wrap_blocks
 from llada.training.step import Batch, Loss, Trainer
@@ -83,7 +83,7 @@ def fit(
     stream: Stream,
     loss: Loss,
     validate: Validate | None,
-    fingerprint: dict[str, object],
+    data: str,
     prefetch: bool = True,
     flops_of: Callable[[Batch], float] = lambda _: 0.0,
     early_stop: EarlyStop | None = None,
@@ -96,7 +96,7 @@ def fit(
         stream: this rank's micro-batches of a step.
         loss: a micro-batch's share of the loss.
         validate: called before, during and after training; None = no held-out data.
-        fingerprint: what, besides the common flags, a resumed run must share with the first one.
+        data: describes the training data, which a resumed run must share with the first one.
         prefetch: prepare batches in the background; not for streams that need the current weights.
         flops_of: useful FLOPs of a micro-batch, for MFU.
         early_stop: looks at each held-out loss.
@@ -115,7 +115,7 @@ def fit(
         if run.is_main:
             (folder / "PREEMPTED").unlink(missing_ok=True)
         parts = {"loss_watch": LossWatch(config.spike_sigmas), "early_stop": early_stop, "kept": kept}
-        session = _Session(model, tokenizer, config, run, loss, validate, fingerprint, parts)
+        session = _Session(model, tokenizer, config, run, loss, validate, data, parts)
         step = session.progress.step
         batches = _batches(stream, step, config.max_steps, prefetch and config.num_workers > 0)
         with checkpoint.StopSignal() as signal:
@@ -144,7 +144,7 @@ class _Session:
         run: Run,
         loss: Loss,
         validate: Validate | None,
-        fingerprint: dict[str, object],
+        data: str,
         parts: dict[str, Stateful | None],
     ) -> None:
         self._model, self._tokenizer, self._config, self._run = model, tokenizer, config, run
@@ -155,7 +155,7 @@ class _Session:
             model, run, shard=config.shard, dtype=config.dtype, cpu_offload=config.cpu_offload
         )
         self._optimizer = make_optimizer(model, config)
-        self._meta = {name: getattr(config, name) for name in RESUME_MUST_AGREE} | fingerprint
+        self._meta = config.agreed() | {"train_data_path": data}
         self.progress = Progress(run.device, run.world_size)
         parts = {"results": self.progress, **parts}
         self._parts = {name: part for name, part in parts.items() if part is not None}

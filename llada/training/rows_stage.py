@@ -1,0 +1,112 @@
+"""What stages that learn from rows of tokens share: data in, a stream and its held-out bound, the loop."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from llada.data.prepared import load as load_rows
+from llada.data.rows import Rows
+from llada.data.shards import row_lengths
+from llada.diffusion.batches import MaskedBatch
+from llada.diffusion.losses import masked_diffusion_loss
+from llada.diffusion.stream import ExampleOf, MaskedStream
+from llada.models.tokens import SpecialIds, load_tokenizer, special_ids
+from llada.run import Run, autocast, end_run, start_run, sum_over_ranks
+from llada.training import dry_run
+from llada.training.config import TrainConfig
+from llada.training.cost import flops_counter
+from llada.training.loop import fit, load_trainable
+
+Loaded = tuple[torch.nn.Module, SpecialIds]
+Loss = Callable[[torch.nn.Module, MaskedBatch, float], torch.Tensor]
+
+
+def load_masked(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Loaded:
+    """The LLaDA model to train, and its special tokens."""
+    model = load_trainable(config)
+    return model, special_ids(model.config, tokenizer)
+
+
+def train_on_rows(
+    config: TrainConfig,
+    kind: Rows,
+    example_of: Callable[[Dataset, SpecialIds, bool], ExampleOf],
+    *,
+    weights: Sequence[float] | None = None,
+    load: Callable[[TrainConfig, PreTrainedTokenizerBase], Loaded] = load_masked,
+    stream_type: type[MaskedStream] = MaskedStream,
+    loss: Loss = masked_diffusion_loss,
+    **stream_settings: Any,
+) -> None:
+    """Trains on --train_data_path, validates on --eval_data_path; with --dry_run only says what it would do.
+
+    Args:
+        kind: what is made of records.
+        example_of: (rows, special tokens, whether they are trained on) -> what the stream asks for.
+        weights: share of each data set.
+        load: the model and its special tokens.
+        stream_settings: of `MaskedStream`, beside those of every stage; for training only.
+    """
+    paths = config.train_data_path
+    paths = [paths] if isinstance(paths, str) else paths
+    chat = kind.kind == "conversations"
+    if config.dry_run:
+        dry_run.report(
+            config, partial(dry_run.data_rows, kind=kind), train=paths, held_out=config.eval_data_path,
+            weights=weights, checkpoint=config.model_name_or_path, chat=chat,
+        )  # fmt: skip
+        return
+    run = start_run(config.device, output_dir=config.output_dir)
+    tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, chat=chat)
+
+    def rows_of(paths: Sequence[str], name: str, **options: Any) -> Dataset:
+        folder = Path(config.output_dir, "data", name)  # for raw records that have to be tokenised
+        return load_rows(paths, kind, tokenizer, prepared=folder, run=run, **options).with_format("numpy")
+
+    # Data before the model: they fail in seconds where a checkpoint takes minutes.
+    rows = rows_of(paths, "train", weights=weights, seed=config.seed)
+    held_out = None if config.eval_data_path is None else rows_of([config.eval_data_path], "validation")
+    config.resolve(run, len(rows))
+    model, ids = load(config, tokenizer)
+    common = config.stream(run, ids.mask, ids.pad)
+    stream = stream_type(example_of(rows, ids, True), row_lengths(rows), **common, **stream_settings)
+    validate = None
+    if held_out is not None:
+        masks = stream_type(example_of(held_out, ids, False), row_lengths(held_out), **common)
+        validate = partial(validation_loss, stream=masks, config=config, run=run, loss=loss)
+    fit(
+        model, tokenizer, config, run, stream=stream, loss=loss, validate=validate,
+        data=f"{len(rows)} rows, {stream.lengths.sum()} tokens", flops_of=flops_counter(model),
+    )  # fmt: skip
+    end_run()
+
+
+@torch.no_grad()
+def validation_loss(
+    model: torch.nn.Module,
+    *,
+    stream: MaskedStream,
+    config: TrainConfig,
+    run: Run,
+    loss: Loss = masked_diffusion_loss,
+) -> float:
+    """The training loss over a stream's records under masks that never change, in the same unit.
+
+    The records are shared out over the ranks; every rank gets the result.
+    """
+    was_training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64)
+    num_units = 0.0
+    for batch in stream.validation(config.eval_limit):
+        with autocast(run.device, config.dtype):
+            total += loss(model, batch.to(run.device), 1.0).double().cpu()
+        num_units += batch.num_units
+    model.train(was_training)
+    total_sum, all_units = sum_over_ranks([float(total), num_units])
+    return total_sum / all_units
