@@ -95,7 +95,7 @@ class Config(TrainConfig):
         if self.loss_type == "hybrid" and self.alpha + self.beta == 0:
             raise ValueError("--loss_type hybrid with --alpha 0 and --beta 0 has no loss")
 
-    def objective(self, has_teacher: bool) -> "Objective":
+    def objective(self, has_teacher: bool) -> "RowObjective":
         """The loss of a row; ValueError if it needs a teacher and there is none."""
         kind = self.loss_type
         if kind == "auto":
@@ -106,7 +106,7 @@ class Config(TrainConfig):
                 "make one with alignment/precompute_teacher.py, or use --loss_type ce"
             )
         alpha, beta = {"ce": (1.0, 0.0), "hybrid": (self.alpha, self.beta)}.get(kind, (0.0, 1.0))
-        return Objective(alpha, beta, self.temperature, self.temperature_squared, is_lk=kind == "lk")
+        return RowObjective(alpha, beta, self.temperature, self.temperature_squared, is_lk=kind == "lk")
 
     def windows(self) -> "Windows":
         """The windows that the flags describe."""
@@ -127,7 +127,7 @@ from llada.autoregressive.teacher_stream import AlignedBatch, AlignmentStream, W
 from llada.data.prepared import load
 from llada.data.rows import ConversationRows
 from llada.data.shards import describe_tokenizer, is_prepared, load_rows, read_manifest
-from llada.diffusion.distillation_losses import Objective, RowScore, accepted_length
+from llada.diffusion.distillation_losses import RowObjective, RowScore, accepted_length
 from llada.models.tokens import load_tokenizer, special_ids
 from llada.run import Run, Sums, autocast, end_run, start_run, sum_over_ranks
 from llada.training import dry_run as preflight
@@ -183,7 +183,7 @@ class Alignment:
         window_length: G, of the windows that acceptance is measured on; 0 for other rules.
     """
 
-    objective: Objective
+    objective: RowObjective
     forbidden_ids: torch.Tensor
     uses_streaks: bool
     window_length: int

@@ -78,7 +78,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from llada.data.prompts import Prompt, read_asked_prompts
-from llada.diffusion.likelihood import Request, score
+from llada.diffusion.bound_estimator import MaskSettings
+from llada.diffusion.likelihood import LikelihoodSettings, Request, score_answers
 from llada.models.building import load_for_inference
 from llada.models.checkpoints import describe_checkpoint
 from llada.resumable import ResumableJob, write_atomically
@@ -142,7 +143,8 @@ def choose(
             for answer in answers
             if answer  # an empty answer has no tokens to score and loses against any other
         ]
-        scores = iter(score(model, requests, num_samples=32, seed=config.seed, batch_size=config.batch_size))
+        settings = LikelihoodSettings("elbo", MaskSettings(32), config.seed, config.batch_size)
+        scores = iter(score_answers(model, requests, settings))
         means = [next(scores).log_likelihood / len(a) if a else -float("inf") for a in answers]
         return max(range(len(means)), key=means.__getitem__)
     return 0

@@ -121,7 +121,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llada.diffusion.bound_gradient import Draws, differentiate, draw_values, gradient_parts, plan_draws
+from llada.diffusion.bound_estimator import MaskSettings
+from llada.diffusion.bound_gradient import (
+    MaskedCopies,
+    differentiate,
+    draw_values,
+    gradient_parts,
+    plan_draws,
+)
 from llada.diffusion.likelihood import Request
 from llada.diffusion.preference_losses import kto_baseline, kto_losses
 from llada.policies.answer_stream import AnswerBatch, Answers, AnswerStream
@@ -187,13 +194,15 @@ def answers_of(
     if config.z0_mode == "kl_mismatched":
         answer = records[neighbour].tokens.answer[: config.max_length - len(tokens.context)]
         other = Request(tokens.context, answer, f"{record_id} {neighbour}")
-        others = [(other, plan_draws([other], config.n_mc_samples, config.seed, "kl", epoch)[0])]
+        others = [
+            (other, plan_draws([other], MaskSettings(config.n_mc_samples), config.seed, "kl", epoch)[0])
+        ]
     request = Request(tokens.context, tokens.answer, str(record_id))
     numbers = {"b_ref": [record.b_ref], "is_desirable": [float(record.is_desirable)]}
     return Answers([request], [plan_of(record.masks)], numbers, others)
 
 
-def log_likelihoods(model: torch.nn.Module, chunks: list[Draws]) -> Tensor:
+def log_likelihoods(model: torch.nn.Module, chunks: list[MaskedCopies]) -> Tensor:
     """[N] B of answers whose plans leave the mean over draws to be taken here."""
     return torch.from_numpy(prefix_means(draw_values(model, chunks).numpy())[-1])
 

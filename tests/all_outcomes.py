@@ -4,7 +4,7 @@ from collections import defaultdict
 
 
 class ScriptedDraws:
-    """Draws that follow a path of outcomes, then take the first possible one, and note the others."""
+    """MaskedCopies that follow a path of outcomes, then take the first possible one, and note the others."""
 
     def __init__(self, path):
         self.path, self.taken, self.probability, self.others = path, [], 1.0, []

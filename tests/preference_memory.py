@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from conftest import load_script
+from llada.diffusion.bound_estimator import MaskSettings
 from llada.diffusion.bound_gradient import make_draws, plan_draws
 from llada.diffusion.likelihood import Request
 from llada.policies.answer_stream import AnswerBatch
@@ -41,7 +42,7 @@ def make_batch(num_draws):
     random = np.random.default_rng(0)
     texts = random.integers(1, 30, (NUM_ANSWERS, 2, LENGTH))
     requests = [Request(tuple(x), tuple(y), str(n)) for n, (x, y) in enumerate(texts)]
-    plans = plan_draws(requests, num_draws, 0, "memory", estimator="iid")
+    plans = plan_draws(requests, MaskSettings(num_draws, "iid"), 0, "memory")
     numbers = {
         "b_ref": torch.zeros(NUM_ANSWERS, dtype=torch.float64),
         "is_desirable": torch.tensor([1.0, 0.0] * (NUM_ANSWERS // 2)),

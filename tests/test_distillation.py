@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llada.diffusion.distillation_losses import (
-    Objective,
+    RowObjective,
     RowScore,
     TeacherRows,
     acceptance,
@@ -97,7 +97,7 @@ def test_student_equal_to_the_teacher_has_no_loss_and_no_gradient(make, temperat
     teacher = random_logits(6)
     for is_lk in (False, True):
         student = teacher.clone().requires_grad_()
-        objective = Objective(0.0, 1.0, temperature, is_lk=is_lk)
+        objective = RowObjective(0.0, 1.0, temperature, is_lk=is_lk)
         loss = objective.distance(*categories(student, make(teacher)))
         if is_lk and make is not dense:  # what happens in the rest is not known, and counts as rejected
             continue
@@ -131,14 +131,14 @@ def test_temperature_squared_keeps_the_size_of_the_gradient():
     for temperature in (50.0, 100.0):
         student = random_logits(10).requires_grad_()
         log_p, log_q = categories(student, dense(random_logits(11)))
-        Objective(0.0, 1.0, temperature, times_t2=True).distance(log_p, log_q).sum().backward()
+        RowObjective(0.0, 1.0, temperature, times_t2=True).distance(log_p, log_q).sum().backward()
         sizes[temperature] = float(student.grad.norm())
     assert sizes[100.0] == pytest.approx(sizes[50.0], rel=0.05)
 
 
 @pytest.mark.parametrize("make", [dense, lambda logits: top(logits, K)])
 @pytest.mark.parametrize(
-    "objective", [Objective(0, 1), Objective(0, 1, 2.0, True), Objective(0, 1, is_lk=True)]
+    "objective", [RowObjective(0, 1), RowObjective(0, 1, 2.0, True), RowObjective(0, 1, is_lk=True)]
 )
 def test_extreme_bfloat16_logits_give_no_nan(make, objective):
     teacher = random_logits(12).sign() * 1e4
@@ -250,9 +250,9 @@ def test_row_scores_do_not_depend_on_the_chunks(chunk, uses_streaks):
         "targets": targets,
         "weights": weights,
     }
-    whole = score_of(Objective(0.3, 0.7), teacher, **options)
+    whole = score_of(RowObjective(0.3, 0.7), teacher, **options)
     expected = whole(logits, slice(0, R))
-    parts = score_of(Objective(0.3, 0.7), teacher, **options)
+    parts = score_of(RowObjective(0.3, 0.7), teacher, **options)
     found = torch.cat([parts(logits[i : i + chunk], slice(i, min(i + chunk, R))) for i in range(0, R, chunk)])
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(parts.alpha, whole.alpha)
@@ -262,7 +262,7 @@ def test_row_scores_do_not_depend_on_the_chunks(chunk, uses_streaks):
 def test_hybrid_is_the_weighted_sum_and_never_says_the_forbidden():
     teacher, logits = dense(random_logits(24)), random_logits(25)
     parts = {
-        name: score_of(Objective(*weights), teacher)(logits, slice(0, R))
+        name: score_of(RowObjective(*weights), teacher)(logits, slice(0, R))
         for name, weights in {"ce": (1.0, 0.0), "kl": (0.0, 1.0), "hybrid": (0.25, 0.5)}.items()
     }
     torch.testing.assert_close(parts["hybrid"], 0.25 * parts["ce"] + 0.5 * parts["kl"])
@@ -276,7 +276,7 @@ def test_matches_are_equal_most_likely_tokens():
     teacher_logits[:, 7] = 50.0
     logits[::2, 7] = 50.0
     for teacher in (dense(teacher_logits), top(teacher_logits, K)):
-        score = score_of(Objective(0.0, 1.0), teacher)
+        score = score_of(RowObjective(0.0, 1.0), teacher)
         score(logits, slice(0, R))
         expected = logits[:, :-1].argmax(-1) == 7
         assert torch.equal(score.matches, expected) and expected[::2].all()

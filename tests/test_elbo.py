@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import exact_llada
-from llada.diffusion.bound_estimator import MaskPlan, enumerate_masks
+from llada.diffusion.bound_estimator import MaskPlan, MaskSettings, enumerate_masks
 from llada.diffusion.bound_gradient import (
     differentiate,
     draw_values,
@@ -17,7 +17,7 @@ from llada.diffusion.bound_gradient import (
     mask_hash,
     plan_draws,
 )
-from llada.diffusion.likelihood import Request, score
+from llada.diffusion.likelihood import Request, score_answers
 from llada.training.loop import LossParts
 from tiny_llada import make_model
 
@@ -39,7 +39,7 @@ def model():
 
 
 def draws_of(requests, num_draws, *, seed=3, **options):
-    plans = plan_draws(requests, num_draws, seed, "test", **options)
+    plans = plan_draws(requests, MaskSettings(num_draws, **options), seed, "test")
     return make_draws(requests, plans, num_draws, mask_id=MASK, pad_id=PAD)
 
 
@@ -58,7 +58,7 @@ def test_all_masks_give_the_exact_bound(model):
     for request in REQUESTS[:2]:
         plan = enumerate_masks(len(request.answer))
         draws = make_draws([request], [plan], len(plan.masks), mask_id=MASK, pad_id=PAD)
-        (expected,) = score(model, [request])
+        (expected,) = score_answers(model, [request])
         assert float(draw_values(model, [draws]).sum()) == pytest.approx(expected.log_likelihood, rel=1e-6)
 
 
@@ -86,13 +86,13 @@ def test_every_size_law_is_unbiased_summed_over_all_its_masks(model, size_law):
     law /= law.sum()
     weight_of = {}
     for seed in range(60):
-        (plan,) = plan_draws([request], 2, seed, "law", estimator="iid", size_law=size_law)
+        (plan,) = plan_draws([request], MaskSettings(2, estimator="iid", size_law=size_law), seed, "law")
         weight_of |= {int(m.sum()): w for m, w in zip(plan.masks, plan.weights, strict=True)}
     expected = 0.0
     for size in range(1, num_tokens + 1):
         codes = [sum(1 << i for i in c) for c in itertools.combinations(range(num_tokens), size)]
         expected += law[size - 1] * np.mean([2 * weight_of[size] * table[code] for code in codes])
-    (truth,) = score(model, [request])
+    (truth,) = score_answers(model, [request])
     assert expected == pytest.approx(truth.log_likelihood, rel=1e-6)
 
 
@@ -118,12 +118,12 @@ def test_strata_are_unbiased_summed_over_all_their_masks(model, size_law):
     ]
     probabilities = stratified_size_probabilities(num_tokens, num_draws, law)
     expected = (probabilities * (np.array(means) / (num_draws * law * sizes))).sum()
-    (truth,) = score(model, [request])
+    (truth,) = score_answers(model, [request])
     assert expected == pytest.approx(truth.log_likelihood, rel=1e-6)
     # and the code draws those sizes with those weights
     seen = np.zeros((num_draws, num_tokens))
     for seed in range(3000):
-        (plan,) = plan_draws([request], num_draws, seed, "strata", size_law=size_law)
+        (plan,) = plan_draws([request], MaskSettings(num_draws, size_law=size_law), seed, "strata")
         found = plan.masks.sum(axis=1)
         np.testing.assert_allclose(plan.weights, 1 / (num_draws * law[found - 1] * found))
         seen[np.arange(num_draws), found - 1] += 1
@@ -143,7 +143,7 @@ def test_complementary_pairs_are_unbiased_summed_over_all_pairs(model):
         for side in (code, whole ^ code):
             sides = bin(side).count("1")
             expected += chance * (num_tokens + 1) / (2 * sides) * table[side] if sides else 0.0
-    (truth,) = score(model, [request])
+    (truth,) = score_answers(model, [request])
     assert expected == pytest.approx(truth.log_likelihood, rel=1e-6)
     draws = draws_of([request], 4, estimator="complementary")
     assert all(batch.input_ids.shape == (1, 7) for batch in draws.batches)
@@ -156,14 +156,18 @@ def test_complementary_pairs_are_unbiased_summed_over_all_pairs(model):
 )
 def test_the_drawn_estimate_meets_the_bound(model, options):
     request, repeats, num_draws = REQUESTS[1], 500, 4
-    plans = plan_draws([request] * repeats, num_draws, 0, "z")  # same key, same masks
+    plans = plan_draws([request] * repeats, MaskSettings(num_draws), 0, "z")  # same key, same masks
     assert all((plan.masks == plans[0].masks).all() for plan in plans)
     requests = [request._replace(key=str(i)) for i in range(repeats)]
     draws = make_draws(
-        requests, plan_draws(requests, num_draws, 0, "z", **options), num_draws, mask_id=MASK, pad_id=PAD
+        requests,
+        plan_draws(requests, MaskSettings(num_draws, **options), 0, "z"),
+        num_draws,
+        mask_id=MASK,
+        pad_id=PAD,
     )
     values = draw_values(model, [draws]).sum(0).numpy()
-    (truth,) = score(model, [request])
+    (truth,) = score_answers(model, [request])
     z = (values.mean() - truth.log_likelihood) / (values.std(ddof=1) / math.sqrt(repeats))
     assert abs(z) < 4
 
@@ -172,7 +176,7 @@ EXACT_REQUESTS = [Request((1,), (2, 3, 0), "a"), Request((2, 2), (1, 0, 3, 3), "
 
 
 def exact_draws(num_draws=3):
-    plans = plan_draws(EXACT_REQUESTS, num_draws, 0, "exact", estimator="iid")
+    plans = plan_draws(EXACT_REQUESTS, MaskSettings(num_draws, estimator="iid"), 0, "exact")
     return make_draws(EXACT_REQUESTS, plans, num_draws, mask_id=exact_llada.MASK, pad_id=0)
 
 
@@ -271,7 +275,12 @@ def test_only_the_answer_is_masked_and_short_answers_get_empty_draws():
 
 def test_filled_rows_are_attended_and_never_masked():
     draws = make_draws(
-        REQUESTS[:1], plan_draws(REQUESTS[:1], 2, 0, "t"), 2, mask_id=MASK, pad_id=PAD, fill=(25, 10)
+        REQUESTS[:1],
+        plan_draws(REQUESTS[:1], MaskSettings(2), 0, "t"),
+        2,
+        mask_id=MASK,
+        pad_id=PAD,
+        fill=(25, 10),
     )
     for batch in draws.batches:
         assert batch.attention_mask is None and batch.input_ids[0, 7:].tolist() == [25] * 3

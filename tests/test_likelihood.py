@@ -2,11 +2,13 @@
 
 import itertools
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 
-from llada.diffusion.likelihood import Request, is_greedy, iter_scores, score
+from llada.diffusion.bound_estimator import MaskSettings
+from llada.diffusion.likelihood import LikelihoodSettings, Request, iter_greedy, iter_scores, score_answers
 from tiny_llada import make_model
 
 MASK = 39  # of tiny_llada
@@ -39,6 +41,11 @@ def logits_of(model, context, answer, masked, cfg_scale=0.0):
             without = model(ids).logits[0]
             logits = without + (1 + cfg_scale) * (logits - without)
     return logits[len(context) :].log_softmax(-1)
+
+
+def score(model, requests, **options):
+    masks = {f.name: options.pop(f.name) for f in fields(MaskSettings) if f.name in options}
+    return score_answers(model, requests, LikelihoodSettings(masks=MaskSettings(**masks), **options))
 
 
 def bound_by_enumeration(model, context, answer, cfg_scale=0.0):
@@ -110,18 +117,19 @@ def test_greedy_answers_are_recognised(model):
         for length in (1, 4)
     ]
     spoilt = [request._replace(answer=(*request.answer[:-1], request.answer[-1] ^ 1)) for request in requests]
-    assert is_greedy(model, requests + spoilt, batch_size=3) == [True] * 6 + [False] * 6
+    found = dict(iter_greedy(model, requests + spoilt, LikelihoodSettings(batch_size=3)))
+    assert [found[i] for i in range(12)] == [True] * 6 + [False] * 6
 
 
 def test_scores_do_not_depend_on_batch_size_order_or_company(model):
-    kwargs = {"num_samples": 32, "exact_tokens": 3, "seed": 5}
+    kwargs = {"num_masks": 32, "exact_tokens": 3, "seed": 5}
     alone = [score(model, [request], batch_size=1, **kwargs)[0] for request in REQUESTS]
     for batch_size in (2, 7, 64):
         together = score(model, REQUESTS[::-1], batch_size=batch_size, **kwargs)[::-1]
         for a, b in zip(alone, together, strict=True):
             assert a.log_likelihood == pytest.approx(b.log_likelihood, abs=1e-5)
             assert a.num_forwards == b.num_forwards
-    assert score(model, REQUESTS[-1:], num_samples=32, seed=6)[0] != alone[-1]
+    assert score(model, REQUESTS[-1:], num_masks=32, seed=6)[0] != alone[-1]
 
 
 def test_single_token_choices_cost_one_forward_together(model):
@@ -141,7 +149,7 @@ def test_single_token_choices_cost_one_forward_together(model):
 
 def test_scores_arrive_as_they_get_ready(model):
     requests = [Request((1,) * n, (4, 5, 6), str(n)) for n in range(1, 30)]
-    first, _ = next(iter_scores(model, requests, batch_size=2))
+    first, _ = next(iter_scores(model, requests, LikelihoodSettings(batch_size=2)))
     assert first == 28  # the longest
 
 
@@ -171,7 +179,7 @@ def test_estimates_approach_the_exact_value(model):
     exact = score(model, [request], exact_tokens=10)[0]
     assert exact.num_forwards == 1023
     for estimator in ("stratified", "iid", "complementary"):
-        found = score(model, [request], estimator=estimator, num_samples=256, exact_tokens=0)[0]
+        found = score(model, [request], estimator=estimator, num_masks=256, exact_tokens=0)[0]
         assert abs(found.log_likelihood - exact.log_likelihood) < 4 * found.standard_error
         assert found.standard_error < 0.1 * abs(exact.log_likelihood)
 
@@ -181,9 +189,9 @@ def test_estimates_approach_the_exact_value(model):
     [
         ({"kind": "perplexity"}, "likelihood 'perplexity' is not one of elbo, l2r, policy"),
         ({"estimator": "magic"}, "estimator 'magic' is not one of"),
-        ({"estimator": "complementary", "num_samples": 3}, "must be even"),
-        ({"estimator": "reference", "num_samples": 12}, "must be a multiple of"),
-        ({"num_samples": 0}, "at least 1 token and 1 sample"),
+        ({"estimator": "complementary", "num_masks": 3}, "must be even"),
+        ({"estimator": "reference", "num_masks": 12}, "must be a multiple of"),
+        ({"num_masks": 0}, "at least 1 token and 1 mask"),
     ],
 )
 def test_bad_settings_are_explained(model, kwargs, message):

@@ -7,7 +7,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from llada.diffusion.bound_estimator import MaskPlan, _features, enumerate_masks, estimate, plan_masks
+from llada.diffusion.bound_estimator import (
+    MaskPlan,
+    MaskSettings,
+    _features,
+    enumerate_masks,
+    estimate,
+    plan_masks,
+)
 from llada.diffusion.masking import generator
 
 
@@ -63,7 +70,7 @@ def exact_value(log_probs, num_tokens):
 
 
 def test_enumeration_has_every_mask_once_with_the_weights_of_the_bound():
-    plan = plan_masks(4, 1, generator(0))
+    plan = plan_masks(4, generator(0), MaskSettings(1))
     assert plan.design == "exact"
     assert len({tuple(mask) for mask in plan.masks}) == len(plan.masks) == 15
     expected = [1 / (m.sum() * math.comb(4, m.sum())) for m in plan.masks]
@@ -89,15 +96,17 @@ def test_all_forms_of_the_bound_agree_on_enumerated_masks(num_tokens):
 
 
 def test_when_masks_are_enumerated():
-    assert plan_masks(7, 32, generator(0)).design == "exact"
-    assert plan_masks(8, 255, generator(0)).design == "exact"
-    assert plan_masks(8, 254, generator(0)).design == "stratified"
-    assert plan_masks(7, 32, generator(0), exact_tokens=0).design == "stratified"
-    assert plan_masks(7, 32, generator(0), estimator="iid").design == "iid"
+    assert plan_masks(7, generator(0), MaskSettings(32)).design == "exact"
+    assert plan_masks(8, generator(0), MaskSettings(255)).design == "exact"
+    assert plan_masks(8, generator(0), MaskSettings(254)).design == "stratified"
+    assert plan_masks(7, generator(0), MaskSettings(32, exact_tokens=0)).design == "stratified"
+    assert plan_masks(7, generator(0), MaskSettings(32, estimator="iid")).design == "iid"
 
 
 def test_the_same_key_gives_the_same_masks():
-    first, second, other = (plan_masks(20, 16, generator(3, "likelihood", key)) for key in ("a", "a", "b"))
+    first, second, other = (
+        plan_masks(20, generator(3, "likelihood", key), MaskSettings(16)) for key in ("a", "a", "b")
+    )
     assert (first.masks == second.masks).all()
     assert (first.masks != other.masks).any()
 
@@ -117,7 +126,9 @@ def test_plain_weighted_sums_are_unbiased(settings):
     exact = exact_value(log_probs, num_tokens)
     values = []
     for i in range(num_plans):
-        plan = plan_masks(num_tokens, 8, generator(i, str(settings)), exact_tokens=0, **settings)
+        plan = plan_masks(
+            num_tokens, generator(i, str(settings)), MaskSettings(8, exact_tokens=0, **settings)
+        )
         values.append(plan.weights @ np.where(plan.masks, log_probs(plan.masks), 0).sum(axis=1))
     error = np.std(values) / math.sqrt(num_plans)
     assert abs(np.mean(values) - exact) < 4 * error
@@ -126,7 +137,7 @@ def test_plain_weighted_sums_are_unbiased(settings):
 def test_every_mask_of_a_size_is_equally_likely_in_a_stratified_plan():
     counts, num_plans = Counter(), 4000
     for i in range(num_plans):
-        plan = plan_masks(4, 4, generator(i), exact_tokens=0)
+        plan = plan_masks(4, generator(i), MaskSettings(4, exact_tokens=0))
         assert plan.masks.sum(axis=1).tolist() == [1, 2, 3, 4]  # N = T: one draw of each size
         counts.update(tuple(np.flatnonzero(mask)) for mask in plan.masks)
     for size in (1, 2, 3):
@@ -137,7 +148,7 @@ def test_every_mask_of_a_size_is_equally_likely_in_a_stratified_plan():
 
 
 def test_a_stratified_plan_masks_the_tokens_evenly():
-    plan = plan_masks(11, 32, generator(0))
+    plan = plan_masks(11, generator(0), MaskSettings(32))
     times = plan.masks.sum(axis=0)
     assert times.max() - times.min() <= 1
 
@@ -146,7 +157,7 @@ def test_reference_sizes_are_the_published_ones():
     # the published loop at b = 8 and T = 4: k + 0.5 j rounds half to even, so 2 and 4 come thrice as often
     sizes = Counter()
     for i in range(2000):
-        plan = plan_masks(4, 8, generator(i), estimator="reference", reference_batch=8)
+        plan = plan_masks(4, generator(i), MaskSettings(8, estimator="reference", reference_batch=8))
         sizes.update(plan.masks.sum(axis=1).tolist())
         assert plan.weights == pytest.approx(4 / (plan.masks.sum(axis=1) * 8))
     share = {size: n / sizes.total() for size, n in sizes.items()}
@@ -168,7 +179,7 @@ def test_features_have_the_expectation_that_the_estimate_relies_on():
 
 
 def test_the_structured_solver_is_the_plain_ridge_regression():
-    plan = plan_masks(9, 24, generator(1), exact_tokens=0)
+    plan = plan_masks(9, generator(1), MaskSettings(24, exact_tokens=0))
     log_probs = random_table(9)(plan.masks)
     draw, token, phi = _features(plan.masks)
     weight = plan.weights[draw]
@@ -198,7 +209,7 @@ def test_the_structured_solver_is_the_plain_ridge_regression():
 def test_a_fit_without_error_gives_the_exact_value():
     # log p_i = a_i + b * (l/T): inside the regression's reach up to its shrinkage
     token_effect = np.linspace(-3, -1, 12)
-    plan = plan_masks(12, 64, generator(2), exact_tokens=0)
+    plan = plan_masks(12, generator(2), MaskSettings(64, exact_tokens=0))
     log_probs = token_effect + plan.masks.sum(axis=1, keepdims=True) / 12
     exact = token_effect.sum() + 12 * (13 / 24)
     value, error = estimate(plan, log_probs)
@@ -212,11 +223,13 @@ def test_default_at_32_masks_beats_the_published_estimator_at_128():
     for k in range(200):
         tokens = chain.draw(int(random.integers(8, 31)), random)
         truth = chain.log_likelihood(tokens)
-        plan = plan_masks(len(tokens) - 1, 32, generator(k, "ours"), exact_tokens=0)
+        plan = plan_masks(len(tokens) - 1, generator(k, "ours"), MaskSettings(32, exact_tokens=0))
         value, error = estimate(plan, chain.log_probs(tokens, plan.masks))
         ours.append(value - truth)
         covered.append(abs(value - truth) < 1.96 * error)
-        plan = plan_masks(len(tokens) - 1, 128, generator(k, "published"), estimator="reference")
+        plan = plan_masks(
+            len(tokens) - 1, generator(k, "published"), MaskSettings(128, estimator="reference")
+        )
         published.append(plan.weights @ chain.log_probs(tokens, plan.masks).sum(axis=1) - truth)
     ours_rms, published_rms = (math.sqrt(np.mean(np.square(e))) for e in (ours, published))
     assert ours_rms < 0.85 * published_rms
@@ -229,5 +242,5 @@ def test_errors_of_the_simple_estimators():
     value, error = estimate(plan, np.diag([-1.0, -2.0, -6.0]))
     assert (value, error) == (-9.0, pytest.approx(math.sqrt(3 * 7.0)))  # 3 draws of variance 7
     assert math.isnan(estimate(MaskPlan(plan.masks[:1], np.ones(1), "iid"), np.zeros((1, 3)))[1])
-    pairs = plan_masks(9, 16, generator(0), estimator="complementary")
+    pairs = plan_masks(9, generator(0), MaskSettings(16, estimator="complementary"))
     assert estimate(pairs, np.full((len(pairs.masks), 9), -1.0))[1] == pytest.approx(0, abs=2.0)

@@ -15,7 +15,7 @@ from conftest import ROOT, load_script
 from llada.autoregressive.teacher_rows import Distributions, TeacherAnswer, TeacherTable, as_columns, count
 from llada.autoregressive.teacher_stream import AlignmentStream, Windows
 from llada.data.shards import load_rows, row_lengths, write_shards
-from llada.diffusion.distillation_losses import Objective
+from llada.diffusion.distillation_losses import RowObjective
 from llada.diffusion.masking import mask_probability
 from llada.flags import parse
 from llada.models.checkpoints import load_model
@@ -157,7 +157,11 @@ def test_loss_is_the_one_written_out(rule, kind, rows_dir, model_dir):
     stream, ids = make_stream(rows, model_dir, rule)
     (batch,) = stream(3)
     model = load_model(str(model_dir)).eval()
-    objective = {"ce": Objective(1, 0), "kl": Objective(0, 1, 2.0, True), "hybrid": Objective(0.3, 0.7)}[kind]
+    objective = {
+        "ce": RowObjective(1, 0),
+        "kl": RowObjective(0, 1, 2.0, True),
+        "hybrid": RowObjective(0.3, 0.7),
+    }[kind]
     alignment = train_kl.Alignment(objective, torch.tensor([ids.mask]), False, 4 if rule == "windows" else 0)
     parts = alignment.loss(model, batch, batch.num_units)
     table, width, expected = TeacherTable(rows), batch.input_ids.shape[1], 0.0
@@ -207,7 +211,7 @@ def test_a_long_dense_teacher_stays_on_disk(model_dir, tmp_path):
     stream, ids = make_stream(rows, model_dir, "answer", batch_size=1)
     model = load_model(str(model_dir)).train()
     model.config.max_sequence_length = num_positions + 1
-    alignment = train_kl.Alignment(Objective(0, 1), torch.tensor([ids.mask]), False, 0)
+    alignment = train_kl.Alignment(RowObjective(0, 1), torch.tensor([ids.mask]), False, 0)
     del answer, log_probs
     tracemalloc.start()  # counts numpy's memory, where the distributions are
     (batch,) = stream(0)

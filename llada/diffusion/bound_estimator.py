@@ -24,6 +24,41 @@ EXACT_TOKENS = 7  # 2^7 - 1 = 127 forwards: no more than the 128 draws of the pu
 
 
 @dataclass(frozen=True)
+class MaskSettings:
+    """How many masks an answer gets, and by which law: for evaluation, DPO, KTO and GRPO alike.
+
+    Attributes:
+        num_masks: N. Enumeration decides N itself; it is used by `stratified` when T <= exact_tokens or when
+            all 2^T - 1 masks fit in N.
+        estimator: `stratified` spreads the mask sizes evenly and lets each token be masked equally often;
+            `iid` draws every size and mask on its own (VRPO, ELBO-KTO); `complementary` draws pairs M, not M
+            (ESPO); `reference` is LLaDA's published get_log_likelihood, whose sizes are biased.
+        size_law: `uniform`, or `inv_sqrt`: sizes drawn with probability proportional to l^-1/2, which lowers
+            the variance of gradients; for `iid` and `stratified`.
+        exact_tokens: longest answer whose masks are always enumerated; 0 to enumerate only what fits.
+        reference_batch: the published code's batch size, on which its bias depends.
+
+    Raises:
+        ValueError: an unknown name, or a law that does not go with the estimator.
+    """
+
+    num_masks: int = 128
+    estimator: str = "stratified"
+    size_law: str = "uniform"
+    exact_tokens: int = EXACT_TOKENS
+    reference_batch: int = 8
+
+    def __post_init__(self) -> None:
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(f"estimator {self.estimator!r} is not one of {', '.join(ESTIMATORS)}")
+        has_law = self.estimator in ("iid", "stratified")
+        if self.size_law not in SIZE_LAWS or (self.size_law != "uniform" and not has_law):
+            raise ValueError(
+                f"size_law {self.size_law!r}: 'uniform', or 'inv_sqrt' with the iid or stratified estimator"
+            )
+
+
+@dataclass(frozen=True)
 class MaskPlan:
     """N masks of a T-token answer.
 
@@ -37,50 +72,24 @@ class MaskPlan:
     design: str
 
 
-def plan_masks(
-    num_tokens: int,
-    num_samples: int,
-    random: np.random.Generator,
-    *,
-    estimator: str = "stratified",
-    exact_tokens: int = EXACT_TOKENS,
-    size_law: str = "uniform",
-    reference_batch: int = 8,
-) -> MaskPlan:
-    """The masks for one answer, drawn from `random` (`masking.generator`, so shared keys share masks).
-
-    Args:
-        num_tokens: T.
-        num_samples: N, the number of masks. Enumeration decides N itself; it is used by `stratified` when
-            T <= exact_tokens or when all 2^T - 1 masks fit in `num_samples`.
-        estimator: `stratified` spreads the mask sizes evenly and lets each token be masked equally often;
-            `iid` draws every size and mask on its own (VRPO, ELBO-KTO); `complementary` draws pairs M, not M
-            (ESPO); `reference` is LLaDA's published get_log_likelihood, whose sizes are biased.
-        exact_tokens: longest answer whose masks are always enumerated; 0 to enumerate only what fits.
-        size_law: `uniform`, or `inv_sqrt`: sizes drawn with probability proportional to l^-1/2, which lowers
-            the variance of gradients; for `iid` and `stratified`.
-        reference_batch: the published code's batch size, on which its bias depends.
+def plan_masks(num_tokens: int, random: np.random.Generator, settings: MaskSettings) -> MaskPlan:
+    """The masks for one answer of T tokens, drawn from a `masking.generator`: equal keys, equal masks.
 
     Raises:
-        ValueError: an unknown name, no token, no sample, or counts that a design cannot split.
+        ValueError: no token, no mask, or counts that the estimator cannot split.
     """
-    if num_tokens < 1 or num_samples < 1:
-        raise ValueError(f"an answer needs at least 1 token and 1 sample, got {num_tokens} and {num_samples}")
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator {estimator!r} is not one of {', '.join(ESTIMATORS)}")
-    if size_law not in SIZE_LAWS or (size_law != "uniform" and estimator not in ("iid", "stratified")):
-        raise ValueError(
-            f"size_law {size_law!r}: 'uniform', or 'inv_sqrt' with the iid or stratified estimator"
-        )
-    if estimator == "stratified":
-        if num_tokens <= exact_tokens or 2 ** min(num_tokens, 62) - 1 <= num_samples:
+    num_masks, law = settings.num_masks, settings.size_law
+    if num_tokens < 1 or num_masks < 1:
+        raise ValueError(f"an answer needs at least 1 token and 1 mask, got {num_tokens} and {num_masks}")
+    if settings.estimator == "stratified":
+        if num_tokens <= settings.exact_tokens or 2 ** min(num_tokens, 62) - 1 <= num_masks:
             return enumerate_masks(num_tokens)
-        return _stratified(num_tokens, num_samples, random, size_law)
-    if estimator == "iid":
-        return _iid(num_tokens, num_samples, random, size_law)
-    if estimator == "complementary":
-        return _complementary(num_tokens, num_samples, random)
-    return _reference(num_tokens, num_samples, random, reference_batch)
+        return _stratified(num_tokens, num_masks, random, law)
+    if settings.estimator == "iid":
+        return _iid(num_tokens, num_masks, random, law)
+    if settings.estimator == "complementary":
+        return _complementary(num_tokens, num_masks, random)
+    return _reference(num_tokens, num_masks, random, settings.reference_batch)
 
 
 def enumerate_masks(num_tokens: int) -> MaskPlan:
@@ -104,9 +113,7 @@ def _size_law(num_tokens: int, size_law: str) -> np.ndarray:
     return law / law.sum()
 
 
-def _stratified(
-    num_tokens: int, num_samples: int, random: np.random.Generator, size_law: str = "uniform"
-) -> MaskPlan:
+def _stratified(num_tokens: int, num_masks: int, random: np.random.Generator, size_law: str) -> MaskPlan:
     """One size from each of N equally likely slices of 1..T, each with weight 1 / (N q(l) l), which is
     T / (N l) for the uniform law q; masks share the tokens evenly.
 
@@ -114,13 +121,13 @@ def _stratified(
     never concentrate on the same tokens. Each mask alone is uniform among those of its size, so the estimate
     is unbiased.
     """
-    slices = (np.arange(num_samples) + random.random(num_samples)) / num_samples
+    slices = (np.arange(num_masks) + random.random(num_masks)) / num_masks
     law = _size_law(num_tokens, size_law)
     if size_law == "uniform":
         sizes = np.minimum((slices * num_tokens).astype(np.int64), num_tokens - 1) + 1
     else:
         sizes = np.minimum(np.searchsorted(law.cumsum(), slices, side="right"), num_tokens - 1) + 1
-    masks = np.zeros((num_samples, num_tokens), dtype=bool)
+    masks = np.zeros((num_masks, num_tokens), dtype=bool)
     deck = random.permutation(num_tokens)
     for mask, size in zip(masks, sizes, strict=True):
         if size > len(
@@ -130,32 +137,32 @@ def _stratified(
             deck = np.concatenate([deck, fresh[~np.isin(fresh, deck)], deck])
         mask[deck[:size]] = True
         deck = deck[size:]
-    return MaskPlan(masks, 1.0 / (num_samples * law[sizes - 1] * sizes), "stratified")
+    return MaskPlan(masks, 1.0 / (num_masks * law[sizes - 1] * sizes), "stratified")
 
 
-def _iid(num_tokens: int, num_samples: int, random: np.random.Generator, size_law: str) -> MaskPlan:
+def _iid(num_tokens: int, num_masks: int, random: np.random.Generator, size_law: str) -> MaskPlan:
     law = _size_law(num_tokens, size_law)
-    sizes = random.choice(np.arange(1, num_tokens + 1), size=num_samples, p=law)
+    sizes = random.choice(np.arange(1, num_tokens + 1), size=num_masks, p=law)
     return MaskPlan(
-        _random_masks(sizes, num_tokens, random), 1.0 / (num_samples * law[sizes - 1] * sizes), "iid"
+        _random_masks(sizes, num_tokens, random), 1.0 / (num_masks * law[sizes - 1] * sizes), "iid"
     )
 
 
-def _complementary(num_tokens: int, num_samples: int, random: np.random.Generator) -> MaskPlan:
+def _complementary(num_tokens: int, num_masks: int, random: np.random.Generator) -> MaskPlan:
     """Pairs (M, not M) with |M| uniform on 0..T, each side with weight (T + 1) / (2 l).
 
     Source: ESPO; E[(T + 1) / l sum_M] with l uniform on 0..T is B, an empty side being 0.
     """
-    if num_samples % 2:
-        raise ValueError(f"the complementary estimator draws pairs: num_samples {num_samples} must be even")
-    sizes = random.integers(0, num_tokens + 1, size=num_samples // 2)
+    if num_masks % 2:
+        raise ValueError(f"the complementary estimator draws pairs: num_masks {num_masks} must be even")
+    sizes = random.integers(0, num_tokens + 1, size=num_masks // 2)
     half = _random_masks(sizes, num_tokens, random)
-    masks = np.stack([half, ~half], axis=1).reshape(num_samples, num_tokens)
+    masks = np.stack([half, ~half], axis=1).reshape(num_masks, num_tokens)
     masks = masks[masks.any(axis=1)]
-    return MaskPlan(masks, (num_tokens + 1) / (num_samples * masks.sum(axis=1)), "complementary")
+    return MaskPlan(masks, (num_tokens + 1) / (num_masks * masks.sum(axis=1)), "complementary")
 
 
-def _reference(num_tokens: int, num_samples: int, random: np.random.Generator, batch: int) -> MaskPlan:
+def _reference(num_tokens: int, num_masks: int, random: np.random.Generator, batch: int) -> MaskPlan:
     """LLaDA's get_log_likelihood: rounds of `batch` sizes, round(linspace(k, k + (b-1) T/b)) wrapped into
     1..T.
 
@@ -164,9 +171,9 @@ def _reference(num_tokens: int, num_samples: int, random: np.random.Generator, b
 
     Source: ML-GSAI/LLaDA get_log_likelihood.py, forward_process.
     """
-    if num_samples % batch:
-        raise ValueError(f"num_samples (mc_num) {num_samples} must be a multiple of the batch size {batch}")
-    sizes = np.empty((num_samples // batch, batch), dtype=np.int64)
+    if num_masks % batch:
+        raise ValueError(f"num_masks (mc_num) {num_masks} must be a multiple of the batch size {batch}")
+    sizes = np.empty((num_masks // batch, batch), dtype=np.int64)
     for row in sizes:
         k = int(random.integers(1, num_tokens + 1))
         # float32 as published: the ties that rounding meets depend on it
@@ -174,7 +181,7 @@ def _reference(num_tokens: int, num_samples: int, random: np.random.Generator, b
         row[:] = (points.round().long().numpy() - 1) % num_tokens + 1
     sizes = sizes.reshape(-1)
     return MaskPlan(
-        _random_masks(sizes, num_tokens, random), num_tokens / (sizes * float(num_samples)), "reference"
+        _random_masks(sizes, num_tokens, random), num_tokens / (sizes * float(num_masks)), "reference"
     )
 
 

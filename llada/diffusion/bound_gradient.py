@@ -7,8 +7,8 @@ passes: `draw_values` gives B without gradients, the loss of it is differentiate
 and `gradient_parts` walks the same masks again, one draw at a time, with the gradient of sum_n c_n B_n. That
 is the gradient of L exactly (no dropout), for 4/3 of the compute.
 
-Policy and reference are given the same `Draws`, so what is common to both cancels: with equal weights their
-difference is 0.0 to the last bit.
+Policy and reference are given the same `MaskedCopies`, so what is common to both cancels: with equal weights
+their difference is 0.0 to the last bit.
 
 Shapes: N sequences, K draws, M masked rows of one forward, L positions.
 
@@ -18,7 +18,7 @@ Source: VRPO (arXiv 2505.19223) for the shared masks; ELBO-KTO (arXiv 2510.23658
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -27,13 +27,13 @@ from peft import PeftModel
 from torch import Tensor
 
 from llada.diffusion.batches import Example, MaskedBatch, Noised, collate
-from llada.diffusion.bound_estimator import MaskPlan, plan_masks
+from llada.diffusion.bound_estimator import MaskPlan, MaskSettings, plan_masks
 from llada.diffusion.likelihood import Request
 from llada.diffusion.masking import generator
 
 
 @dataclass
-class Draws:
+class MaskedCopies:
     """K masked copies of a few sequences: K forwards.
 
     Attributes:
@@ -53,36 +53,23 @@ class Draws:
         """Tokens that one pass over all draws reads, padding excluded."""
         return sum(batch.num_tokens for batch in self.batches)
 
-    def to(self, device: torch.device) -> "Draws":
+    def to(self, device: torch.device) -> "MaskedCopies":
         """The same draws with the inputs on `device`; the weights stay on the CPU."""
-        return Draws([batch.to(device) for batch in self.batches], self.weights)
+        return MaskedCopies([batch.to(device) for batch in self.batches], self.weights)
 
 
 def plan_draws(
-    requests: Sequence[Request],
-    num_draws: int,
-    seed: int,
-    *key: int | str,
-    estimator: str = "stratified",
-    size_law: str = "uniform",
+    requests: Sequence[Request], masks: MaskSettings, seed: int, *key: int | str
 ) -> list[MaskPlan]:
     """The masks of each request, a pure function of (seed, key, the request's key).
 
     Args:
-        num_draws: K.
+        masks: how many and which; `exact_tokens` is not read, for a step has the forwards it asked for.
         key: whose draws these are, for example ("preference", epoch); a string names the purpose.
-        estimator, size_law: as in `plan_masks`.
     """
+    masks = replace(masks, exact_tokens=0)
     return [
-        plan_masks(
-            len(request.answer),
-            num_draws,
-            generator(seed, *key, request.key),
-            estimator=estimator,
-            size_law=size_law,
-            exact_tokens=0,
-        )
-        for request in requests
+        plan_masks(len(request.answer), generator(seed, *key, request.key), masks) for request in requests
     ]
 
 
@@ -94,7 +81,7 @@ def make_draws(
     mask_id: int,
     pad_id: int,
     fill: tuple[int, int] | None = None,
-) -> Draws:
+) -> MaskedCopies:
     """The masked copies of `requests` that their plans ask for.
 
     Args:
@@ -123,7 +110,7 @@ def make_draws(
         pairs = zip(examples, masks, strict=True)
         noised = [Noised(example, mask[k], 1.0, n) for n, (example, mask) in enumerate(pairs)]
         batches.append(collate([[item] for item in noised], mask_id=mask_id, pad_id=pad_id))
-    return Draws(batches, torch.from_numpy(weights))
+    return MaskedCopies(batches, torch.from_numpy(weights))
 
 
 def mask_hash(is_masked: np.ndarray) -> int:
@@ -133,7 +120,7 @@ def mask_hash(is_masked: np.ndarray) -> int:
 
 
 @torch.no_grad()
-def draw_values(model: torch.nn.Module, chunks: Sequence[Draws]) -> Tensor:
+def draw_values(model: torch.nn.Module, chunks: Sequence[MaskedCopies]) -> Tensor:
     """[K, N] float64 on the CPU, in nats: what each draw adds to the estimate of each sequence.
 
     The sum over K is B. Sums of one draw are taken in a fixed order, so equal inputs give equal bits.
@@ -145,7 +132,7 @@ def draw_values(model: torch.nn.Module, chunks: Sequence[Draws]) -> Tensor:
     return torch.cat([_chunk_values(model, draws) for draws in chunks], dim=1)
 
 
-def _chunk_values(model: torch.nn.Module, draws: Draws) -> Tensor:
+def _chunk_values(model: torch.nn.Module, draws: MaskedCopies) -> Tensor:
     nll = [model(**batch.inputs).nll for batch in draws.batches]
     sums = [
         torch.zeros(draws.num_sequences, dtype=torch.float64).index_add_(
@@ -162,7 +149,7 @@ def _owners(batch: MaskedBatch) -> Tensor:
 
 
 def gradient_parts(
-    model: torch.nn.Module, chunks: Sequence[Draws], coefficients: Tensor
+    model: torch.nn.Module, chunks: Sequence[MaskedCopies], coefficients: Tensor
 ) -> list[Callable[[], Tensor]]:
     """Functions that each run one forward; the sum of what they give is sum_n coefficients_n B_n.
 

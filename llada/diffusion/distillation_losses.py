@@ -110,7 +110,7 @@ def lk_loss(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Objective:
+class RowObjective:
     """What is minimised at a row: alpha * cross-entropy + beta * (KL or LK loss).
 
     Attributes:
@@ -174,7 +174,7 @@ class RowScore:
 
     def __init__(
         self,
-        objective: Objective,
+        objective: RowObjective,
         *,
         targets: Tensor,
         weights: Tensor,

@@ -5,7 +5,7 @@ Three quantities, all in nats and all sums over the tokens of the answer:
     elbo    the any-order bound of bound_estimator.py; exact for short answers, else an estimate with an error
     l2r     sum_i log p(y_i | x, y_<i, the rest masked): the exact likelihood of left-to-right sampling
     policy  sum_t log p(y_pi(t) | x, y_pi(<t)): revealed in the order of the model's own confidence (DUEL),
-            the exact likelihood under low-confidence remasking, one token a step
+            the exact likelihood of sampling with --remasking max_probability, one token a step, in one block
 
 Evaluation, DPO, KTO and GRPO draw their masks from masking.generator: the same key, the same masks.
 
@@ -14,7 +14,8 @@ Shapes: T answer tokens, N masks, B sequences, L positions, M masked rows of a b
 Source: LLaDA (arXiv 2502.09992) appendix B; DUEL (arXiv 2603.01367) for `policy`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
@@ -22,12 +23,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llada.diffusion.bound_estimator import EXACT_TOKENS, MaskPlan, estimate, plan_masks
+from llada.diffusion.bound_estimator import MaskSettings, estimate, plan_masks
 from llada.diffusion.masking import generator
 from modelling_final import LLaDAModelLM
 
 KINDS = ("elbo", "l2r", "policy")
 MAX_LOGITS = 2**28  # 1 GiB of float32 logits at once, where logits have to exist at all
+
+
+@dataclass(frozen=True)
+class LikelihoodSettings:
+    """What is computed of an answer, and how.
+
+    Attributes:
+        kind: `elbo`, `l2r` or `policy`.
+        masks: for `elbo`.
+        seed: masks are a pure function of (seed, key of the request), in any order, batch and world size.
+        batch_size: sequences per forward.
+        cfg_scale: classifier-free guidance w: logits l_u + (1 + w)(l_c - l_u), the context masked in l_u;
+            twice the cost.
+    """
+
+    kind: str = "elbo"
+    masks: MaskSettings = MaskSettings()
+    seed: int = 0
+    batch_size: int = 32
+    cfg_scale: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"likelihood {self.kind!r} is not one of {', '.join(KINDS)}")
 
 
 class Request(NamedTuple):
@@ -38,7 +63,7 @@ class Request(NamedTuple):
     key: str
 
 
-class Score(NamedTuple):
+class AnswerScore(NamedTuple):
     """log_likelihood and standard_error in nats; num_forwards counts sequences through the model."""
 
     log_likelihood: float
@@ -55,126 +80,71 @@ class _Input(NamedTuple):
     context_length: int  # what classifier-free guidance masks in its second branch
 
 
-def score(
-    model: LLaDAModelLM,
-    requests: Sequence[Request],
-    *,
-    kind: str = "elbo",
-    num_samples: int = 128,
-    estimator: str = "stratified",
-    exact_tokens: int = EXACT_TOKENS,
-    reference_batch: int = 8,
-    seed: int = 0,
-    batch_size: int = 32,
-    cfg_scale: float = 0.0,
-) -> list[Score]:
-    """The scores of `requests`, in their order. Arguments as in `iter_scores`."""
-    scores: dict[int, Score] = dict(
-        iter_scores(
-            model,
-            requests,
-            kind=kind,
-            num_samples=num_samples,
-            estimator=estimator,
-            exact_tokens=exact_tokens,
-            reference_batch=reference_batch,
-            seed=seed,
-            batch_size=batch_size,
-            cfg_scale=cfg_scale,
-        )
-    )
+def score_answers(
+    model: LLaDAModelLM, requests: Sequence[Request], settings: LikelihoodSettings = LikelihoodSettings()
+) -> list[AnswerScore]:
+    """The scores of `requests`, in their order."""
+    scores = dict(iter_scores(model, requests, settings))
     return [scores[index] for index in range(len(requests))]
 
 
 def iter_scores(
-    model: LLaDAModelLM,
-    requests: Sequence[Request],
-    *,
-    kind: str = "elbo",
-    num_samples: int = 128,
-    estimator: str = "stratified",
-    exact_tokens: int = EXACT_TOKENS,
-    reference_batch: int = 8,
-    seed: int = 0,
-    batch_size: int = 32,
-    cfg_scale: float = 0.0,
-) -> Iterator[tuple[int, Score]]:
+    model: LLaDAModelLM, requests: Sequence[Request], settings: LikelihoodSettings = LikelihoodSettings()
+) -> Iterator[tuple[int, AnswerScore]]:
     """(index of the request, its score) as scores get ready, longest sequences first.
 
     Masked sequences of many requests share a batch, and equal ones go through the model once: the choices of
     a multiple-choice question with single-token answers cost one forward together.
 
-    Args:
-        kind: `elbo`, `l2r` or `policy`.
-        num_samples, estimator, exact_tokens, reference_batch: as in `plan_masks`; for `elbo` only.
-        seed: masks are a pure function of (seed, key of the request), in any order, batch and world size.
-        batch_size: sequences per forward.
-        cfg_scale: classifier-free guidance w: logits l_u + (1 + w)(l_c - l_u), the context masked in l_u;
-            twice the cost.
-
     Raises:
-        ValueError: unknown kind, or an empty answer.
+        ValueError: an empty answer, or masks that cannot be drawn as the settings say.
     """
-    if kind not in KINDS:
-        raise ValueError(f"likelihood {kind!r} is not one of {', '.join(KINDS)}")
     for request in requests:
         if not request.answer:
             raise ValueError(f"request {request.key!r}: the answer has no token to score")
-    if kind == "policy":
-        for index, (log_likelihood, _, num_forwards) in _reveal(
-            model, requests, batch_size, cfg_scale, stop=False
-        ):
-            yield index, Score(log_likelihood, 0.0, num_forwards)
+    if settings.kind == "policy":
+        for index, (log_likelihood, _, num_forwards) in _reveal(model, requests, settings, stop=False):
+            yield index, AnswerScore(log_likelihood, 0.0, num_forwards)
         return
-    for window in _windows(requests, min_inputs=8 * batch_size, num_samples=num_samples):
-        plans: list[MaskPlan | None] = []
-        inputs: list[_Input] = []
-        for index in window:
-            request = requests[index]
-            if kind == "elbo":
-                plan = plan_masks(
-                    len(request.answer),
-                    num_samples,
-                    generator(seed, "likelihood", request.key),
-                    estimator=estimator,
-                    exact_tokens=exact_tokens,
-                    reference_batch=reference_batch,
-                )
-                plans.append(plan)
-                inputs += [_masked_input(model, request, mask, mask) for mask in plan.masks]
-            else:
-                plans.append(None)
-                inputs += _left_to_right_inputs(model, request)
-        log_probs = iter(_log_probs(model, inputs, batch_size, cfg_scale))
-        for index, plan in zip(window, plans, strict=True):
-            if plan is None:
-                parts = [float(next(log_probs)[0]) for _ in requests[index].answer]
-                yield index, Score(sum(parts), 0.0, len(parts))
-            else:
-                values = np.zeros(plan.masks.shape)
-                for row, mask in zip(values, plan.masks, strict=True):
-                    row[mask] = next(log_probs)
-                value, standard_error = estimate(plan, values)
-                yield index, Score(value, standard_error, len(plan.masks))
-
-
-def is_greedy(
-    model: LLaDAModelLM, requests: Sequence[Request], *, batch_size: int = 32, cfg_scale: float = 0.0
-) -> list[bool]:
-    """What `iter_greedy` finds for each request, in their order."""
-    found = dict(iter_greedy(model, requests, batch_size=batch_size, cfg_scale=cfg_scale))
-    return [found[index] for index in range(len(requests))]
+    work_of = _masked_work if settings.kind == "elbo" else _left_to_right_work
+    for window in _windows(requests, 8 * settings.batch_size, settings.masks.num_masks):
+        work = [work_of(model, requests[index], settings) for index in window]
+        found = iter(_log_probs(model, [item for inputs, _ in work for item in inputs], settings))
+        for index, (inputs, finish) in zip(window, work, strict=True):
+            yield index, finish(list(islice(found, len(inputs))))
 
 
 def iter_greedy(
-    model: LLaDAModelLM, requests: Sequence[Request], *, batch_size: int = 32, cfg_scale: float = 0.0
+    model: LLaDAModelLM, requests: Sequence[Request], settings: LikelihoodSettings = LikelihoodSettings()
 ) -> Iterator[tuple[int, bool]]:
     """(index, whether greedy low-confidence decoding, one token a step in one block, gives that answer).
 
     A request leaves at its first token that differs, so most cost one or two forwards instead of T.
     """
-    for index, (_, is_argmax, _) in _reveal(model, requests, batch_size, cfg_scale, stop=True):
+    for index, (_, is_argmax, _) in _reveal(model, requests, settings, stop=True):
         yield index, is_argmax
+
+
+_Work = tuple[list[_Input], Callable[[list[np.ndarray]], AnswerScore]]
+"""Sequences to run, and what makes a score of the log-probabilities asked of each."""
+
+
+def _masked_work(model: LLaDAModelLM, request: Request, settings: LikelihoodSettings) -> _Work:
+    random = generator(settings.seed, "likelihood", request.key)
+    plan = plan_masks(len(request.answer), random, settings.masks)
+
+    def finish(found: list[np.ndarray]) -> AnswerScore:
+        values = np.zeros(plan.masks.shape)
+        values[plan.masks] = np.concatenate(found)  # both go row by row
+        return AnswerScore(*estimate(plan, values), len(plan.masks))
+
+    return [_masked_input(model, request, mask, mask) for mask in plan.masks], finish
+
+
+def _left_to_right_work(model: LLaDAModelLM, request: Request, settings: LikelihoodSettings) -> _Work:
+    steps = np.arange(len(request.answer))
+    inputs = [_masked_input(model, request, steps >= step, steps == step) for step in steps]
+    return inputs, lambda found: AnswerScore(sum(float(part[0]) for part in found), 0.0, len(found))
 
 
 def _longest_first(requests: Sequence[Request]) -> list[int]:
@@ -185,7 +155,7 @@ def _longest_first(requests: Sequence[Request]) -> list[int]:
     )
 
 
-def _windows(requests: Sequence[Request], *, min_inputs: int, num_samples: int) -> Iterator[list[int]]:
+def _windows(requests: Sequence[Request], min_inputs: int, num_masks: int) -> Iterator[list[int]]:
     """Groups of requests scored together, longest first; equal contexts stay in one group."""
     window: list[int] = []
     num_inputs = 0
@@ -194,7 +164,7 @@ def _windows(requests: Sequence[Request], *, min_inputs: int, num_samples: int) 
             yield window
             window, num_inputs = [], 0
         window.append(index)
-        num_inputs += min(num_samples, 2 ** min(len(requests[index].answer), 30) - 1)
+        num_inputs += min(num_masks, 2 ** min(len(requests[index].answer), 30) - 1)
     if window:
         yield window
 
@@ -211,17 +181,16 @@ def _masked_input(model: LLaDAModelLM, request: Request, is_masked: np.ndarray, 
     return _Input(token_ids, positions + len(request.context), answer[positions], len(request.context))
 
 
-def _left_to_right_inputs(model: LLaDAModelLM, request: Request) -> list[_Input]:
-    steps = np.arange(len(request.answer))
-    return [_masked_input(model, request, steps >= step, steps == step) for step in steps]
-
-
 class _Batch(NamedTuple):
     input_ids: Tensor  # [B, L]
     attention_mask: Tensor | None  # [B, L]; None without padding
     rows: Tensor  # [M] flat b * L + i
     targets: Tensor  # [M]
     uncond_ids: Tensor | None  # [B, L] with the contexts masked; None without guidance
+
+    @property
+    def inputs(self) -> dict[str, Tensor | None]:
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "rows": self.rows}
 
 
 def _collate(model: LLaDAModelLM, inputs: Sequence[_Input], cfg_scale: float) -> _Batch:
@@ -255,37 +224,31 @@ def _at_least_float32(logits: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def _row_logits(model: LLaDAModelLM, batch: _Batch, cfg_scale: float) -> Tensor:
-    """[M, E] float32 logits of the asked rows, guided when cfg_scale is not 0."""
-    mask = batch.attention_mask
-    logits = _at_least_float32(model(input_ids=batch.input_ids, attention_mask=mask, rows=batch.rows).logits)
+    """[M, E] logits of the asked rows, at least float32, guided when cfg_scale is not 0."""
+    logits = _at_least_float32(model(**batch.inputs).logits)
     if batch.uncond_ids is None:
         return logits
-    uncond = _at_least_float32(model(input_ids=batch.uncond_ids, attention_mask=mask, rows=batch.rows).logits)
+    uncond = _at_least_float32(model(**batch.inputs | {"input_ids": batch.uncond_ids}).logits)
     return uncond + (1.0 + cfg_scale) * (logits - uncond)
 
 
 @torch.inference_mode()
 def _row_log_probs(model: LLaDAModelLM, batch: _Batch, cfg_scale: float) -> Tensor:
-    """[M] float32, log p of the targets. Without guidance no logits are kept: the model returns the nll."""
+    """[M] log p of the targets. Without guidance no logits are kept: the model returns the nll."""
     if batch.uncond_ids is None:
-        output = model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            rows=batch.rows,
-            targets=batch.targets,
-        )
-        return -output.nll
+        return -model(**batch.inputs, targets=batch.targets).nll
     logits = _row_logits(model, batch, cfg_scale)
     return logits.log_softmax(dim=-1).gather(1, batch.targets[:, None])[:, 0]
 
 
 def _log_probs(
-    model: LLaDAModelLM, inputs: Sequence[_Input], batch_size: int, cfg_scale: float
+    model: LLaDAModelLM, inputs: Sequence[_Input], settings: LikelihoodSettings
 ) -> list[np.ndarray]:
     """log p of every asked token, one float64 array per input; equal sequences are computed once."""
     results: list[np.ndarray] = [np.empty(0)] * len(inputs)
+    cfg_scale = settings.cfg_scale
     max_rows = max(1, MAX_LOGITS // model.config.embedding_size) if cfg_scale else None
-    for batch in _split(_equal_inputs(inputs, cfg_scale), inputs, batch_size, max_rows):
+    for batch in _split(_equal_inputs(inputs, cfg_scale), inputs, settings.batch_size, max_rows):
         merged = [
             inputs[group[0]]._replace(
                 positions=np.concatenate([inputs[i].positions for i in group]),
@@ -330,7 +293,7 @@ def _split(
 
 
 def _reveal(
-    model: LLaDAModelLM, requests: Sequence[Request], batch_size: int, cfg_scale: float, *, stop: bool
+    model: LLaDAModelLM, requests: Sequence[Request], settings: LikelihoodSettings, *, stop: bool
 ) -> Iterator[tuple[int, tuple[float, bool, int]]]:
     """Reveals each answer in the order of the model's confidence max_v p(v), ties to the left.
 
@@ -342,6 +305,7 @@ def _reveal(
     masked = [np.ones(len(request.answer), dtype=bool) for request in requests]
     totals = [0.0] * len(requests)
     max_rows = max(1, MAX_LOGITS // model.config.embedding_size)
+    batch_size, cfg_scale = settings.batch_size, settings.cfg_scale
     while True:
         active += islice(waiting, batch_size - len(active))
         if not active:

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from tqdm import tqdm
 
-from llada.diffusion.likelihood import Request, iter_greedy, iter_scores
+from llada.diffusion.bound_estimator import MaskSettings
+from llada.diffusion.likelihood import LikelihoodSettings, Request, iter_greedy, iter_scores
 from llada.inference.eval_args import ModelArgs
 from llada.models.checkpoints import describe_checkpoint, load_model
 from llada.models.tokens import load_tokenizer, special_ids
@@ -47,6 +48,15 @@ class EvalRank:
 
     def __init__(self, args: ModelArgs) -> None:
         self.args = args
+        masks = MaskSettings(
+            args.mc_num,
+            args.estimator,
+            exact_tokens=args.exact_tokens,
+            reference_batch=min(args.reference_batch, args.mc_num),
+        )
+        self._likelihood = LikelihoodSettings(
+            args.likelihood, masks, args.seed, args.batch_size or 32, args.cfg_scale
+        )
         self.run = start_run(args.device)
         # Requests and results travel on the CPU, whatever the device of the model.
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.run.world_size > 1 else None
@@ -120,19 +130,8 @@ class EvalRank:
                 self.log.learn(part)
 
     def _scores(self, items: dict[str, Request]) -> Iterator[tuple[str, float, dict[str, Any]]]:
-        args, keys = self.args, list(items)
-        for index, score in iter_scores(
-            self.model,
-            list(items.values()),
-            kind=args.likelihood,
-            num_samples=args.mc_num,
-            estimator=args.estimator,
-            exact_tokens=args.exact_tokens,
-            reference_batch=min(args.reference_batch, args.mc_num),
-            seed=args.seed,
-            batch_size=args.batch_size or 32,
-            cfg_scale=args.cfg_scale,
-        ):
+        keys = list(items)
+        for index, score in iter_scores(self.model, list(items.values()), self._likelihood):
             details = {
                 "answer": self.tokenizer.decode(items[keys[index]].answer),
                 "standard_error": None if math.isnan(score.standard_error) else score.standard_error,
@@ -142,12 +141,7 @@ class EvalRank:
 
     def _greedy(self, items: dict[str, Request]) -> Iterator[tuple[str, bool, dict[str, Any]]]:
         keys = list(items)
-        found = iter_greedy(
-            self.model,
-            list(items.values()),
-            batch_size=self.args.batch_size or 32,
-            cfg_scale=self.args.cfg_scale,
-        )
+        found = iter_greedy(self.model, list(items.values()), self._likelihood)
         return ((keys[index], is_greedy, {}) for index, is_greedy in found)
 
     def _answers(self, items: dict[str, Generation]) -> Iterator[tuple[str, str, dict[str, Any]]]:

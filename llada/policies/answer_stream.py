@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llada.diffusion.bound_estimator import MaskPlan
-from llada.diffusion.bound_gradient import Draws, make_draws
+from llada.diffusion.bound_gradient import MaskedCopies, make_draws
 from llada.diffusion.likelihood import Request
 from llada.diffusion.stream import records_of
 from llada.run import Run
@@ -44,8 +44,8 @@ class AnswerBatch:
         num_units: records.
     """
 
-    chunks: list[Draws]
-    others: list[Draws]
+    chunks: list[MaskedCopies]
+    others: list[MaskedCopies]
     lengths: Tensor
     numbers: dict[str, Tensor]
     num_units: float
@@ -133,7 +133,7 @@ class AnswerStream:
             record_ids=[record_id for records in micro_batches for record_id, _, _ in records],
         )
 
-    def _draws(self, scored: list[tuple[Request, MaskPlan]]) -> Draws:
+    def _draws(self, scored: list[tuple[Request, MaskPlan]]) -> MaskedCopies:
         requests, plans = zip(*scored, strict=True)
         return make_draws(
             requests, plans, self.num_draws, mask_id=self.mask_id, pad_id=self.pad_id, fill=self.fill

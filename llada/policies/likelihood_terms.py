@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from llada.diffusion.batches import Example, MaskedBatch, Noised, collate
+from llada.diffusion.bound_estimator import MaskSettings
 from llada.diffusion.bound_gradient import (
-    Draws,
+    MaskedCopies,
     differentiate,
     draw_values,
     gradient_parts,
@@ -45,7 +46,7 @@ LossOf = Callable[[Tensor, slice], Tensor]
 class ElboTerms:
     """The any-order bound of every completion, always under the same K masks."""
 
-    def __init__(self, chunks: Sequence[Draws], lengths: Sequence[int]) -> None:
+    def __init__(self, chunks: Sequence[MaskedCopies], lengths: Sequence[int]) -> None:
         self.chunks = list(chunks)
         self.owners = torch.arange(len(lengths))
         self.sizes = torch.tensor(lengths, dtype=torch.float64)
@@ -222,8 +223,8 @@ class TermBuilder:
     def _elbo(self, answers: Sequence[Answer]) -> ElboTerms:
         flags = self.flags
         requests = [Request(tuple(a.prompt), self._filled(a.answer), a.key) for a in answers]
-        law = {"estimator": flags.mask_plan, "size_law": flags.l_sampling}
-        plans = plan_draws(requests, flags.n_mc_samples, self.seed, "grpo", **law)
+        masks = MaskSettings(flags.n_mc_samples, flags.mask_plan, flags.l_sampling)
+        plans = plan_draws(requests, masks, self.seed, "grpo")
         tokens = {"mask_id": self.ids.mask, "pad_id": self.ids.pad}
         chunks = [
             make_draws(own, own_plans, flags.n_mc_samples, **tokens)

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llada.data.answers import Encoding, Tokens, load_pairs
 from llada.data.messages import PAIR_KEYS
+from llada.diffusion.bound_estimator import MaskSettings
 from llada.diffusion.bound_gradient import differentiate, draw_values, gradient_parts, plan_draws
 from llada.diffusion.likelihood import Request
 from llada.policies.answer_stream import AnswerBatch, Answers, AnswerStream
@@ -121,15 +122,8 @@ def answers_of(
         Request(tokens.context, tokens.answer, f"{record_id} {side}")
         for tokens, side in zip(pairs[record_id], ("chosen", "rejected"), strict=True)
     ]
-    plans = plan_draws(
-        requests,
-        config.n_mc_samples,
-        config.seed,
-        purpose,
-        epoch if b_ref is None else 0,
-        estimator=config.estimator,
-        size_law=config.l_sampling,
-    )
+    masks = MaskSettings(config.n_mc_samples, config.estimator, config.l_sampling)
+    plans = plan_draws(requests, masks, config.seed, purpose, epoch if b_ref is None else 0)
     return Answers(requests, plans, {} if b_ref is None else {"b_ref": b_ref[record_id].tolist()})
 
 
