@@ -35,7 +35,7 @@ import json
 import math
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -255,9 +255,10 @@ def compare_batches(
     config: Config, model: LLaDAModelLM, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
     """For each arm, how many texts differ from those at the first batch size."""
-    prompts = prompts_of(config, tokenizer, config.num_prompts)
-    for i, prompt in enumerate(prompts):  # of unequal lengths, so that batches need padding
-        prompt.token_ids = prompt.token_ids[i % min(7, len(prompt.token_ids)) :]
+    prompts = [  # of unequal lengths, so that batches need padding
+        replace(prompt, token_ids=prompt.token_ids[i % min(7, len(prompt.token_ids)) :])
+        for i, prompt in enumerate(prompts_of(config, tokenizer, config.num_prompts))
+    ]
     first, *others = config.batch_size or [1, 3, 8]
     rows = []
     for name in config.arms or COMPARED:
