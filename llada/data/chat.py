@@ -137,11 +137,13 @@ def fit(row: Row, where: str, max_length: int, long: str) -> tuple[str, Row | No
 
 def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of each text, nothing added; a longer text than the model reads gives no warning."""
-    if not texts:
-        return []
-    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
+    backend = tokenizer.backend_tokenizer
+    # Left behind by earlier calls. Only then: another thread's encoding forbids to change the tokenizer.
+    if backend.padding is not None:
+        backend.no_padding()
+    if backend.truncation is not None:
+        backend.no_truncation()
+    return [found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def encode_conversation(

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llada.data.flags import SHARD_SIZE, PrepareFlags
 from llada.data.records import files_of
-from llada.data.rows import EVERYTHING, Rows
+from llada.data.rows import CHUNK_SIZE, EVERYTHING, Rows
 from llada.data.shards import (
     describe_inputs,
     describe_tokenizer,
@@ -74,6 +74,8 @@ def prepare(
             output_dir,
             fingerprint={**settings, "inputs": describe_inputs(paths)},
             shard_size=shard_size,
+            join=rows.join,
+            chunk_size=CHUNK_SIZE,
             num_proc=num_proc,
             overwrite=overwrite,
             on_shard=lambda counts: bar.set_postfix(

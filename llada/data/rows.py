@@ -10,6 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,11 +31,11 @@ from llada.data.chat import (
 )
 from llada.data.messages import to_messages
 from llada.data.records import OnBytes, read_records
-from llada.data.shards import Columns, Item
+from llada.data.shards import Columns, Item, join_columns
 
 ROWS = ("joined", "documents")
 EVERYTHING = (0.0, 1.0)
-_BATCH = 256  # texts a tokenizer call: enough for its threads, little enough memory for long documents
+CHUNK_SIZE = 256  # texts a tokenizer call: enough for its threads, little enough memory for long documents
 
 
 @dataclass(frozen=True)
@@ -82,25 +83,24 @@ class CorpusRows:
                     yield where, text
 
     def encode(self, items: list[Item], *, tokenizer: PreTrainedTokenizerBase) -> tuple[Columns, Counter]:
-        """The rows of one shard, and its counts of records, empty documents, rows and tokens."""
-        pieces: list[np.ndarray] = []
-        counts = Counter(records=len(items), empty=0)
-        for start in range(0, len(items), _BATCH):
-            batch = items[start : start + _BATCH]
-            texts = [_valid(text, where) for where, text in batch]
-            for (where, _), ids in zip(batch, encode_texts(texts, tokenizer), strict=True):
-                if not ids:
-                    counts["empty"] += 1
-                    continue
-                refuse_mask_token(ids, tokenizer, where)
-                pieces.append(np.array([*ids, tokenizer.eos_token_id], dtype=np.int32))
-        tokens = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
-        sizes = [len(tokens)] if self.rows == "joined" else [len(piece) for piece in pieces]
-        ends = np.cumsum(sizes, dtype=np.int64)
-        cuts = [np.arange(end - size, end, self.max_length) for size, end in zip(sizes, ends, strict=True)]
+        """The tokens of each document, and counts of records, empty documents and tokens."""
+        documents: list[list[int]] = []
+        texts = [_valid(text, where) for where, text in items]
+        for (where, _), ids in zip(items, encode_texts(texts, tokenizer), strict=True):
+            refuse_mask_token(ids, tokenizer, where)
+            documents += [[*ids, tokenizer.eos_token_id]] if ids else []
+        columns = {"input_ids": _lists(documents, np.int32)}
+        tokens = sum(map(len, documents))
+        return columns, Counter(records=len(items), empty=len(items) - len(documents), tokens=tokens)
+
+    def join(self, parts: list[Columns]) -> Columns:
+        """The rows of one shard from its documents."""
+        documents = join_columns(parts)["input_ids"]
+        tokens = documents.flatten()
+        ends = [0, len(tokens)] if self.rows == "joined" else documents.offsets.to_numpy()
+        cuts = [np.arange(start, end, self.max_length) for start, end in pairwise(ends)]
         borders = np.append(np.concatenate(cuts) if cuts else [], len(tokens))
-        counts.update(rows=len(borders) - 1, tokens=len(tokens))
-        return {"input_ids": _lists(borders, tokens)}, counts
+        return {"input_ids": pa.ListArray.from_arrays(pa.array(borders, pa.int32()), tokens)}
 
     def summarise(self, rows: Dataset) -> dict[str, float]:
         """`unigram_entropy`: -sum_v f_v log f_v in nats per token, f_v the share of token v.
@@ -167,33 +167,37 @@ class ConversationRows:
                     yield where, messages
 
     def encode(self, items: list[Item], *, tokenizer: PreTrainedTokenizerBase) -> tuple[Columns, Counter]:
-        """The rows of one shard, and its counts of records, rows, tokens, dropped, truncated, ..."""
-        kept = []
+        """The rows of these conversations, and counts of records, tokens, dropped, truncated, ..."""
+        kept, segments, wheres = [], [], []
         counts = Counter(records=len(items), dropped=0, truncated=0, system_left_out=0)
         with_system = sum(messages[0]["role"] == "system" for _, messages in items)
         if with_system and drops_system(tokenizer):
             counts["system_left_out"] = with_system
-        for start in range(0, len(items), _BATCH):
-            segments, wheres = [], []
-            for where, messages in items[start : start + _BATCH]:
-                for message in messages:
-                    _valid(message["content"], where)
-                try:
-                    found = split_conversation(messages, tokenizer, turns=self.turns)
-                except ValueError as error:
-                    raise ValueError(f"{where}: {error}") from error
-                segments += found
-                wheres += [where] * len(found)
-            for where, row in zip(wheres, encode_rows(segments, tokenizer), strict=True):
-                refuse_mask_token(row["input_ids"], tokenizer, where)
-                outcome, fitted = fit(row, where, self.max_length, self.long)
-                counts[outcome] += outcome != "kept"
-                kept += [fitted] if fitted else []
-        borders = np.cumsum([0, *(len(row["input_ids"]) for row in kept)])
-        input_ids = np.array([i for row in kept for i in row["input_ids"]], dtype=np.int32)
-        in_answer = np.array([a for row in kept for a in row["in_answer"]], dtype=bool)
-        counts.update(rows=len(kept), tokens=len(input_ids), answer_tokens=int(in_answer.sum()))
-        return {"input_ids": _lists(borders, input_ids), "in_answer": _lists(borders, in_answer)}, counts
+        for where, messages in items:
+            for message in messages:
+                _valid(message["content"], where)
+            try:
+                found = split_conversation(messages, tokenizer, turns=self.turns)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+            segments += found
+            wheres += [where] * len(found)
+        for where, row in zip(wheres, encode_rows(segments, tokenizer), strict=True):
+            refuse_mask_token(row["input_ids"], tokenizer, where)
+            outcome, fitted = fit(row, where, self.max_length, self.long)
+            counts[outcome] += outcome != "kept"
+            kept += [fitted] if fitted else []
+        columns = {
+            "input_ids": _lists([row["input_ids"] for row in kept], np.int32),
+            "in_answer": _lists([row["in_answer"] for row in kept], bool),
+        }
+        counts["tokens"] = sum(len(row["input_ids"]) for row in kept)
+        counts["answer_tokens"] = sum(sum(row["in_answer"]) for row in kept)
+        return columns, counts
+
+    def join(self, parts: list[Columns]) -> Columns:
+        """The rows of one shard."""
+        return join_columns(parts)
 
     def summarise(self, _: Dataset) -> dict[str, float]:
         """Nothing beside the counts."""
@@ -215,9 +219,11 @@ class ConversationRows:
 Rows = CorpusRows | ConversationRows
 
 
-def _lists(borders: np.ndarray, values: np.ndarray) -> pa.Array:
-    """Arrow lists values[borders[i] : borders[i + 1]]."""
-    return pa.ListArray.from_arrays(pa.array(borders, pa.int32()), pa.array(values))
+def _lists(values: Sequence[Sequence], dtype: type) -> pa.Array:
+    """Arrow lists of these values."""
+    borders = np.cumsum([0, *map(len, values)])
+    flat = np.fromiter(chain.from_iterable(values), dtype=dtype, count=borders[-1])
+    return pa.ListArray.from_arrays(pa.array(borders, pa.int32()), pa.array(flat))
 
 
 def _valid(text: str, where: str) -> str:

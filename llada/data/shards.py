@@ -16,6 +16,8 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,11 +36,12 @@ Item = tuple[str, Any]
 """("file:line", what the encoder takes)."""
 Columns = dict[str, pa.Array]
 Encoder = Callable[[list[Item]], tuple[Columns, Counter]]
-"""The records of a shard -> its columns and its counts; must be picklable for --num_proc > 1."""
+"""Records -> their columns and counts."""
+Join = Callable[[list[Columns]], Columns]
 
 MANIFEST = "manifest.json"
 _SAMPLE_BYTES = 1 << 20
-_encode_here: Encoder
+_encode_here: Encoder  # of a worker
 
 
 def is_prepared(folder: str | Path) -> bool:
@@ -100,6 +103,8 @@ def write_shards(
     *,
     fingerprint: dict[str, Any],
     shard_size: int,
+    join: Join | None = None,
+    chunk_size: int | None = None,
     num_proc: int = 1,
     overwrite: bool = False,
     on_shard: Callable[[Counter], None] = lambda _: None,
@@ -109,7 +114,9 @@ def write_shards(
 
     Args:
         items: the records in order; a rerun must yield the same ones.
-        encode: makes the rows of one shard.
+        encode: makes the rows of a chunk of records.
+        join: makes the rows of a shard from those of its chunks; default: one after the other.
+        chunk_size: records a chunk; default a whole shard.
         fingerprint: all that decides the rows. A folder with another one is refused.
         shard_size: records a shard.
         num_proc: processes that encode; 1 encodes here.
@@ -125,7 +132,8 @@ def write_shards(
         return load_rows(folder)
     total: Counter = Counter()
     num_shards = 0
-    for counts in _write_all(items, encode, folder, shard_size, num_proc):
+    work = (encode, join or join_columns, folder, shard_size, chunk_size or shard_size, num_proc)
+    for counts in _write_all(items, *work):
         num_shards += 1
         total.update(counts)
         on_shard(total)
@@ -160,31 +168,45 @@ def _open(folder: Path, fingerprint: dict[str, Any], overwrite: bool) -> bool:
 
 
 def _write_all(
-    items: Iterable[Item], encode: Encoder, folder: Path, shard_size: int, num_proc: int
+    items: Iterable[Item],
+    encode: Encoder,
+    join: Join,
+    folder: Path,
+    shard_size: int,
+    chunk_size: int,
+    num_proc: int,
 ) -> Iterator[Counter]:
     """The counts of each shard in order, old or new."""
+
+    def finish(index: int, done: Counter | None, results: list[Callable[[], Any]]) -> Counter:
+        return done or _write_shard(join, folder, index, results)
+
     stream = iter(items)
-    batches = iter(lambda: list(islice(stream, shard_size)), [])
+    batches = enumerate(iter(lambda: list(islice(stream, shard_size)), []))
+    with _workers(encode, num_proc) as submit:
+        waiting: deque = deque()  # (shard, its counts or the results that make them up)
+        for index, batch in batches:
+            done = _counts(folder, index)
+            chunks = [] if done else [batch[i : i + chunk_size] for i in range(0, len(batch), chunk_size)]
+            waiting.append((index, done, [submit(chunk) for chunk in chunks]))
+            # no more records in memory than keep the workers busy
+            while len(waiting) > 1 and sum(len(results) for _, _, results in waiting) > 2 * num_proc:
+                yield finish(*waiting.popleft())
+        while waiting:
+            yield finish(*waiting.popleft())
+
+
+@contextmanager
+def _workers(encode: Encoder, num_proc: int) -> Iterator[Callable[[list[Item]], Callable[[], Any]]]:
+    """A function that gives work to `num_proc` processes, or does it here, and a function for its result."""
     if num_proc == 1:
-        for index, batch in enumerate(batches):
-            yield _counts(folder, index) or _write_shard(encode, folder, index, batch)
+        yield lambda chunk: partial(encode, chunk)
         return
-    # spawn: a fork would inherit the tokenizer's and torch's threads in an unknown state
-    context = multiprocessing.get_context("spawn")
+    # A fork has what this process imported; a spawned worker would import it again, for longer than it works.
+    context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(num_proc, context, initializer=_start_worker, initargs=(encode,)) as pool:
-        waiting: deque = deque()
         try:
-            for index, batch in enumerate(batches):
-                counts = _counts(folder, index)
-                waiting.append(
-                    (lambda known=counts: known)
-                    if counts
-                    else pool.submit(_write_shard_in_worker, folder, index, batch).result
-                )
-                if len(waiting) > 2 * num_proc:  # no more shards in memory than keep the workers busy
-                    yield waiting.popleft()()
-            while waiting:
-                yield waiting.popleft()()
+            yield lambda chunk: pool.submit(_encode_in_worker, chunk).result
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -203,27 +225,38 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _write_shard_in_worker(folder: Path, index: int, batch: list[Item]) -> Counter:
-    return _write_shard(_encode_here, folder, index, batch)
+def _encode_in_worker(chunk: list[Item]) -> tuple[Columns, Counter]:
+    return _encode_here(chunk)
 
 
-def _write_shard(encode: Encoder, folder: Path, index: int, batch: list[Item]) -> Counter:
-    columns, counts = encode(batch)
+def _write_shard(join: Join, folder: Path, index: int, results: list[Callable[[], Any]]) -> Counter:
+    parts, counts = [], Counter()
+    for result in results:
+        columns, found = result()
+        counts.update(found)
+        parts += [columns] if columns else []
+    columns = join(parts) if parts else {}
+    counts["rows"] = max(map(len, columns.values()), default=0)
     shard = _shard(folder, index)
-    partial = shard.with_suffix(".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    unfinished = shard.with_suffix(".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
     shows_bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()  # there is a bar over all shards; one inside each is noise
     try:
         if counts["rows"]:  # datasets 5.2 cannot load a data set of no rows
-            Dataset.from_dict(columns).save_to_disk(str(partial))
+            Dataset.from_dict(columns).save_to_disk(str(unfinished))
     finally:
         if shows_bars:
             datasets.enable_progress_bars()
-    _write_json(partial / "statistics.json", counts)
-    os.replace(partial, shard)
+    _write_json(unfinished / "statistics.json", counts)
+    os.replace(unfinished, shard)
     return counts
+
+
+def join_columns(parts: list[Columns]) -> Columns:
+    """The rows of all parts, one after the other."""
+    return {name: pa.concat_arrays([part[name] for part in parts]) for name in parts[0]}
 
 
 def _counts(folder: Path, index: int) -> Counter | None:

@@ -78,7 +78,8 @@ def data_rows(path: str, tokenizer: PreTrainedTokenizerBase, *, kind: DataRows) 
 
     records = kind.items([path], on_bytes=on_bytes)
     items = list(islice(records, SAMPLE_RECORDS))
-    _, counts = kind.encode(items, tokenizer=tokenizer)
+    columns, counts = kind.encode(items, tokenizer=tokenizer)
+    counts["rows"] = len(kind.join([columns])["input_ids"])
     if not counts["rows"]:
         raise ValueError(f"{path}: no usable row in its first {len(items)} records; counts: {dict(counts)}")
     found = Rows(counts["rows"], counts["tokens"], counts.get("answer_tokens", counts["tokens"]), True)
