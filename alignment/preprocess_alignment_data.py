@@ -7,9 +7,9 @@ Run:
 The output is a folder of Arrow rows, also where its name ends in .pt; train_kl.py takes it as --data_path.
 """
 
-import runpy
-import sys
 from pathlib import Path
+
+from llada.flags import run_as
 
 DEFAULTS = {
     "input_file": "sft_data/llama_logits.json",
@@ -20,11 +20,8 @@ DEFAULTS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs precompute_teacher.py with these defaults in front of the given flags."""
-    script = Path(__file__).with_name("precompute_teacher.py")
-    defaults = [word for name, value in DEFAULTS.items() for word in (f"--{name}", value)]
-    sys.argv = [str(script), *defaults, *(sys.argv[1:] if argv is None else argv)]
-    runpy.run_path(str(script), run_name="__main__")
+    """Runs it with these defaults in front of the given flags."""
+    run_as(Path(__file__).with_name("precompute_teacher.py"), DEFAULTS, argv)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,9 @@ class Config(TrainConfig):
     )
     local_rank: int = flag(-1, help="Accepted for old launchers; torchrun tells the rank.")
     log_level: str = flag(
-        "WARNING", help="Of the libraries.", choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+        "INFO",
+        help="Of OUTPUT_DIR/training_log.log; DEBUG has a line a micro-batch.",
+        choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
     )
 
     def check(self) -> None:
@@ -129,9 +131,12 @@ from llada.data.rows import ConversationRows
 from llada.data.shards import describe_tokenizer, is_prepared, load_rows, read_manifest
 from llada.diffusion.distillation_losses import RowObjective, RowScore, accepted_length
 from llada.models.tokens import load_tokenizer, special_ids
-from llada.run import Run, Sums, autocast, end_run, start_run, sum_over_ranks
+from llada.run import Run, Sums, end_run, start_run
 from llada.training import dry_run as preflight
 from llada.training.loop import LossParts, fit, load_trainable
+from llada.training.rows_stage import validation_means
+
+log = logging.getLogger("train_kl")
 
 
 def planned_rows(path: str, tokenizer: PreTrainedTokenizerBase, *, config: Config) -> preflight.Rows:
@@ -205,8 +210,13 @@ class Alignment:
     def loss(self, model: torch.nn.Module, batch: AlignedBatch, total_units: float) -> LossParts:
         """A micro-batch's share of the loss, with acceptance and tau to be logged."""
         score = self.score(batch, total_units)
-        loss = forward(model, batch, score)
-        return LossParts(loss.detach(), [lambda: loss], self.sums(batch, score))
+        loss = model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, rows=batch.rows, score=score
+        ).loss
+        sums = self.sums(batch, score)
+        if log.isEnabledFor(logging.DEBUG):  # float(loss) waits for the GPU
+            log.debug("records %s: loss %.4g, %s", batch.record_ids, loss.item(), sums)
+        return LossParts(loss.detach(), [lambda: loss], sums)
 
     def sums(self, batch: AlignedBatch, score: RowScore) -> Sums:
         """name -> (sum, number): acceptance by place; with windows also tau, sampled and greedy."""
@@ -222,43 +232,20 @@ class Alignment:
                 found[name] = (float(lengths.sum()), float(len(lengths) if batch.has_teacher.any() else 0))
         return found
 
-    @torch.no_grad()
-    def validate(
-        self, model: torch.nn.Module, stream: AlignmentStream, config: Config, run: Run
-    ) -> dict[str, float]:
-        """{"eval_loss", "eval_tau", ...} over a stream's records under noise that never changes."""
-        was_training = model.training
-        model.eval()
-        total, count, sums = 0.0, 0.0, {}
-        for batch in stream.validation(config.eval_limit):
-            batch = batch.to(run.device)
-            score = self.score(batch, 1.0)
-            with autocast(run.device, config.dtype):
-                total += float(forward(model, batch, score))
-            count += batch.num_units
-            for name, pair in self.sums(batch, score).items():
-                sums[name] = tuple(map(sum, zip(sums.get(name, (0.0, 0.0)), pair, strict=True)))
-        model.train(was_training)
-        flat = sum_over_ranks([total, count, *(number for pair in sums.values() for number in pair)])
-        found = {"loss": flat[0] / flat[1]}
-        for name, value, number in zip(sums, flat[2::2], flat[3::2], strict=True):
-            if number:
-                found[name] = value / number
-        return {f"eval_{name}": value for name, value in found.items()}
 
-
-def forward(model: torch.nn.Module, batch: AlignedBatch, score: RowScore) -> torch.Tensor:
-    """The sum of the rows' losses."""
-    return model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, rows=batch.rows, score=score
-    ).loss
+def log_to_file(path: Path, level: str) -> None:
+    """Appends log records of this level and above, those of libraries included."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    logging.getLogger().setLevel(level)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs alignment with the given flags."""
     config = parse(Config, argv, description=__doc__)
     config.check()
-    logging.getLogger().setLevel(config.log_level)
     if config.gradient_accumulation_steps > 1:
         if config.micro_batch_size is None:
             config.micro_batch_size = max(1, config.batch_size // int(os.environ.get("WORLD_SIZE", "1")))
@@ -271,6 +258,8 @@ def main(argv: list[str] | None = None) -> None:
         )  # fmt: skip
         return
     run = start_run(config.device, output_dir=config.output_dir)
+    if run.is_main:
+        log_to_file(Path(config.output_dir, "training_log.log"), config.log_level)
     tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, chat=True)
     model = load_trainable(config)
     ids = special_ids(model.config, tokenizer)
@@ -311,11 +300,12 @@ def validation_numbers(
     run: Run,
 ) -> dict[str, float]:
     """The held-out loss under the run's own rule; acceptance and tau always on draft windows."""
-    found = alignment.validate(model, make_stream(rule=config.positions), config, run)
-    windows = make_stream(rule="windows")
+    own, windows = make_stream(rule=config.positions), make_stream(rule="windows")
+    found = validation_means(model, stream=own, config=config, run=run, loss=alignment.loss)
     if config.positions != "windows" and windows.has_teacher:
-        on_windows = Alignment(alignment.objective, alignment.forbidden_ids, False, config.window_length)
-        found = {**on_windows.validate(model, windows, config, run), "eval_loss": found["eval_loss"]}
+        drafts = Alignment(alignment.objective, alignment.forbidden_ids, False, config.window_length)
+        on_windows = validation_means(model, stream=windows, config=config, run=run, loss=drafts.loss)
+        found = {**on_windows, "eval_loss": found["eval_loss"]}
     return found
 
 

@@ -15,12 +15,13 @@ import dataclasses
 import difflib
 import os
 import re
+import runpy
 import signal
 import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -186,6 +187,13 @@ def check_command_line(config_class: type, description: str | None) -> None:
     # Ctrl-C during the imports ends the program without a traceback; run_main gives it back its meaning.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def run_as(script: Path, defaults: Mapping[str, str], argv: Sequence[str] | None) -> None:
+    """Runs another entry point with these defaults, for a name that users of an older system know."""
+    flags = [f"--{name}={value}" for name, value in defaults.items()]
+    sys.argv = [str(script), *flags, *(sys.argv[1:] if argv is None else argv)]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def run_main(main: Callable[[], Any]) -> None:

@@ -1,6 +1,7 @@
 """Where a run lives: its processes, its device, its precision, and where its numbers go."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,7 @@ class Metrics:
             file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
         shown = " ".join(f"{name} {value:.4g}" for name, value in values.items())
         self._bar.write(f"step {step}: {shown}")
+        log.info("step %d: %s", step, shown)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 

@@ -87,6 +87,47 @@ EXAMPLE = """inference/generate.py --model_path sft_output/final --prompt "What 
     --gen_length 32 --steps 32 --block_length 32 --method semi_autoregressive_padding --is_instruct"""
 
 
+FINETUNE_ALIGNMENT = """alignment/finetune_llada_alignment.py --data_path sft_data/processed_alignment.pt
+    --model_name GSAI-ML/LLaDA-8B-Instruct --output_dir alignment_output --batch_size 2 --learning_rate 2.5e-5
+    --epochs 3 --warmup_steps 50 --temperature 1.0 --log_interval 100 --log_level DEBUG"""
+# The command of the ELBO-KTO system, its inference script's path changed.
+ANSWER = """inference/inference.py --model_path=GSAI-ML/LLaDA-8B-Instruct --dataset_path=data/chosen.jsonl
+    --output_path=out/chosen.jsonl --max_samples=2 --num_gpus=1"""
+
+
+def test_the_alignment_script_by_its_old_name(model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model_dir, "GSAI-ML/LLaDA-8B-Instruct")
+    (tmp_path / "sft_data").mkdir()
+    shutil.copy(ROOT / "data/samples/teacher_positions.json", "sft_data/llama_logits.json")
+    for command in (PREPROCESS_ALIGNMENT, FINETUNE_ALIGNMENT):
+        run(command)
+    assert json.loads((tmp_path / "alignment_output/results.json").read_text())["steps"] == 3
+    log = (tmp_path / "alignment_output/training_log.log").read_text()
+    assert "INFO llada.run: step 0: eval_" not in log and "INFO llada.run: step 3: loss" in log
+    assert "DEBUG train_kl: records [" in log
+
+
+def test_answers_to_conversations_by_the_old_name(model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model_dir, "GSAI-ML/LLaDA-8B-Instruct")
+    config = json.loads((tmp_path / "GSAI-ML/LLaDA-8B-Instruct/config.json").read_text())
+    (tmp_path / "GSAI-ML/LLaDA-8B-Instruct/config.json").write_text(
+        json.dumps({**config, "max_sequence_length": 1024})
+    )
+    turns = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
+    completion = [{"role": "assistant", "content": "chosen"}]
+    records = [{"id": n, "prompt": turns[2 - n :], "completion": completion} for n in (2, 0)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/chosen.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    run(ANSWER, "--steps", "16")
+    lines = [json.loads(line) for line in (tmp_path / "out/chosen.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == [2, 0] and lines[0]["prompt"] == turns
+    for line in lines:
+        ((role, text),) = [message.values() for message in line["completion"]]
+        assert role == "assistant" and text != "chosen"
+
+
 def test_kl_alignment(model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model_dir, "GSAI-ML/LLaDA-8B-Instruct")

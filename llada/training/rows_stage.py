@@ -13,10 +13,10 @@ from llada.data.prepared import load as load_rows
 from llada.data.rows import Rows
 from llada.data.shards import row_lengths
 from llada.diffusion.batches import MaskedBatch
-from llada.diffusion.losses import masked_diffusion_loss
+from llada.diffusion.losses import LossParts, masked_diffusion_loss
 from llada.diffusion.stream import ExampleOf, MaskedStream
 from llada.models.tokens import SpecialIds, load_tokenizer, special_ids
-from llada.run import Run, autocast, end_run, start_run, sum_over_ranks
+from llada.run import Run, Sums, add_sums, autocast, end_run, means_over_ranks, start_run
 from llada.training import dry_run
 from llada.training.config import TrainConfig
 from llada.training.cost import flops_counter
@@ -86,27 +86,34 @@ def train_on_rows(
     end_run()
 
 
+def validation_loss(model: torch.nn.Module, *, loss: Loss = masked_diffusion_loss, **means: Any) -> float:
+    """The training loss over held-out records, in its own unit; arguments as for `validation_means`."""
+    return validation_means(model, loss=loss, **means)["eval_loss"]
+
+
 @torch.no_grad()
-def validation_loss(
+def validation_means(
     model: torch.nn.Module,
     *,
-    stream: MaskedStream,
+    stream: Any,
     config: TrainConfig,
     run: Run,
-    loss: Loss = masked_diffusion_loss,
-) -> float:
-    """The training loss over a stream's records under masks that never change, in the same unit.
+    loss: Callable[[torch.nn.Module, Any, float], torch.Tensor | LossParts],
+) -> dict[str, float]:
+    """{"eval_loss", and an "eval_..." mean of each of the loss's `sums`} under masks that never change.
 
     The records are shared out over the ranks; every rank gets the result.
+
+    Args:
+        stream: its `validation` gives this rank's held-out batches.
     """
     was_training = model.training
     model.eval()
-    total = torch.zeros((), dtype=torch.float64)
-    num_units = 0.0
+    sums: Sums = {"loss": (0.0, 0.0)}
     for batch in stream.validation(config.eval_limit):
         with autocast(run.device, config.dtype):
-            total += loss(model, batch.to(run.device), 1.0).double().cpu()
-        num_units += batch.num_units
+            found = loss(model, batch.to(run.device), 1.0)
+        parts = found if isinstance(found, LossParts) else LossParts(found, ())
+        add_sums(sums, {"loss": (float(parts.value), batch.num_units), **parts.sums})
     model.train(was_training)
-    total_sum, all_units = sum_over_ranks([float(total), num_units])
-    return total_sum / all_units
+    return {f"eval_{name}": value for name, value in means_over_ranks(sums).items()}
