@@ -57,18 +57,15 @@ class Config(SamplerFlags, RewardFlags):
 if __name__ == "__main__":
     check_command_line(Config, __doc__)
 
-import numpy as np
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from llada.data.prompts import Prompt, read_prompts
 from llada.diffusion.masking import generator
 from llada.models.building import load_for_inference
 from llada.models.checkpoints import describe_checkpoint
+from llada.policies.completions import Completion, Sampler, as_messages
 from llada.resumable import ResumableJob, write_atomically
-from llada.rewards.scoring import Reward, compute_rewards
 from llada.run import barrier, end_run, start_run
-from modelling_final import LLaDAModelLM
 
 # Flags that change neither a completion nor its score.
 FREE = (
@@ -76,11 +73,6 @@ FREE = (
     *("prompts_file", "output_dir", "max_samples", "batch_size", "device"),
     *("pairs_per_prompt", "min_margin", "threshold"),
 )
-
-
-def as_messages(text: str, *, chat: bool) -> str | list[dict[str, str]]:
-    """A completion in the form of the records: a text, or one assistant message."""
-    return [{"role": "assistant", "content": text}] if chat else text
 
 
 def pairs_of(texts: list[str], scores: list[float | None], config: Config, key: int) -> list[tuple[int, int]]:
@@ -124,44 +116,14 @@ def unpaired_records(prompt: Prompt, result: dict[str, Any], config: Config) -> 
             }
 
 
-def answer(
-    model: LLaDAModelLM,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[Prompt],
-    rewards: list[Reward],
-    log: ResumableJob,
-    config: Config,
-    *,
-    is_main: bool,
-) -> None:
-    """Samples and scores the completions of each prompt, and notes them in the log."""
-    settings = sampler_settings(config).changed(num_return_sequences=config.num_generations)
-    prompts = sorted(prompts, key=lambda prompt: len(prompt.token_ids))
-    for start in tqdm(range(0, len(prompts), config.batch_size), desc="preferences", disable=not is_main):
-        batch = prompts[start : start + config.batch_size]
-        output = model.generate(
-            [prompt.token_ids for prompt in batch],
-            generation_config=settings,
-            record_ids=[prompt.index for prompt in batch],
-        )
-        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in output.completions]
-        owners = [prompt for prompt in batch for _ in range(config.num_generations)]
-        totals, table = compute_rewards(
-            rewards,
-            [owner.prompt for owner in owners],
-            [as_messages(text, chat=config.is_instruct) for text in texts],
-            [owner.record for owner in owners],
-            completion_ids=output.completions,
-        )
-        for i, prompt in enumerate(batch):
-            own = slice(i * config.num_generations, (i + 1) * config.num_generations)
-            result = {"completions": texts[own], "scores": _or_none(totals[own])}
-            result["rewards"] = {name: _or_none(values[own]) for name, values in table.items()}
-            log.put(key_of(prompt), result)
-
-
-def _or_none(values: np.ndarray) -> list[float | None]:
-    return [None if np.isnan(value) else float(value) for value in values]
+def result_of(completions: list[Completion]) -> dict[str, Any]:
+    """What is kept of the completions of a prompt."""
+    names = completions[0].rewards
+    return {
+        "completions": [completion.text for completion in completions],
+        "scores": [completion.reward for completion in completions],
+        "rewards": {name: [completion.rewards[name] for completion in completions] for name in names},
+    }
 
 
 def key_of(prompt: Prompt) -> str:
@@ -180,11 +142,10 @@ def write(config: Config, prompts: list[Prompt], log: ResumableJob) -> dict[str,
     for name, records in lines.items():
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         write_atomically(folder / name, text)
-    values: dict[str, list[float | None]] = {}
+    known: dict[str, list[float]] = {}
     for _, result in results:
         for name, scores in result["rewards"].items():
-            values.setdefault(f"rewards/{name}/mean", []).extend(scores)
-    known = {name: [v for v in scores if v is not None] for name, scores in values.items()}
+            known.setdefault(f"rewards/{name}/mean", []).extend(v for v in scores if v is not None)
     total = [score for _, result in results for score in result["scores"]]
     summary = {
         "prompts": len(prompts),
@@ -227,7 +188,15 @@ def main(argv: list[str] | None = None) -> None:
     parts = Path(config.output_dir, "parts")
     log = ResumableJob(parts, settings, rank=run.rank, world_size=run.world_size)
     mine = [prompts[n] for n in log.share([key_of(prompt) for prompt in prompts])]
-    answer(model, tokenizer, mine, rewards, log, config, is_main=run.is_main)
+    mine.sort(key=lambda prompt: len(prompt.token_ids))
+    num, settings = config.num_generations, sampler_settings(config)
+    sampler = Sampler(model, tokenizer, rewards, settings, config.batch_size * num, chat=config.is_instruct)
+    starts = range(0, len(mine), config.batch_size)
+    for start in tqdm(starts, desc="preferences", disable=not run.is_main):
+        batch = mine[start : start + config.batch_size]
+        completions = sampler.answer(batch, seed=config.seed, num_generations=num)
+        for i, prompt in enumerate(batch):
+            log.put(key_of(prompt), result_of(completions[i * num : (i + 1) * num]))
     barrier()
     if run.is_main:
         log.read()

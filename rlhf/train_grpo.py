@@ -132,10 +132,11 @@ from transformers import PreTrainedTokenizerBase
 from llada.data.prompts import Prompt, prompt_file, read_prompts
 from llada.diffusion.sampler_likelihood import check_settings
 from llada.models.checkpoints import load_config
+from llada.policies.completions import Sampler
 from llada.policies.grpo import grpo_loss
 from llada.policies.likelihood_terms import TermBuilder
 from llada.policies.reference_model import make_reference
-from llada.policies.rollouts import RolloutStream, Sampler, sums_of
+from llada.policies.rollouts import RolloutStream, sums_of
 from llada.policies.stage import PolicyStage
 from llada.rewards.scoring import Reward
 from llada.run import Run, described_run, means_over_ranks
@@ -183,12 +184,12 @@ def make_validation(
     )
 
     def validate(_: torch.nn.Module) -> dict[str, float]:
-        completions = greedy.answer(mine, range(len(mine)), seed=config.seed, num_generations=1)
+        completions = greedy.answer(mine, seed=config.seed, num_generations=1)
         columns = {"eval_reward": [c.reward for c in completions]}
         for reward in sampler.rewards:
             columns[f"eval_rewards/{reward.name}/mean"] = [c.rewards[reward.name] for c in completions]
-        found = means_over_ranks(sums_of(columns))
-        accuracy = found.get(f"eval_rewards/{sampler.rewards[0].name}/mean", 0.0)
+        found = dict.fromkeys(columns, 0.0) | means_over_ranks(sums_of(columns))
+        accuracy = found[f"eval_rewards/{sampler.rewards[0].name}/mean"]
         return {"eval_loss": 1.0 - accuracy, "eval_accuracy": accuracy, **found}
 
     return validate

@@ -171,7 +171,7 @@ def test_without_the_order_term_the_gradient_is_another_one():
     probabilities = log_likelihoods(model, terms, len(answers)).exp().detach()
     rewards = torch.tensor([reward_of(answer.answer) for answer in answers], dtype=torch.float64)
     exact = production_gradient(model, terms, rewards, weights=probabilities)
-    terms._order = False
+    terms.order = False
     tokens_only = production_gradient(model, terms, rewards, weights=probabilities)
     cosine = torch.nn.functional.cosine_similarity(exact, tokens_only, dim=0)
     assert 0.5 < float(cosine) < 0.999

@@ -118,6 +118,11 @@ class StateBatch:
     is_chosen: Tensor  # [M] bool
     num_states: int
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model reads, padding excluded."""
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
     def to(self, device: torch.device) -> "StateBatch":
         """The same batch on `device`."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}

@@ -8,7 +8,7 @@ Everything is a function of (seed, step), as in llada/diffusion/stream.py.
 Shapes: N answers of this rank's share of a batch, K draws.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -102,7 +102,7 @@ class AnswerStream:
             micro_batches.append(
                 [(*records[place], records[(place + 1) % self.batch_size][0]) for place in places]
             )
-        return [self._batch(micro_batches, float(sum(map(len, micro_batches))))]
+        return [self._batch(micro_batches)]
 
     def all_records(self, limit: int | None = None) -> Iterator[tuple[AnswerBatch, list[int]]]:
         """This rank's share of the data in order, one micro-batch at a time, always as in epoch 0.
@@ -115,10 +115,13 @@ class AnswerStream:
         for start in range(0, num_records, stride):
             first = start + self.run.rank * self.micro_batch_size
             ids = list(range(first, min(first + self.micro_batch_size, num_records)))
-            used = ids or [num_records - 1]
-            yield self._batch([[(i, 0, (i + 1) % num_records) for i in used]], float(len(ids))), ids
+            yield self.batch_of(ids or [num_records - 1]), ids
 
-    def _batch(self, micro_batches: list[list[tuple[int, int, int]]], num_units: float) -> AnswerBatch:
+    def batch_of(self, ids: Sequence[int]) -> AnswerBatch:
+        """These records in one micro-batch, as in epoch 0."""
+        return self._batch([[(i, 0, (i + 1) % len(self.lengths)) for i in ids]])
+
+    def _batch(self, micro_batches: list[list[tuple[int, int, int]]]) -> AnswerBatch:
         built = [[self.answers_of(*record) for record in records] for records in micro_batches]
         flat = [answers for micro in built for answers in micro]
         scored = [[pair for a in micro for pair in zip(a.requests, a.plans, strict=True)] for micro in built]
@@ -129,7 +132,7 @@ class AnswerStream:
             others=[self._draws(pairs) for pairs in others if pairs],
             lengths=torch.tensor([len(request.answer) for a in flat for request in a.requests]),
             numbers={name: torch.tensor(values, dtype=torch.float64) for name, values in numbers.items()},
-            num_units=num_units,
+            num_units=float(len(flat)),
             record_ids=[record_id for records in micro_batches for record_id, _, _ in records],
         )
 

@@ -7,31 +7,24 @@
 Only `trajectory` is the likelihood of the sampler that made the completions, and its policy gradient exact.
 `elbo` is that of random order as far as the model's predictions agree with each other; `diffu` is cheap.
 
-Shapes: N completions, T terms, S states.
+Shapes: N completions, T terms, R masked and scored tokens of all forwards, S states, L positions.
 
 Source: ESPO (arXiv 2512.03759); d1 (arXiv 2504.12216); for a subset of steps with inverse-probability weights
 AGRPO (arXiv 2510.04019).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from llada.diffusion.batches import Example, MaskedBatch, Noised, collate
-from llada.diffusion.bound_estimator import MaskSettings
-from llada.diffusion.bound_gradient import (
-    MaskedCopies,
-    differentiate,
-    draw_values,
-    gradient_parts,
-    make_draws,
-    plan_draws,
-)
-from llada.diffusion.likelihood import Request
+from llada.diffusion.bound_estimator import MaskSettings, plan_masks
+from llada.diffusion.bound_gradient import differentiate
 from llada.diffusion.masking import generator
 from llada.diffusion.sampler_likelihood import StateBatch, batch_log_probs, collate_states, replay
 from llada.models.tokens import SpecialIds
@@ -41,119 +34,94 @@ from modelling_final import LLaDAGenerationConfig
 
 LossOf = Callable[[Tensor, slice], Tensor]
 """(log-likelihoods of some terms, which ones) -> their share of the loss; also notes what is logged."""
+Part = Callable[[], Tensor]
+"""One forward; its backward gives a share of the gradient."""
 
 
-class ElboTerms:
-    """The any-order bound of every completion, always under the same K masks."""
+@dataclass
+class Terms:
+    """Terms of some completions, in their order.
 
-    def __init__(self, chunks: Sequence[MaskedCopies], lengths: Sequence[int]) -> None:
-        self.chunks = list(chunks)
-        self.owners = torch.arange(len(lengths))
-        self.sizes = torch.tensor(lengths, dtype=torch.float64)
-        self.shares = self.sizes
+    Attributes:
+        chunks: what the model is asked, a forward at a time.
+        owners: [T] the completion that a term belongs to.
+        sizes: [T] by which a difference of log-likelihoods is divided before it becomes a ratio.
+        shares: [T] how many tokens (or steps, where not all are scored) a term stands for.
+    """
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that one pass reads."""
-        return sum(draws.num_tokens for draws in self.chunks)
-
-    def to(self, device: torch.device) -> "ElboTerms":
-        """Its inputs go to `device`."""
-        self.chunks = [draws.to(device) for draws in self.chunks]
-        return self
-
-    def values(self, model: torch.nn.Module) -> Tensor:
-        """[T] float64, without gradients."""
-        return draw_values(model, self.chunks).sum(0)
-
-    def parts(
-        self, model: torch.nn.Module, loss_of: LossOf, *, on_policy: bool
-    ) -> tuple[Tensor, list[Callable[[], Tensor]]]:
-        """(value of the loss, the functions whose gradients are its gradient).
-
-        On policy every ratio is 1 whatever the values, so they need not be known.
-        """
-        values = torch.zeros(len(self.owners), dtype=torch.float64) if on_policy else self.values(model)
-        values.requires_grad_()
-        loss = loss_of(values, slice(None))
-        return loss.detach(), self.gradient(model, differentiate(loss, values))
-
-    def gradient(self, model: torch.nn.Module, coefficients: Tensor) -> list[Callable[[], Tensor]]:
-        """Functions that add up to sum_t coefficients_t values_t, one forward each."""
-        return gradient_parts(model, self.chunks, coefficients)
-
-
-class TokenTerms(ElboTerms):
-    """Every token of every completion, predicted from one masked copy of it; chunks are micro-batches."""
-
-    def __init__(self, chunks: Sequence[MaskedBatch], lengths: Sequence[int]) -> None:
-        self.chunks = list(chunks)
-        self.owners = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-        self.sizes = torch.ones(len(self.owners), dtype=torch.float64)
-        self.shares = self.sizes
-
-    @torch.no_grad()
-    def values(self, model: torch.nn.Module) -> Tensor:
-        return torch.cat([-self._score(model, batch).nll.cpu().double() for batch in self.chunks])
-
-    def gradient(self, model: torch.nn.Module, coefficients: Tensor) -> list[Callable[[], Tensor]]:
-        parts, start = [], 0
-        for batch in self.chunks:
-            own = -coefficients[start : start + len(batch.rows)]
-            start += len(batch.rows)
-            parts.append(lambda batch=batch, own=own: self._score(model, batch, own).loss)
-        return parts
-
-    def _score(self, model: torch.nn.Module, batch: MaskedBatch, weights: Tensor | None = None) -> object:
-        if weights is not None:
-            weights = weights.float().to(batch.rows.device)
-        return model(**batch.inputs, weights=weights)
-
-
-class StepTerms:
-    """Denoising steps of every completion, each with the sampler's likelihood of it."""
-
-    def __init__(
-        self,
-        chunks: Sequence[StateBatch],
-        owners: Sequence[int],
-        shares: Sequence[float],
-        settings: LLaDAGenerationConfig,
-        *,
-        mask_id: int,
-        order: bool,
-    ) -> None:
-        """`shares`: how many steps of its completion a term stands for, where not all are scored."""
-        self.chunks = list(chunks)
-        self.owners = torch.tensor(owners, dtype=torch.long)
-        self.shares = torch.tensor(shares, dtype=torch.float64)
-        self.sizes = torch.ones_like(self.shares)
-        self._settings, self._mask_id, self._order = settings, mask_id, order
+    chunks: Sequence[MaskedBatch | StateBatch]
+    owners: Tensor
+    sizes: Tensor
+    shares: Tensor
 
     @property
     def num_tokens(self) -> int:
         """Tokens that one pass reads."""
-        return sum(
-            batch.input_ids.numel() if batch.attention_mask is None else int(batch.attention_mask.sum())
-            for batch in self.chunks
-        )
+        return sum(batch.num_tokens for batch in self.chunks)
 
-    def to(self, device: torch.device) -> "StepTerms":
+    def to(self, device: torch.device) -> "Terms":
         """Its inputs go to `device`."""
         self.chunks = [batch.to(device) for batch in self.chunks]
         return self
 
+
+@dataclass
+class MaskedTerms(Terms):
+    """Terms that are sums of log p over masked tokens: value_t = sum over the tokens r of t of w_r log p_r.
+
+    Attributes:
+        terms: [R] the term that each scored token adds to.
+        weights: [R] float64, w_r.
+    """
+
+    terms: Tensor
+    weights: Tensor
+
+    def _log_probs(self, model: torch.nn.Module) -> Tensor:
+        return torch.cat([-model(**batch.inputs).nll.cpu().double() for batch in self.chunks])
+
+    def _sums(self, log_probs: Tensor) -> Tensor:
+        zeros = torch.zeros(len(self.owners), dtype=torch.float64)
+        return zeros.index_add(0, self.terms, self.weights * log_probs)
+
+    @torch.no_grad()
+    def values(self, model: torch.nn.Module) -> Tensor:
+        """[T] float64, without gradients."""
+        return self._sums(self._log_probs(model))
+
+    def parts(self, model: torch.nn.Module, loss_of: LossOf, *, on_policy: bool) -> tuple[Tensor, list[Part]]:
+        """(value of the loss, the functions whose gradients are its gradient), in the memory of one forward.
+
+        On policy every ratio is 1 whatever the values, so they need not be known.
+        """
+        with torch.no_grad():
+            found = torch.zeros(len(self.terms), dtype=torch.float64) if on_policy else self._log_probs(model)
+        loss = loss_of(self._sums(found.requires_grad_()), slice(None))
+        slopes = differentiate(loss, found).split([len(batch.rows) for batch in self.chunks])
+
+        def part(batch: MaskedBatch, slope: Tensor) -> Tensor:
+            return model(**batch.inputs, weights=-slope.to(batch.rows.device)).loss
+
+        return loss.detach(), [partial(part, *pair) for pair in zip(self.chunks, slopes, strict=True)]
+
+
+@dataclass
+class StepTerms(Terms):
+    """Denoising steps of every completion, each with the sampler's likelihood of it."""
+
+    settings: LLaDAGenerationConfig
+    mask_id: int
+    order: bool
+
     def _log_probs(self, model: torch.nn.Module, batch: StateBatch) -> Tensor:
-        return batch_log_probs(model, batch, self._settings, mask_id=self._mask_id, order=self._order)
+        return batch_log_probs(model, batch, self.settings, mask_id=self.mask_id, order=self.order)
 
     @torch.no_grad()
     def values(self, model: torch.nn.Module) -> Tensor:
         """[T] float64, without gradients."""
         return torch.cat([self._log_probs(model, batch).cpu().double() for batch in self.chunks])
 
-    def parts(
-        self, model: torch.nn.Module, loss_of: LossOf, *, on_policy: bool
-    ) -> tuple[Tensor, list[Callable[[], Tensor]]]:
+    def parts(self, model: torch.nn.Module, loss_of: LossOf, *, on_policy: bool) -> tuple[Tensor, list[Part]]:
         """(value of the loss, filled while the parts are called; the functions that give its gradient)."""
         value = torch.zeros((), dtype=torch.float64)
 
@@ -162,15 +130,27 @@ class StepTerms:
             value.add_(loss.detach())
             return loss
 
-        parts, start = [], 0
-        for batch in self.chunks:
-            which = slice(start, start + batch.num_states)
-            start += batch.num_states
-            parts.append(lambda batch=batch, which=which: part(batch, which))
-        return value, parts
+        ends = np.cumsum([batch.num_states for batch in self.chunks]).tolist()
+        starts = [0, *ends[:-1]]
+        return value, [
+            partial(part, batch, slice(start, end))
+            for batch, start, end in zip(self.chunks, starts, ends, strict=True)
+        ]
 
 
-Terms = ElboTerms | TokenTerms | StepTerms
+class View(NamedTuple):
+    """A completion as one forward sees it.
+
+    tokens: [L] prompt and answer; what is hidden and not scored is the mask already.
+    is_scored: [L] bool, masked and scored.
+    terms: [L] int64, the completion's term that log p of a scored token adds to.
+    weight: of each.
+    """
+
+    tokens: np.ndarray
+    is_scored: np.ndarray
+    terms: np.ndarray
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -201,7 +181,7 @@ class TermBuilder:
         """The terms of these completions, those of one after another."""
         if self.flags.estimator == "trajectory":
             return self._steps(answers)
-        return self._elbo(answers) if self.flags.estimator == "elbo" else self._tokens(answers)
+        return self._masked(answers)
 
     def lengths(self, answers: Sequence[Answer]) -> Tensor:
         """[N] float64: terms of each completion, those that --trajectory_steps leaves out included."""
@@ -220,29 +200,54 @@ class TermBuilder:
         size = self.micro_batch_size
         return [items[start : start + size] for start in range(0, len(items), size)]
 
-    def _elbo(self, answers: Sequence[Answer]) -> ElboTerms:
-        flags = self.flags
-        requests = [Request(tuple(a.prompt), self._filled(a.answer), a.key) for a in answers]
-        masks = MaskSettings(flags.n_mc_samples, flags.mask_plan, flags.l_sampling)
-        plans = plan_draws(requests, masks, self.seed, "grpo")
-        tokens = {"mask_id": self.ids.mask, "pad_id": self.ids.pad}
-        chunks = [
-            make_draws(own, own_plans, flags.n_mc_samples, **tokens)
-            for own, own_plans in zip(self._chunks(requests), self._chunks(plans), strict=True)
-        ]
-        return ElboTerms(chunks, [len(request.answer) for request in requests])
-
-    def _tokens(self, answers: Sequence[Answer]) -> TokenTerms:
-        rows = []
-        for n, answer in enumerate(answers):
-            prompt, filled = np.asarray(answer.prompt, dtype=np.int64), self._filled(answer.answer)
+    def _views(self, answer: Answer) -> Iterator[View]:
+        """As many for every completion, or ranks would not forward in step."""
+        prompt = np.asarray(answer.prompt, dtype=np.int64)
+        filled = np.asarray(self._filled(answer.answer), dtype=np.int64)
+        size, flags = len(filled), self.flags
+        if flags.estimator == "diffu":
             chance = generator(self.seed, "prompt mask", answer.key).random(len(prompt))
-            hidden = np.where(chance < self.flags.p_mask_prompt, self.ids.mask, prompt)
-            tokens = np.concatenate([hidden, filled]).astype(np.int64)
-            is_answer = np.arange(len(tokens)) >= len(prompt)
-            rows.append([Noised(Example(tokens, is_answer, weight=1.0, num_units=1.0), is_answer, 1.0, n)])
-        chunks = [collate(own, mask_id=self.ids.mask, pad_id=self.ids.pad) for own in self._chunks(rows)]
-        return TokenTerms(chunks, [int(item.is_masked.sum()) for (item,) in rows])
+            prompt = np.where(chance < flags.p_mask_prompt, self.ids.mask, prompt)
+            masks, weights = np.ones((1, size), dtype=bool), np.ones(1)
+        else:
+            settings = MaskSettings(flags.n_mc_samples, flags.mask_plan, flags.l_sampling, exact_tokens=0)
+            plan = plan_masks(size, generator(self.seed, "grpo", answer.key), settings)
+            missing = flags.n_mc_samples - len(plan.masks)  # short answers have fewer distinct masks
+            masks = np.pad(plan.masks, ((0, missing), (0, 0)))
+            weights = np.pad(plan.weights, (0, missing))
+        tokens = np.concatenate([prompt, filled])
+        place = np.arange(len(tokens)) - len(prompt)
+        terms = place if flags.estimator == "diffu" else np.zeros_like(place)
+        for mask, weight in zip(masks, weights, strict=True):
+            yield View(tokens, np.concatenate([np.zeros(len(prompt), dtype=bool), mask]), terms, weight)
+
+    def _masked(self, answers: Sequence[Answer]) -> MaskedTerms:
+        """Every completion's views: micro-batches of first views, then of second ones, ..."""
+        by_token = self.flags.estimator == "diffu"
+        lengths = [len(self._filled(answer.answer)) for answer in answers]
+        counts = lengths if by_token else [1] * len(answers)
+        starts = np.cumsum([0, *counts])
+        batches, terms, weights = [], [], []
+        for own in self._chunks(range(len(answers))):
+            for views in zip(*(self._views(answers[n]) for n in own), strict=True):
+                rows = [
+                    [Noised(Example(view.tokens, view.is_scored, 1.0, 1.0), view.is_scored, 1.0, n)]
+                    for n, view in zip(own, views, strict=True)
+                ]
+                batches.append(collate(rows, mask_id=self.ids.mask, pad_id=self.ids.pad))
+                for n, view in zip(own, views, strict=True):
+                    found = starts[n] + view.terms[view.is_scored]
+                    terms.append(found)
+                    weights.append(np.full(len(found), view.weight))
+        sizes = torch.tensor([1] * sum(lengths) if by_token else lengths, dtype=torch.float64)
+        return MaskedTerms(
+            batches,
+            owners=torch.repeat_interleave(torch.arange(len(answers)), torch.tensor(counts)),
+            sizes=sizes,
+            shares=sizes,
+            terms=torch.from_numpy(np.concatenate(terms)),
+            weights=torch.from_numpy(np.concatenate(weights)),
+        )
 
     def _steps(self, answers: Sequence[Answer]) -> StepTerms:
         states, owners, shares = [], [], []
@@ -263,5 +268,13 @@ class TermBuilder:
         owners += owners[:1] * padding
         shares += [0.0] * padding
         chunks = [collate_states(part, pad_id=self.ids.pad) for part in self._chunks(states)]
-        order = self.flags.order_term
-        return StepTerms(chunks, owners, shares, self.settings, mask_id=self.ids.mask, order=order)
+        shares = torch.tensor(shares, dtype=torch.float64)
+        return StepTerms(
+            chunks,
+            owners=torch.tensor(owners, dtype=torch.long),
+            sizes=torch.ones_like(shares),
+            shares=shares,
+            settings=self.settings,
+            mask_id=self.ids.mask,
+            order=self.flags.order_term,
+        )

@@ -169,8 +169,8 @@ def train_on_pairs(config: PairConfig, loss: PairLoss, *, reference: str = "none
         make = partial(answers_of, config, purpose, records)
         streams[purpose] = stage.answers(partial(make, None), [max(map(len, pair)) for pair in records])
         if reference == "stored":
-            file = Path(config.output_dir, f"reference_{purpose}.npz")
-            b_ref = precompute_reference(streams[purpose], config, stage.run, stage.model, file)
+            folder = Path(config.output_dir, f"reference_{purpose}")
+            b_ref = precompute_reference(streams[purpose], config, stage.run, stage.model, folder)
             streams[purpose].answers_of = partial(make, b_ref)
     of_step = PairStage(config, loss, make_reference(config, stage.run) if reference == "live" else None)
     stage.train(

@@ -1,7 +1,6 @@
 """The reference model of DPO, KTO and GRPO: what the policy is compared with, frozen."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -12,10 +11,11 @@ from tqdm import tqdm
 
 from llada.diffusion.bound_gradient import adapter_off, disable_dropout, draw_values
 from llada.models.building import has_fresh_adapter, start_model
-from llada.models.checkpoints import load_model
+from llada.models.checkpoints import describe_checkpoint, load_model
 from llada.policies.answer_stream import AnswerStream
 from llada.policies.config import PolicyConfig
-from llada.run import Run, autocast, sum_over_ranks
+from llada.resumable import ResumableJob
+from llada.run import Run, autocast, barrier
 from llada.training.parallel import parallelize
 
 Reference = Callable[[torch.nn.Module], AbstractContextManager[torch.nn.Module]]
@@ -63,48 +63,38 @@ def load_frozen(config: PolicyConfig) -> torch.nn.Module:
 
 
 def precompute_reference(
-    stream: AnswerStream, config: PolicyConfig, run: Run, policy: torch.nn.Module, cache: Path
+    stream: AnswerStream, config: PolicyConfig, run: Run, policy: torch.nn.Module, folder: Path
 ) -> np.ndarray:
     """[num_records, answers of a record] B_ref under the masks of epoch 0, in nats.
 
-    Kept in `cache`, so that a resumed run compares with the same numbers.
+    Kept in `folder`, so that a killed run goes on and a resumed one compares with the same numbers.
 
     Args:
         policy: the model before training; it is the reference unless the flags name another one.
     """
-    described = {
-        "reference": config.ref_model_name_or_path or config.model_name_or_path,
-        "dtype": config.dtype,
-        "seed": config.seed,
-        "num_draws": stream.num_draws,
-        "lengths": hashlib.sha256(np.ascontiguousarray(stream.lengths).tobytes()).hexdigest()[:16],
+    is_policy = config.ref_model_name_or_path is None
+    starts = (config.model_name_or_path, config.sft_adapter_path)
+    settings = {
+        "reference": describe_checkpoint(*(starts if is_policy else [config.ref_model_name_or_path])),
+        **{name: getattr(config, name) for name in ("dtype", "seed", "n_mc_samples")},
+        "lengths": hashlib.sha256(stream.lengths.astype(np.int64).tobytes()).hexdigest()[:16],
     }
-    key = json.dumps(described, sort_keys=True)
-    if cache.is_file():
-        with np.load(cache) as saved:
-            if str(saved["key"]) == key:
-                return saved["values"]
-    model = policy if config.ref_model_name_or_path is None else load_frozen(config)
+    job = ResumableJob(folder, settings, rank=run.rank, world_size=run.world_size)
+    keys = [job.key(n) for n in range(len(stream.lengths))]
+    missing = job.share(keys)
+    model = policy if is_policy else load_frozen(config)
     model.to(run.device)
-    found: dict[int, list[float]] = {}
-    width = 0
-    batches = tqdm(
-        list(range(0, len(stream.lengths), run.world_size * stream.micro_batch_size)),
-        desc="reference", unit="batch", disable=not run.is_main, mininterval=2,
-    )  # fmt: skip
-    for _, (batch, ids) in zip(batches, stream.all_records(), strict=True):
+    stride = stream.micro_batch_size
+    for start in tqdm(
+        range(0, len(missing), stride), desc="reference", disable=not run.is_main, mininterval=2
+    ):
+        batch = stream.batch_of(missing[start : start + stride]).to(run.device)
         with autocast(run.device, config.dtype):
-            values = draw_values(model, batch.to(run.device).chunks).sum(0)
-        rows = values.view(len(batch.record_ids), -1)
-        width = rows.shape[1]
-        found |= dict(zip(ids, rows.tolist(), strict=False))  # a rank out of records has one that counts not
-    flat = np.zeros((len(stream.lengths), width))
-    for record_id, row in found.items():
-        flat[record_id] = row
-    flat = np.array(sum_over_ranks(flat.reshape(-1).tolist())).reshape(flat.shape)
+            values = draw_values(model, batch.chunks).sum(0)
+        for n, row in zip(batch.record_ids, values.view(len(batch.record_ids), -1), strict=True):
+            job.put(keys[n], row.tolist())
+    barrier()
+    job.read()
     if config.shard != "none":
         model.cpu()  # sharding starts from there
-    if run.is_main:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(cache, values=flat, key=key)
-    return flat
+    return np.array([job[key] for key in keys])

@@ -9,45 +9,23 @@ Shapes: N completions of this rank, G of a group, T terms.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from llada.data.prompts import Prompt
 from llada.diffusion.masking import generator
 from llada.diffusion.stream import records_of
+from llada.policies.completions import Completion, Sampler
 from llada.policies.config import GrpoConfig
 from llada.policies.grpo import GroupBatch, group_advantages, term_weights
 from llada.policies.likelihood_terms import Answer, TermBuilder, Terms
 from llada.policies.reference_model import Reference
 from llada.resumable import write_atomically
-from llada.rewards.scoring import Reward, compute_rewards
 from llada.run import Run, Sums, autocast, max_over_ranks, means_over_ranks, sum_over_ranks
-from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
-
-
-@dataclass
-class Completion:
-    """An answer, what it earned, and what is remembered of the policy that gave it."""
-
-    place: int  # of its group in the global batch
-    prompt: int  # index of the prompt in its file
-    candidate: int
-    answer: list[int]  # token ids, the closing EOS or EoT included
-    text: str
-    has_ended: bool
-    steps: int  # forwards
-    trace: list[dict[str, Any]] | None
-    reward: float | None = None
-    rewards: dict[str, float | None] = field(default_factory=dict)
-    advantage: float = 0.0
-    old: list[float] | None = None  # log-likelihood of each of its terms under the policy that gave it
-    ref: list[float] | None = None
 
 
 class RolloutFiles:
@@ -119,84 +97,6 @@ def _step_of(line: str) -> float:
 
 
 @dataclass
-class Sampler:
-    """Samples and scores completions.
-
-    Attributes:
-        batch_size: sequences generated together.
-        chat: rewards see messages, not texts.
-        keep_trace: for the trajectory estimator.
-    """
-
-    model: LLaDAModelLM
-    tokenizer: PreTrainedTokenizerBase
-    rewards: list[Reward]
-    settings: LLaDAGenerationConfig
-    batch_size: int
-    chat: bool
-    keep_trace: bool = False
-
-    def answer(
-        self, prompts: Sequence[Prompt], places: Sequence[int], *, seed: int, num_generations: int
-    ) -> list[Completion]:
-        """`num_generations` completions of each prompt, scored; a prompt's are after one another."""
-        completions: list[Completion] = []
-        stride = max(1, self.batch_size // num_generations)
-        for start in range(0, len(prompts), stride):
-            batch = prompts[start : start + stride]
-            output = self.model.generate(
-                [prompt.token_ids for prompt in batch],
-                generation_config=self.settings,
-                record_ids=[prompt.index for prompt in batch],
-                return_trace=self.keep_trace,
-                num_return_sequences=num_generations,
-                seed=seed,
-            )
-            length = self.settings.gen_length
-            rows = output.sequences[:, -length:].tolist()
-            traces: list[list[dict[str, Any]] | None] = [None] * len(rows)
-            if output.trace is not None:
-                traces = [[] for _ in rows]
-                for entry in output.trace:
-                    kept = ("block", "positions", "token_ids")
-                    traces[entry["row"]].append({name: entry[name] for name in kept})
-            for i, row in enumerate(rows):
-                size = int(output.lengths[i])
-                completions.append(
-                    Completion(
-                        place=places[start + i // num_generations],
-                        prompt=batch[i // num_generations].index,
-                        candidate=i % num_generations,
-                        answer=row[: min(size + 1, length)],
-                        text=self.tokenizer.decode(row[:size], skip_special_tokens=True),
-                        has_ended=size < length,
-                        steps=int(output.steps[i]),
-                        trace=traces[i],
-                    )
-                )
-        self._score(completions, {prompt.index: prompt for prompt in prompts})
-        return completions
-
-    def _score(self, completions: list[Completion], prompts: dict[int, Prompt]) -> None:
-        owners = [prompts[completion.prompt] for completion in completions]
-        texts = [completion.text for completion in completions]
-        totals, table = compute_rewards(
-            self.rewards,
-            [owner.prompt for owner in owners],
-            [[{"role": "assistant", "content": text}] for text in texts] if self.chat else texts,
-            [owner.record for owner in owners],
-            completion_ids=[completion.answer for completion in completions],
-        )
-        for i, completion in enumerate(completions):
-            completion.reward = _or_none(totals[i])
-            completion.rewards = {name: _or_none(values[i]) for name, values in table.items()}
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
-
-
-@dataclass
 class RolloutStream:
     """The stream of GRPO: step -> this rank's completions, sampled from the policy as it is at that step.
 
@@ -243,9 +143,9 @@ class RolloutStream:
         prompts, places = self._prompts_of(rollout)
         seed = int(generator(self.config.seed, "rollout", rollout).integers(2**62))
         with autocast(self.run.device, self.config.dtype):
-            completions = self.sampler.answer(
-                prompts, places, seed=seed, num_generations=self.config.num_generations
-            )
+            completions = self.sampler.answer(prompts, seed=seed, num_generations=self.config.num_generations)
+        for i, completion in enumerate(completions):
+            completion.place = places[i // self.config.num_generations]
         rewards = np.array([math.nan if c.reward is None else c.reward for c in completions])
         advantages = group_advantages(
             rewards,
