@@ -42,44 +42,40 @@ class _Spoken:
 
 @dataclass(frozen=True)
 class _RefuseNoNumbers(LogitsProcessor):
-    """Stops a generation whose logits cannot be sampled from; names the first of its questions, by place."""
+    """Stops a generation whose logits cannot be sampled from; names the first of its questions."""
 
-    places: list[int]
-    wheres: list[str]
+    where_of: dict[int, str]  # place among the questions -> "file:line", in the order of the rows
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         is_bad = (scores.isnan() | scores.isposinf()).any(-1).tolist()
         if any(is_bad):
-            first = min(place for place, bad in zip(self.places, is_bad, strict=True) if bad)
-            raise ValueError(NO_NUMBERS % self.wheres[first])
+            first = min(place for place, bad in zip(self.where_of, is_bad, strict=True) if bad)
+            raise ValueError(NO_NUMBERS % self.where_of[first])
         return scores
 
 
+@dataclass
 class TeacherModel:
     """A teacher and how it is asked.
 
     Attributes:
         top_k: tokens kept of each distribution, 0 = all.
-        temperature, max_new_tokens: of the answers it writes itself; distributions are stored at 1.
+        temperature, max_new_tokens, seed: of the answers it writes itself; distributions are stored at 1.
+        batch_size: answers in one forward.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        student: Student,
-        *,
-        top_k: int,
-        temperature: float,
-        max_new_tokens: int,
-        batch_size: int,
-        seed: int,
-    ) -> None:
-        self.model, self.tokenizer, self.student, self.top_k = model, tokenizer, student, top_k
-        self.temperature, self.max_new_tokens = temperature, max_new_tokens
-        self.batch_size, self.seed = batch_size, seed
-        self.vocabulary = VocabMap.between(tokenizer, student.tokenizer)
-        width = model.config.get_text_config().vocab_size
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    student: Student
+    top_k: int
+    temperature: float = 1.0
+    max_new_tokens: int = 256
+    batch_size: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.vocabulary = VocabMap.between(self.tokenizer, self.student.tokenizer)
+        width = self.model.config.get_text_config().vocab_size
         if width < self.vocabulary.source_size:
             raise ValueError(
                 f"--teacher: the tokenizer has {self.vocabulary.source_size} ids and the model only {width} "
@@ -93,17 +89,16 @@ class TeacherModel:
             ValueError: a question whose answer the two tokenizers spell differently, or for which the
                 teacher's logits are NaN or inf while it writes.
         """
-        prompts = [self._prompt(question.messages) for question in questions]
-        unanswered = [i for i, question in enumerate(questions) if question.response is None]
-        generated = self._generate([prompts[i] for i in unanswered], [questions[i].where for i in unanswered])
+        asked = [(question, self._prompt(question.messages)) for question in questions]
+        unanswered = [(prompt, question.where) for question, prompt in asked if question.response is None]
+        generated = self._generate(unanswered)
         spoken = [
             self._spoken(question, prompt, next(generated) if question.response is None else None)
-            for question, prompt in zip(questions, prompts, strict=True)
+            for question, prompt in asked
         ]
-        usable = [answer for answer in spoken if answer is not None]
-        found = dict(zip(map(id, usable), self._scored(usable), strict=True))
+        scored = self._scored([answer for answer in spoken if answer is not None])
         for answer in spoken:
-            yield None if answer is None else found[id(answer)]
+            yield None if answer is None else next(scored)
 
     def _prompt(self, messages: Sequence[Message]) -> list[int]:
         """The teacher's tokens of a prompt, in its own chat format if it has one."""
@@ -114,14 +109,12 @@ class TeacherModel:
         return encode_texts([text], self.tokenizer)[0]
 
     @torch.inference_mode()
-    def _generate(self, prompts: list[list[int]], wheres: list[str]) -> Iterator[tuple[list[int], bool]]:
-        """(tokens of the answer without its end, did it end by itself) for each prompt, in order."""
+    def _generate(self, asked: list[tuple[list[int], str]]) -> Iterator[tuple[list[int], bool]]:
+        """(tokens of the answer without its end, did it end by itself) for each (prompt, where), in order."""
         ends = end_ids(self.model, self.tokenizer, self.vocabulary.source.closing)
-        order = np.argsort([len(p) for p in prompts], kind="stable")
         found: dict[int, tuple[list[int], bool]] = {}
-        for start in range(0, len(prompts), self.batch_size):
-            places = order[start : start + self.batch_size].tolist()
-            rows = [prompts[i] for i in places]
+        for places in _by_length([len(prompt) for prompt, _ in asked], self.batch_size):
+            rows = [asked[i][0] for i in places]
             width = max(map(len, rows))
             input_ids = torch.tensor([[ends[0]] * (width - len(row)) + row for row in rows])
             mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -131,13 +124,12 @@ class TeacherModel:
                     input_ids=input_ids.to(self.model.device), attention_mask=mask.to(self.model.device),
                     do_sample=self.temperature > 0, temperature=self.temperature or None, top_k=0, top_p=1.0,
                     max_new_tokens=self.max_new_tokens, eos_token_id=ends, pad_token_id=ends[0],
-                    logits_processor=[_RefuseNoNumbers(places, wheres)],
+                    logits_processor=[_RefuseNoNumbers({i: asked[i][1] for i in places})],
                 )  # fmt: skip
             for i, row in zip(places, sequences[:, width:].tolist(), strict=True):
                 end = next((j for j, token in enumerate(row) if token in ends), None)
                 found[i] = (row[:end], end is not None)
-        for i in range(len(prompts)):
-            yield found[i]
+        return (found[i] for i in range(len(asked)))
 
     def _spoken(
         self, question: Question, prompt: list[int], generated: tuple[list[int], bool] | None
@@ -173,9 +165,9 @@ class TeacherModel:
     def _scored(self, spoken: list[_Spoken]) -> Iterator[TeacherAnswer]:
         """The rows of these answers, in order: one forward a batch of similar length."""
         lengths = [len(a.teacher_prompt) + len(a.teacher_answer) for a in spoken]
-        order, found = np.argsort(lengths, kind="stable"), {}
-        for start in range(0, len(spoken), self.batch_size):
-            batch = {i: spoken[i] for i in order[start : start + self.batch_size].tolist()}
+        found: dict[int, TeacherAnswer] = {}
+        for places in _by_length(lengths, self.batch_size):
+            batch = {i: spoken[i] for i in places}
             width = max(lengths[i] for i in batch)
             rows = [a.teacher_prompt + a.teacher_answer for a in batch.values()]
             input_ids = torch.tensor([row + [row[-1]] * (width - len(row)) for row in rows])
@@ -192,8 +184,13 @@ class TeacherModel:
                 wanted = row[places.to(row.device)].cpu()
                 distributions = from_logits(wanted, self.vocabulary, top_k=self.top_k)
                 found[i] = TeacherAnswer(answer.prompt_ids, answer.answer_ids, positions, distributions)
-        for i in range(len(spoken)):
-            yield found[i]
+        return (found[i] for i in range(len(spoken)))
+
+
+def _by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Batches of places, those of like length together: little padding in each."""
+    order = np.argsort(lengths, kind="stable")
+    return (order[start : start + batch_size].tolist() for start in range(0, len(order), batch_size))
 
 
 def _text(data: bytes) -> str | None:

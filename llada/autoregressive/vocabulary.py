@@ -8,19 +8,21 @@ N rows, S source columns (at least the source's ids), T target ids, n tokens of 
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-OTHER = -1
-"""The number that stands for "no counterpart"."""
+OTHER = -1  # no counterpart
+_BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}  # of byte-level BPE
+_FALLBACK = re.compile("<0x([0-9A-F]{2})>")  # sentencepiece's token of a byte that nothing else writes
 
 # role -> the spellings it has in well-known tokenizers; the first column is LLaDA's.
 ROLE_SPELLINGS = {
@@ -43,14 +45,12 @@ class TokenBytes:
         texts: bytes of each id; None for special tokens and for ids that no token has.
         tokens: spelling of each id, None for ids that no token has.
         ids_of_role: role -> id, for the special tokens whose role is known.
-        is_fallback: ids that write one byte only because nothing else could (`<0x41>`).
         drops_first_space: whether decoding removes the space in front of a text (sentencepiece adds one).
     """
 
     texts: list[bytes | None]
     tokens: list[str | None]
     ids_of_role: dict[str, int]
-    is_fallback: frozenset[int]
     drops_first_space: bool
 
     @classmethod
@@ -67,19 +67,11 @@ class TokenBytes:
         tokens: list[str | None] = [None] * size
         added = tokenizer.added_tokens_decoder
         specials = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
-        fallback = set()
         for token, i in vocabulary.items():
             tokens[i] = token
-            if i in specials:
-                continue
-            if i in added:
-                texts[i] = token.encode()
-                continue
-            texts[i], is_fallback = kind.text_of(token)
-            if is_fallback:
-                fallback.add(i)
-        roles = _roles(tokenizer, vocabulary)
-        return cls(texts, tokens, roles, frozenset(fallback), kind.drops_first_space)
+            if i not in specials:
+                texts[i] = token.encode() if i in added else kind.text_of(token)
+        return cls(texts, tokens, _roles(tokenizer, vocabulary), kind.drops_first_space)
 
     @property
     def closing(self) -> int | None:
@@ -89,19 +81,17 @@ class TokenBytes:
     @cached_property
     def id_of_text(self) -> dict[bytes, int]:
         """bytes -> id: a real token before a byte-fallback one, then the lowest id."""
-        ids: dict[bytes, int] = {}
-        for i in sorted(range(len(self.texts)), key=lambda i: (i in self.is_fallback, i)):
-            if self.texts[i]:
-                ids.setdefault(self.texts[i], i)
-        return ids
+        known = [i for i, text in enumerate(self.texts) if text]
+        known.sort(key=lambda i: (_FALLBACK.fullmatch(self.tokens[i]) is not None, i))
+        return {self.texts[i]: i for i in reversed(known)}
 
     @cached_property
     def id_of_special(self) -> dict[str, int]:
         """spelling -> id of the special tokens, and of other tokenizers' spellings of the same roles."""
-        roles = {spelling: self.ids_of_role.get(role) for spelling, role in ROLE_OF_SPELLING.items()}
-        ids = {spelling: i for spelling, i in roles.items() if i is not None}
+        roles = ROLE_OF_SPELLING.items()
+        others = {text: self.ids_of_role[role] for text, role in roles if role in self.ids_of_role}
         own = {token: i for i, token in enumerate(self.tokens) if token and self.texts[i] is None}
-        return ids | own
+        return others | own
 
     def id_of_foreign(self, spelling: str) -> int | None:
         """The id of a special token as some other tokenizer spells it, None if it is none or has no id here.
@@ -118,7 +108,7 @@ class TokenBytes:
 
     def starts(self, ids: Sequence[int]) -> np.ndarray:
         """[n + 1] where each token begins in the text's bytes, and where the text ends."""
-        return _starts([self.texts[i] for i in ids])
+        return _starts(self.texts[i] for i in ids)
 
 
 @dataclass(frozen=True)
@@ -149,29 +139,26 @@ class VocabMap:
         """
         ours = TokenBytes.of(source)
         theirs = ours if target is source else TokenBytes.of(target)
-        if ours.tokens == theirs.tokens and ours.texts == theirs.texts:
-            known = [i if token is not None else OTHER for i, token in enumerate(ours.tokens)]
-            return cls(torch.tensor(known), ours, theirs, is_identity=True)
         role_of = {i: role for role, i in ours.ids_of_role.items()}
-        target_of = [OTHER] * len(ours.tokens)
-        is_identity = True
+        target_of, is_identity = [OTHER] * len(ours.tokens), True
         for i, (token, text) in enumerate(zip(ours.tokens, ours.texts, strict=True)):
             if token is None:
                 continue
-            same = i < len(theirs.tokens) and (theirs.tokens[i], theirs.texts[i]) == (token, text)
-            if same:
+            there = (theirs.tokens[i], theirs.texts[i]) if i < len(theirs.tokens) else (None, None)
+            if there == (token, text):
                 target_of[i] = i
                 continue
-            is_identity &= i >= len(theirs.tokens) or theirs.tokens[i] is None
+            is_identity &= there[0] is None
             if text is not None:
-                target_of[i] = theirs.id_of_text.get(text, OTHER)
+                found = theirs.id_of_text.get(text)
             elif i == ours.closing and theirs.closing is not None:
-                target_of[i] = theirs.closing
+                found = theirs.closing
             else:
                 role = role_of.get(i)
-                target_of[i] = theirs.id_of_special.get(token, theirs.ids_of_role.get(role, OTHER))
-                if target_of[i] == OTHER and role in ("eot", "eos"):
-                    target_of[i] = OTHER if theirs.closing is None else theirs.closing
+                found = theirs.id_of_special.get(token, theirs.ids_of_role.get(role))
+                if found is None and role in ("eot", "eos"):
+                    found = theirs.closing
+            target_of[i] = OTHER if found is None else found
         return cls(torch.tensor(target_of), ours, theirs, is_identity)
 
     @property
@@ -255,7 +242,7 @@ def align_texts(
     return np.array([index_of.get(place, OTHER) for place in _places(target, max(-shift, 0))], dtype=np.int64)
 
 
-def _starts(texts: Sequence[bytes | None]) -> np.ndarray:
+def _starts(texts: Iterable[bytes | None]) -> np.ndarray:
     return np.cumsum([0, *(len(text or b"") for text in texts)])
 
 
@@ -270,11 +257,10 @@ def _places(texts: Sequence[bytes | None], dropped: int) -> list[tuple[int, int]
 
 def _roles(tokenizer: PreTrainedTokenizerBase, vocabulary: dict[str, int]) -> dict[str, int]:
     """role -> id. A known spelling decides; the tokenizer's own attribute fills in what is left."""
-    roles = {}
-    for role, spellings in ROLE_SPELLINGS.items():
-        found = [vocabulary[spelling] for spelling in spellings if spelling in vocabulary]
-        if found:
-            roles[role] = found[0]
+    roles: dict[str, int] = {}
+    for spelling, role in ROLE_OF_SPELLING.items():
+        if spelling in vocabulary:
+            roles.setdefault(role, vocabulary[spelling])
     for role in ROLE_ATTRIBUTES:
         i = getattr(tokenizer, f"{role}_token_id")
         # SmolLM2 calls its <|im_end|> eos: that is a known end of turn, and stays one
@@ -312,27 +298,12 @@ class _Decoder:
             f"{sorted(parts) or 'missing'}); byte-level BPE and sentencepiece tokenizers can"
         )
 
-    def text_of(self, token: str) -> tuple[bytes, bool]:
-        """(bytes of an ordinary token, is it a byte-fallback token)."""
+    def text_of(self, token: str) -> bytes:
+        """The bytes of an ordinary token."""
         if self.is_byte_level:
-            # as the decoder does: a spelling with a foreign character stands for itself
             codes = [_BYTE_OF.get(character) for character in token]
-            return (token.encode() if None in codes else bytes(codes)), False
-        if self.has_byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return bytes([int(token[3:5], 16)]), True
-        return token.replace(self.space, " ").encode(), False
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """character -> byte of byte-level BPE: printable Latin-1 stands for itself, the rest from U+0100 on.
-
-    Source: GPT-2's tokenizer.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in set(printable)]
-    table = {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(rest)}
-    assert set(table) == set(pre_tokenizers.ByteLevel.alphabet())
-    return table
-
-
-_BYTE_OF = _byte_alphabet()
+            # as the decoder does: a spelling with a foreign character stands for itself
+            return token.encode() if None in codes else bytes(codes)
+        if self.has_byte_fallback and (found := _FALLBACK.fullmatch(token)):
+            return bytes([int(found[1], 16)])
+        return token.replace(self.space, " ").encode()
