@@ -77,13 +77,13 @@ if __name__ == "__main__":
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from llada.data.final_answer import final_answer
 from llada.data.prompts import Prompt, read_asked_prompts
 from llada.diffusion.bound_estimator import MaskSettings
 from llada.diffusion.likelihood import LikelihoodSettings, Request, score_answers
 from llada.models.building import load_for_inference
 from llada.models.checkpoints import describe_checkpoint
 from llada.resumable import ResumableJob, write_atomically
-from llada.rewards.verifiers import final_answer
 from llada.run import Run, barrier, end_run, start_processes, start_run
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 

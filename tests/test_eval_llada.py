@@ -267,6 +267,10 @@ def test_chat_templates_and_bos(lm):
         ("all of it", [], "all of it"),
         ("all of it", [""], "all of it"),
         ("<think>\n1\n</think>42\nQuestion:", ["\n"], "42"),
+        ("<think>\n1\n</think>\n\n42\nQuestion:", ["\n"], "42"),  # its white space is no stop string
+        ("1 + 1</think>\n2", ["\n"], "2"),  # the template has opened the thought
+        ("<think>never ends, 42", [], ""),
+        ("\n42", ["\n"], ""),
     ],
 )
 def test_answers_are_cut_at_the_first_stop_string(text, until, expected):

@@ -10,7 +10,7 @@ import pytest
 from llada.rewards import functions as rewards
 from llada.rewards.functions import puzzle_solved
 from llada.rewards.scoring import Reward, compute_rewards, load_rewards
-from llada.rewards.verifiers import cells, countdown_solved, evaluate, final_answer, sudoku_solved
+from llada.rewards.verifiers import cells, countdown_solved, evaluate, sudoku_solved
 
 PUZZLE = "1004420020433410"
 SOLVED = "1324423121433412"
@@ -41,15 +41,6 @@ def answers(name, completions, **fields):
     return rewards.BUILT_IN[name](prompts=["p"] * len(completions), completions=completions, **columns)
 
 
-def test_the_final_answer_stands_outside_the_thoughts():
-    assert final_answer("<think>a</think>\n4") == "4"
-    assert final_answer("4<think>never ends") == "4"
-    assert final_answer("<think>a</think>x<think>b</think>y") == "xy"
-    assert (
-        final_answer("<think>the <answer>1</answer>?</think><answer>2</answer><answer> 3 </answer>!") == "3"
-    )
-
-
 def test_sudoku():
     rows = "\n".join(" ".join(SOLVED[i : i + 4]) for i in range(0, 16, 4))
     grid = [[int(c) for c in PUZZLE[i : i + 4]] for i in range(0, 16, 4)]
@@ -59,6 +50,15 @@ def test_sudoku():
     other = SOLVED.translate(str.maketrans("12", "21"))  # a valid grid of another puzzle
     assert answers("sudoku", [other], puzzle=PUZZLE) == [0.0]
     assert answers("sudoku", [SOLVED], puzzle=None, metadata={}) == [None]
+    cells_of = {"puzzle": PUZZLE, "solution": SOLVED}
+    half = "<answer>13244___21433412</answer>"
+    assert answers(
+        "sudoku_cells", [rows, f"<answer>{SOLVED}</answer>", half, PUZZLE, "none"], **cells_of
+    ) == [*(1.0, 1.0, 6 / 9, 0.0, 0.0)]
+    table = "| 1 | 3 | 2 | 4 |\n|---|---|---|---|\n| 4 | 2 | 3 | 1 |\n| 2 | 1 | 4 | 3 |\n| 3 | 4 | 1 | 2 |"
+    latex = r"\[\begin{array}{|cc|cc|} 1&3&2&4\\4&2&3&1\\ \hline 2&1&4&3\\3&4&1&2 \end{array}\]"
+    drawn = [table, f"Here it is:\n\n{rows}\n\nEvery row has all digits.", latex, f"```\n{rows}\n```"]
+    assert answers("sudoku", drawn, puzzle=PUZZLE) == [1.0] * 4
     assert cells("1__4\n42.0") == [1, 0, 0, 4, 4, 2, 0, 0]
     with pytest.raises(ValueError, match="4 x 4 or 9 x 9"):
         sudoku_solved("1", [0] * 25)
@@ -73,13 +73,25 @@ def test_countdown():
         "94*4=376,376-61=315,315-6=309",
         "(94*4)-(61+6)",
         "-6-61+94*4",
+        "309 = 94*4-61-6",
+        r"94 \times 4 - 61 - 6 = 309.0",
+        r"$\left(94 \cdot 4\right) - [61 + 6]$",
+        "**94 × 4 − 61 − 6**",
+        "4(94) - 61 - 6",
+        "1. 94*4 = 376\n2. 376 - 61 = 315\n3. 315 - 6 = 309",
     ]
     wrong = ["309", "94*4 - 61", "94*4-61-6=308", "94*4=376,376-61=315", "94*4=377,377-61=316,316-6=310",
-             "94*4-61-6+0", "94*4-61-6; print(1)", "94**4", "94*4=376", "=309"]  # fmt: skip
+             "94*4-61-6+0", "94*4-61-6; print(1)", "94**4", "94*4=376", "=309",
+             "94*4-61 = 309+6", "94*4-61-6 = 309 = 300", "not 94*4-61-6",
+             "94*4=376-61=315-6=309"]  # fmt: skip
     for answer in right:
         assert countdown_solved(answer, [6, 61, 94, 4], 309), answer
     for answer in wrong:
         assert not countdown_solved(answer, [6, 61, 94, 4], 309), answer
+    assert countdown_solved(r"\frac{8}{3 - \frac{8}{3}}", [8, 3, 8, 3], 24)
+    graded = {"numbers": [6, 61, 94, 4], "target": 309}
+    texts = ["<answer>94*4-61-6</answer>", "<answer>94*4</answer>", "<think><answer>1</answer></think>309"]
+    assert answers("countdown_graded", texts, **graded) == [1.0, 0.1, 0.0]
     assert countdown_solved("8/(3-8/3)", [8, 3, 8, 3], 24)  # exact: 23.999999 in floating point
     assert answers("countdown", ["94*4 - 61 - 6"], numbers=[6, 61, 94, 4], target=309) == [1.0]
     assert evaluate("1/0") is None and evaluate("f(1)") is None and evaluate("1e9") is None
@@ -87,13 +99,13 @@ def test_countdown():
 
 def test_mathematics():
     gold = "She sells 9 eggs: 9 * 2 = <<9*2=18>>18.\n#### 18"
-    assert (
-        answers("math", ["#### 18", "The answer is 18.", "\\boxed{36/2}", "$18.0"], answer=gold) == [1.0] * 4
-    )
+    assert answers("math", ["#### 18", "The answer is 18.", "\\boxed{18}", "$18.0"], answer=gold) == [1.0] * 4
+    assert answers("math", ["\\boxed{36/2}"], answer=gold) == [0.0]  # a sum left undone
+    assert answers("math", ["\\boxed{36/2}"], answer=gold, allow_expressions=True) == [1.0]
     assert answers("math", ["#### 19", "no idea", "", "<think>18"], answer=gold) == [0.0] * 4
     assert answers("math", ["0.5"], answer="\\frac{1}{2}") == [1.0]
     assert answers("math", ["#### 1200"], answer="#### 1,200") == [1.0]
-    assert answers("math", ["4"], answer="") == [None]
+    assert answers("math", ["4"], answer=None) == [None]
 
 
 def test_format_and_code():
@@ -105,6 +117,12 @@ def test_format_and_code():
         "<think>a</think>b<think>c</think>",
     ]
     assert answers("format", texts) == [1.0, 0.0, 0.0, 0.0, 0.0]
+    texts = [
+        "<reasoning>a</reasoning>\n<answer>b</answer>",
+        "<reasoning>a</reasoning>b",
+        "<answer>b</answer>",
+    ]
+    assert answers("reasoning_format", texts) == [1.0, 0.0, 0.0]
     test = "def check(candidate):\n    assert candidate(2) == 4"
     good, bad = "def double(x):\n    return 2 * x", "def double(x):\n    return x"
     texts = [
@@ -131,7 +149,7 @@ def test_no_text_does_harm(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rewards, "SECONDS", 0.5)
     columns = {"puzzle": PUZZLE, "answer": "#### 18", "numbers": [6, 61], "target": 67, "test": "assert 0"}
-    columns |= {"task": "countdown", "metadata": {"numbers": [6, 61], "target": 67}}
+    columns |= {"solution": SOLVED, "task": "countdown", "metadata": {"numbers": [6, 61], "target": 67}}
     started = time.monotonic()
     for name in rewards.BUILT_IN:
         given = answers(name, ADVERSARIAL, **columns)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from llada.data.final_answer import code_blocks
 from llada.rewards.sandbox import on_all_cores, runs_through
-from llada.rewards.verifiers import code_blocks
 
 
 def pass_at_1(references: list[str], predictions: list[list[str]]) -> dict[str, float]:

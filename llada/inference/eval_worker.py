@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from tqdm import tqdm
 
+from llada.data.final_answer import opens_thought, without_thoughts
 from llada.diffusion.bound_estimator import MaskSettings
 from llada.diffusion.likelihood import LikelihoodSettings, Request, iter_greedy, iter_scores
 from llada.inference.eval_args import ModelArgs
@@ -27,7 +28,6 @@ from llada.run import start_run
 from modelling_final import LLaDAGenerationConfig
 
 log = logging.getLogger("lm_eval.llada")
-THINK_END = "</think>"
 # A rank may wait hours for the slowest one; the default timeout of a process group is half an hour.
 PATIENCE = timedelta(days=7)
 # Arguments that do not change a result: a run may continue with others.
@@ -173,7 +173,8 @@ class EvalRank:
             end = next((i for i, token in enumerate(token_ids) if token in self.ids.ends), len(token_ids))
             text = self.tokenizer.decode(token_ids[:end], skip_special_tokens=True)
             raw = self.tokenizer.decode(token_ids)
-            yield key, cut_answer(text, prompt.until), {"prompt": prompt.text, "raw": raw, "num_tokens": end}
+            answer = cut_answer(text, prompt.until, starts_inside=opens_thought(prompt.text))
+            yield key, answer, {"prompt": prompt.text, "raw": raw, "num_tokens": end}
 
 
 def _deal(items: dict[str, Any], world_size: int) -> list[dict[str, Any]]:
@@ -191,8 +192,9 @@ def _length(item: Request | Generation) -> int:
     return len(item.context) + len(item.answer) if isinstance(item, Request) else len(item.token_ids)
 
 
-def cut_answer(text: str, until: Sequence[str]) -> str:
-    """The text after the model's thinking, up to the first of the stop strings."""
-    text = text.rsplit(THINK_END, 1)[-1]
-    cuts = [at for stop in until if stop and (at := text.find(stop)) >= 0]
-    return text[: min(cuts)] if cuts else text
+def cut_answer(text: str, until: Sequence[str], *, starts_inside: bool = False) -> str:
+    """The text behind the model's thoughts, up to the first of the stop strings."""
+    text = without_thoughts(text, starts_inside=starts_inside)
+    for stop in filter(None, until):
+        text = text.partition(stop)[0]
+    return text

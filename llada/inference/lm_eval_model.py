@@ -16,6 +16,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 
+from llada.data.final_answer import opens_thought
 from llada.diffusion.likelihood import Request
 from llada.inference.eval_args import parse_model_args
 from llada.inference.eval_worker import EvalRank, Generation
@@ -174,9 +175,11 @@ class LLaDADist(TemplateLM):
             settings = self._settings(task_settings)
             until = task_settings.get("until") or []
             until = (until,) if isinstance(until, str) else tuple(until)
-            text = context if self.args.use_thinking else context + ANSWER_AT_ONCE
+            text = context
+            if not self.args.use_thinking:
+                text += "\n</think>\n\n" if opens_thought(context) else ANSWER_AT_ONCE
             token_ids = self._fit(self.tok_encode(text) or [self.prefix_token_id], settings["gen_length"])
-            prompt = Generation(context, token_ids, until, settings)
+            prompt = Generation(text, token_ids, until, settings)
             base = self.log.key("answer", prompt)
             # repeats of one prompt differ only where tokens are drawn
             repeat = seen[base] if settings["temperature"] > 0 else 0

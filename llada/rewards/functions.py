@@ -5,18 +5,24 @@ a function of TRL's signature, which gives one value a completion, None where it
 
     def reward(prompts, completions, **columns) -> list[float | None]
 
-Ours read the part of a completion behind its `<think>`, and stay harmless whatever the text is: see
-llada/rewards/sandbox.py. To add one, write it here and add it to BUILT_IN.
+Ours find the answer by llada/data/final_answer.py, and stay harmless whatever the text is: see
+llada/rewards/sandbox.py. To add one, write it here and add it to BUILT_IN. What each accepts: docs/grpo.md.
 """
 
+import ast
 import functools
 import inspect
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
+from llada.data.final_answer import code_blocks, final_answer, last_tag, undressed, without_thoughts
 from llada.rewards import verifiers
+from llada.rewards.mathematics import canonical, compare
 from llada.rewards.sandbox import ConfinedModule, on_all_cores, runs_through
-from llada.rewards.verifiers import cells, code_blocks, final_answer
+from llada.rewards.verifiers import cells, has_format
 
 RewardFunction = Callable[..., Any]
 Values = list[float | None]
@@ -71,9 +77,9 @@ def of_each(reward: Callable[..., float | None]) -> RewardFunction:
 @of_each
 def reasoning_gym_partial(text: str, *, task: str, answer: Any, metadata: Any) -> float:
     """reasoning-gym's own score of the final answer, from 0 to 1: most tasks give credit for a near miss."""
-    entry = {"answer": answer, "metadata": metadata}
-    given = final_answer(text)
-    return _libraries.call("reasoning_gym", task, given, entry, seconds=SECONDS, failed=0.0)
+    given, entry = final_answer(text), {"answer": answer, "metadata": metadata}
+    score = _libraries.call("reasoning_gym", task, given, entry, seconds=SECONDS, failed=0.0)
+    return 1.0 if canonical(given) == canonical(str(answer)) != "" else score
 
 
 @of_each
@@ -99,28 +105,53 @@ def puzzle_solved(completion: str, record: Mapping[str, Any]) -> float:
 @of_each
 def format(text: str) -> bool:
     """Whether the completion is `<think>`, a thought, `</think>`, an answer."""
-    return verifiers.is_thought_format(text)
+    return has_format(text, "think")
 
 
 @of_each
-def sudoku(text: str, *, puzzle: Any) -> bool:
+def reasoning_format(text: str) -> bool:
+    """Whether it is `<reasoning>`, a text, `</reasoning>`, `<answer>`, an answer, `</answer>`, as d1 asks."""
+    return has_format(text, "reasoning", "answer")
+
+
+@of_each
+def sudoku(text: str, *, puzzle: Any, was_cut: bool | None = None) -> bool:
     """Whether the final answer fills `puzzle`, digits or rows, by the rules."""
-    return verifiers.sudoku_solved(final_answer(text), cells(puzzle))
+    return verifiers.sudoku_solved(final_answer(text, was_cut=was_cut), cells(puzzle))
 
 
 @of_each
-def countdown(text: str, *, numbers: Sequence[Any], target: Any) -> bool:
+def sudoku_cells(text: str, *, puzzle: Any, solution: Any) -> float:
+    """Share of the empty cells of `puzzle` that the final answer fills as `solution` does: d1's score."""
+    return verifiers.sudoku_cells(text, cells(puzzle), cells(solution))
+
+
+@of_each
+def countdown(text: str, *, numbers: Sequence[Any], target: Any, was_cut: bool | None = None) -> bool:
     """Whether the final answer makes `target` of all `numbers`, each once."""
-    return verifiers.countdown_solved(final_answer(text), [int(n) for n in numbers], int(target))
+    answer = final_answer(text, was_cut=was_cut)
+    return verifiers.countdown_solved(answer, [int(n) for n in numbers], int(target))
 
 
 @of_each
-def math(text: str, *, answer: Any) -> bool | None:
-    """Whether the final answer has the value of `answer` (GSM8K's text with `####`, LaTeX, or a number).
+def countdown_graded(text: str, *, numbers: Sequence[Any], target: Any) -> float:
+    """As `countdown`, but any other answer in `<answer>` tags is worth 0.1: d1's reward."""
+    if countdown.__wrapped__(text, numbers=numbers, target=target):
+        return 1.0
+    return 0.1 if last_tag(without_thoughts(text)) is not None else 0.0
 
-    None where `answer` is no mathematics.
+
+@of_each
+def math(text: str, *, answer: Any, was_cut: bool | None = None, allow_expressions: bool = False) -> bool:
+    """Whether the final answer is `answer`: its text, its number, or the same mathematics.
+
+    `answer` is GSM8K's text with `####`, a solution with a box, LaTeX, a number, or a few words.
     """
-    return _libraries.call("math_equal", final_answer(text), str(answer), seconds=SECONDS, failed=False)
+    given, gold = final_answer(text, was_cut=was_cut), str(answer)
+    found = compare(given, gold, allow_expressions=allow_expressions)
+    if found is None:
+        found = _libraries.call("same_value", given, gold, seconds=SECONDS, failed=False)
+    return found
 
 
 @of_each
@@ -129,19 +160,34 @@ def code(text: str, *, test: str, entry_point: str | None = None) -> bool:
 
     With `entry_point`, `test` defines check(candidate), as in HumanEval.
     """
-    program = program_of(final_answer(text), entry_point)
     check = f"check({entry_point})\n" if entry_point else ""
-    return runs_through(f"{program}\n\n{test}\n{check}", seconds=SECONDS)
+    return runs_through(f"{program_of(text, entry_point)}\n\n{test}\n{check}", seconds=SECONDS)
 
 
-def program_of(answer: str, entry_point: str | None) -> str:
-    """The fenced block that defines `entry_point`, else the last one, else all of the answer."""
-    blocks = code_blocks(answer)
-    defining = [block for block in blocks if entry_point and f"def {entry_point}" in block]
-    return [answer, *blocks, *defining[:1]][-1]
+def program_of(completion: str, entry_point: str | None) -> str:
+    """The fenced block that defines `entry_point`, else the last one, else what else is a program."""
+    text = without_thoughts(completion)
+    # a program without a fence, dressed or behind "The answer is", begins with one of these
+    starts = islice(re.finditer(r"\b(?:from|import|def|class)\s|@\w", text), 20)
+    bare = [undressed(text), *(text[start.start() :].strip("*$`. \n") for start in starts)]
+    found = [*code_blocks(text)[::-1], final_answer(completion), *bare]
+    programs = [program for program in found if _is_program(program)]
+    defining = [program for program in programs if entry_point and f"def {entry_point}" in program]
+    return [*defining, *programs, *found][0]
+
+
+def _is_program(text: str) -> bool:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of strange escapes in what a model wrote
+            return bool(ast.parse(text).body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
 
 
 BUILT_IN: dict[str, RewardFunction] = {
     reward.__name__: reward
-    for reward in (reasoning_gym, reasoning_gym_partial, format, math, sudoku, countdown, code)
+    for reward in (
+        *(reasoning_gym, reasoning_gym_partial, math, sudoku, sudoku_cells, countdown, countdown_graded),
+        *(code, format, reasoning_format),
+    )
 }

@@ -1,7 +1,7 @@
-"""Which answers are right: sudoku, countdown, mathematics, and reasoning-gym's own puzzles.
+"""Which answers are right: sudoku, countdown, and reasoning-gym's own puzzles.
 
-Every function takes text that a model wrote. Sudoku and countdown are bounded by themselves; the libraries
-behind `math_equal` and `reasoning_gym` may hang on a text, or evaluate it, and are only called in a
+Every function takes text that a model wrote. Sudoku and countdown are bounded by themselves; the library
+behind `reasoning_gym` may hang on a text, or evaluate it, and is only called in a
 `llada.rewards.sandbox.ConfinedModule`.
 """
 
@@ -15,45 +15,29 @@ from fractions import Fraction
 from functools import cache
 from typing import Any
 
-MAX_CHARACTERS = 4000  # a longer answer is wrong
+from llada.data.final_answer import final_answer, plain, undressed, without_thoughts
+from llada.rewards.mathematics import MAX_CHARACTERS, parses, same_value
+
+__all__ = ["parses", "same_value"]  # for the one process with the libraries
+
 MAX_DIGITS = 12
 
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-_DIGIT_GRID = re.compile(r"[1-9]")
+# What draws a grid in text, Markdown or LaTeX, between its digits.
+_LINES = re.compile(r"\\(?:begin|end)\s*\{\w+\}(?:\{[^{}]*\})?|\\hline|\\\\|[&|+,\[\]\s-]")
 
 
-def final_answer(completion: str) -> str:
-    """The completion without its `<think>` parts, or what stands in its last `<answer>` tags.
-
-    An unfinished `<think>` leaves no answer at all.
-    """
-    answer = []
-    while True:
-        before, opened, rest = completion.partition("<think>")
-        answer.append(before)
-        if not opened:
-            break
-        _, closed, completion = rest.partition("</think>")
-        if not closed:
-            break
-    text = "".join(answer)
-    if "<answer>" in text:
-        text = text.rpartition("<answer>")[2].partition("</answer>")[0]
-    return text.strip()
-
-
-def code_blocks(text: str) -> list[str]:
-    """The Python in fences of three backticks; the last fence may be open."""
-    return re.findall(r"```(?:[Pp]ython|py)?[^\S\n]*\n(.*?)(?:```|\Z)", text, flags=re.DOTALL)
-
-
-def is_thought_format(completion: str) -> bool:
-    """Whether it is `<think>`, some text, `</think>`, and an answer, each tag once."""
-    text = completion.strip()
-    if not text.startswith("<think>") or text.count("<think>") != 1 or text.count("</think>") != 1:
+def has_format(text: str, first: str, second: str | None = None) -> bool:
+    """Whether a text is something in tags `first`, then something (in tags `second`), each tag once."""
+    tags = [f"<{end}{name}>" for name in (first, second) if name for end in ("", "/")]
+    parts = [text]
+    for tag in tags:
+        *head, last = parts
+        parts = [*head, *last.split(tag)]
+    if len(parts) != len(tags) + 1:
         return False
-    thought, _, answer = text.removeprefix("<think>").partition("</think>")
-    return bool(thought.strip()) and bool(answer.strip())
+    is_filled = [bool(part.strip()) for part in parts]
+    return is_filled == ([False, True, True] if second is None else [False, True, False, True, False])
 
 
 def cells(grid: str | Sequence[Any]) -> list[int]:
@@ -73,10 +57,10 @@ def sudoku_solved(answer: str, puzzle: Sequence[int]) -> bool:
     box = math.isqrt(side)
     if side**2 != len(puzzle) or box**2 != side or side not in (4, 9):
         raise ValueError(f"a sudoku has 4 x 4 or 9 x 9 cells, got {len(puzzle)}")
-    if len(answer) > MAX_CHARACTERS or not set(answer) <= set("0123456789 \t\r\n|+-,[]"):
+    if len(answer) > MAX_CHARACTERS:
         return False
-    grid = [int(digit) for digit in _DIGIT_GRID.findall(answer)]
-    if len(grid) != len(puzzle) or "0" in answer:
+    grid = [int(digit) for digit in _grid_of(answer)]
+    if len(grid) != len(puzzle):
         return False
     if any(given not in (0, value) for given, value in zip(puzzle, grid, strict=True)):
         return False
@@ -88,6 +72,36 @@ def sudoku_solved(answer: str, puzzle: Sequence[int]) -> bool:
         for c in range(0, side, box)
     ]
     return all(sorted(group) == list(range(1, side + 1)) for group in groups)
+
+
+def _grid_of(answer: str) -> str:
+    """The digits of the last lines of a text that are rows of a grid."""
+    rows: list[str] = []
+    for line in reversed(answer.splitlines()):
+        row = _LINES.sub("", line.strip("$`* "))
+        if row.isdecimal():
+            rows.append(row)
+        elif row and rows:
+            break
+    return "".join(reversed(rows))
+
+
+def sudoku_cells(completion: str, puzzle: Sequence[int], solution: Sequence[int]) -> float:
+    """Share of the puzzle's empty cells that are filled as in its solution; the answer is padded, or cut.
+
+    Source: d1's parse_and_get_acc.py, to the cell: what is no digit of an answer stands in a cell's place.
+    """
+    size, text = len(puzzle), without_thoughts(completion)
+    tagged = [part.partition("<answer>")[2] for part in text.split("</answer>")[:-1]]
+    tagged = [inside for inside in tagged if inside.strip()]
+    given = _LINES.sub("", undressed(tagged[-1]) if tagged else final_answer(text))
+    if not tagged and not given.isdecimal():
+        found = re.search(rf"(\d{{{size}}})\s*</answer>|\b\d{{{size}}}\b", text)
+        given = found[1] or found[0] if found else ""
+    if len(given) > MAX_CHARACTERS:
+        return 0.0
+    empty = [i for i, cell in enumerate(puzzle) if cell == 0]
+    return sum(given[i : i + 1] == str(solution[i]) for i in empty) / max(len(empty), 1)
 
 
 def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
@@ -113,27 +127,38 @@ def _value(node: ast.AST, numbers: list[int]) -> Fraction:
     raise ValueError(f"not arithmetic: {ast.dump(node)[:40]}")
 
 
+def _arithmetic(text: str) -> str:
+    """An expression as Python writes it, from LaTeX, brackets of all kinds, and signs left out."""
+    text, before = plain(undressed(text)), ""
+    while before != text:
+        before, text = text, re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))", text)
+    text = re.sub(r"(?<=\d)\.0+(?!\d)", "", text)  # 62.0
+    text = re.sub(r"(?<=[\d)])\s*[xX]\s*(?=[\d(])", "*", text.translate(str.maketrans("[]{}", "()()")))
+    return re.sub(r"(?<=\d)\s*(?=\()|(?<=\))\s*(?=[\d(])", "*", text)
+
+
 def countdown_solved(answer: str, numbers: Sequence[int], target: int) -> bool:
     """Whether the answer makes `target` of all the `numbers`, each once.
 
-    Accepted: an expression, `94*4 - 61 - 6`, also with `= 309` behind it; or steps that use the results of
-    earlier ones, `44-15=29,79-29=50`.
+    Accepted: an expression, `94*4 - 61 - 6`, also with `= 309` behind it or `309 =` before it; or steps that
+    use the results of earlier ones, `44-15=29,79-29=50`.
     """
     if len(answer) > MAX_CHARACTERS:
         return False
-    steps = [step for step in re.split(r"[,;\n]", answer) if step.strip()]
+    steps = [step for step in re.split(r"[,;\n]|\\\\", answer) if step.strip()]
     if not 1 <= len(steps) <= len(numbers):
         return False
     available, result = Counter(numbers), None
     for step in steps:
-        expression, equals, claimed = step.partition("=")
-        found = evaluate(expression)
-        if found is None:
+        sides = re.sub(r"^\s*(?:[Ss]tep\s*)?\d+\s*[:.)]\s+(?=\S)", "", step).split("=")  # "1. 44 - 15 = 29"
+        found = [evaluate(_arithmetic(side)) for side in sides]
+        if len(found) > 2 or None in found or len({value for value, _ in found}) > 1:
             return False
-        result, used = found
-        if equals and (not claimed.strip().removeprefix("-").isdecimal() or len(claimed) > MAX_DIGITS):
+        if len(steps) > 1 and len(found) == 1:
             return False
-        if (equals and int(claimed) != result) or (not equals and len(steps) > 1):
+        # the longer side of `309 = 94*4 - 61 - 6` is the sum, the other only says what it is
+        result, used = max(found, key=lambda side: len(side[1]))
+        if len(found) == 2 and min(len(side[1]) for side in found) > 1:
             return False
         if Counter(used) - available:
             return False
@@ -144,34 +169,8 @@ def countdown_solved(answer: str, numbers: Sequence[int], target: int) -> bool:
     return result == target and not +left
 
 
-def gold_number(answer: str) -> str:
-    """What stands behind GSM8K's `####`, or the whole text."""
-    return answer.rpartition("####")[2].strip().replace(",", "") if "####" in answer else answer
-
-
-def math_equal(answer: str, gold: str) -> bool | None:
-    """Whether the answer is the same value as the gold one; None if the gold one is no mathematics.
-
-    Source: math-verify, which reads LaTeX, fractions, percentages, sets and intervals.
-    """
-    from math_verify import parse, verify
-
-    # The worker has limits; the library's own use signals, which are for its caller.
-    expected = parse(_as_latex(gold_number(gold)), parsing_timeout=None)
-    if not expected:
-        return None
-    if len(answer) > MAX_CHARACTERS:
-        return False
-    given = answer.rpartition("####")[2] if "####" in answer else answer
-    return bool(verify(expected, parse(given, parsing_timeout=None), timeout_seconds=None))
-
-
-def _as_latex(text: str) -> str:
-    return text if "$" in text or "\\boxed" in text else f"${text}$"
-
-
 def import_libraries() -> None:
-    """What `math_equal` and `reasoning_gym` need, so that no answer's time goes into imports."""
+    """What `same_value` and `reasoning_gym` need, so that no answer's time goes into imports."""
     import math_verify
     import reasoning_gym
 
