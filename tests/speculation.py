@@ -5,7 +5,7 @@ import copy
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from conftest import load_script
+from llada.models.causal_layout import convert
 from llada.speculative.bridge import Bridge
 
 FLOAT64 = torch.float64
@@ -34,7 +34,6 @@ def make_drafter(verifier, tokenizer, *, noise=0.0, causal=True, seed=1):
 
     The tokenizer gets a mask token behind the verifier's ids.
     """
-    convert = load_script("scripts/convert_ar.py").convert
     source = copy.deepcopy(verifier)
     model = convert(source, tokenizer, logit_shift=True)
     model.config.max_sequence_length = 128

@@ -21,6 +21,7 @@ from transformers import (
 
 from conftest import load_script
 from llada.autoregressive import causal_lm
+from llada.models import causal_layout
 from llada.models.checkpoints import load_model
 from llada.models.tokens import load_tokenizer, special_ids
 from modelling_final import LLaDAModelLM
@@ -189,9 +190,9 @@ def test_a_base_tokenizer_keeps_rows_for_the_chat_tokens(tmp_path):
 
 def test_end_of_turn_is_what_the_template_writes():
     tokenizer = make_tokenizer(eos="<|endoftext|>")
-    assert convert_ar.end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert causal_layout.end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
-    assert convert_ar.end_of_turn(tokenizer) is None
+    assert causal_layout.end_of_turn(tokenizer) is None
 
 
 def test_first_layers_only(tmp_path):
@@ -226,7 +227,7 @@ def test_dtype_and_reported_difference(tmp_path, capsys):
 
 def test_weights_are_renamed_not_copied():
     source, tokenizer = llama(vocab_size=NUM_KNOWN + 12), make_tokenizer()
-    model = convert_ar.convert(source, tokenizer)
+    model = causal_layout.convert(source, tokenizer)
     theirs = {weight.data_ptr() for weight in source.parameters()}
     assert {weight.data_ptr() for weight in model.parameters()} == theirs
 
