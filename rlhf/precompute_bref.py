@@ -101,6 +101,7 @@ from llada.diffusion.likelihood import Request
 from llada.models.checkpoints import load_model
 from llada.models.tokens import SpecialIds, load_tokenizer, special_ids
 from llada.policies.kto_reference import (
+    BrefSettings,
     base_seed,
     draw_masks,
     fingerprint,
@@ -218,16 +219,8 @@ def main(argv: list[str] | None = None) -> None:
     model = load_model(config.model_path, dtype=config.weights_dtype, device=run.device).eval()
     ids = special_ids(model.config, tokenizer)
     check_mask_token(config, ids.mask, tokenizer)
-    settings = fingerprint(
-        config.model_path,
-        tokenizer,
-        max_length=config.max_length,
-        mask_id=ids.mask,
-        eos=config.eos,
-        chat=config.apply_chat_template,
-        dtype=config.dtype,
-        weights_dtype=config.weights_dtype,
-    )
+    flags = (config.eos, config.apply_chat_template, config.dtype, config.weights_dtype)
+    settings = fingerprint(config.model_path, tokenizer, BrefSettings(config.max_length, ids.mask, *flags))
     parts = f"{config.output_file}.parts"
     job = ResumableJob(parts, {**settings, "draws": k_vals[-1]}, rank=run.rank, world_size=run.world_size)
     tokens = [found.tokens for found in encoded]

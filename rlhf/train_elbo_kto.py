@@ -131,10 +131,11 @@ from llada.diffusion.bound_gradient import (
 )
 from llada.diffusion.likelihood import Request
 from llada.diffusion.preference_losses import kto_baseline, kto_losses
-from llada.policies.answer_stream import AnswerBatch, Answers, AnswerStream
+from llada.policies.answer_stream import AnswerBatch, Answers, AnswerStream, sums_of
 from llada.policies.kto_reference import (
     BrefFile,
     BrefRecord,
+    BrefSettings,
     check_fingerprint,
     fingerprint,
     plan_of,
@@ -144,7 +145,7 @@ from llada.policies.kto_reference import (
 )
 from llada.policies.reference_model import Reference, make_reference
 from llada.policies.stage import PolicyStage
-from llada.run import Run, Sums, autocast, sum_over_ranks
+from llada.run import Run, Sums, autocast, means_over_ranks, sum_over_ranks
 from llada.training.dry_run import Rows
 from llada.training.loop import LossParts
 
@@ -172,17 +173,9 @@ def check_made_with(file: BrefFile, config: Config, tokenizer: PreTrainedTokeniz
     if file.fingerprint is None:
         return
     reference = config.ref_model_name_or_path or config.sft_adapter_path or config.model_name_or_path
-    expected = fingerprint(
-        reference,
-        tokenizer,
-        max_length=config.max_length,
-        mask_id=mask_id,
-        eos=config.eos,
-        chat=file.fingerprint["chat"],
-        dtype=config.dtype,
-        weights_dtype=config.dtype if config.use_lora else "float32",
-    )
-    check_fingerprint(file.fingerprint, expected, file.records[0].where)
+    chat, weights_dtype = file.fingerprint["chat"], config.dtype if config.use_lora else "float32"
+    settings = BrefSettings(config.max_length, mask_id, config.eos, chat, config.dtype, weights_dtype)
+    check_fingerprint(file.fingerprint, fingerprint(reference, tokenizer, settings), file.records[0].where)
 
 
 def answers_of(
@@ -194,9 +187,8 @@ def answers_of(
     if config.z0_mode == "kl_mismatched":
         answer = records[neighbour].tokens.answer[: config.max_length - len(tokens.context)]
         other = Request(tokens.context, answer, f"{record_id} {neighbour}")
-        others = [
-            (other, plan_draws([other], MaskSettings(config.n_mc_samples), config.seed, "kl", epoch)[0])
-        ]
+        masks = MaskSettings(config.n_mc_samples)
+        others = [(other, *plan_draws([other], masks, config.seed, "kl", epoch))]
     request = Request(tokens.context, tokens.answer, str(record_id))
     numbers = {"b_ref": [record.b_ref], "is_desirable": [float(record.is_desirable)]}
     return Answers([request], [plan_of(record.masks)], numbers, others)
@@ -211,7 +203,7 @@ def step_sums(ratios: Tensor, z0: Tensor, policy: Tensor, batch: AnswerBatch, be
     """What to log: the published program's names, then TRL's."""
     desirable = batch.numbers["is_desirable"].bool()
     s = (beta * (ratios - z0)).abs()
-    values_of = {
+    columns = {
         "abs_beta_r/mean": (beta * ratios).abs(),
         "abs_beta_s/mean": s,
         "abs_r_hat_z0/mean": (ratios - z0).abs(),
@@ -224,7 +216,7 @@ def step_sums(ratios: Tensor, z0: Tensor, policy: Tensor, batch: AnswerBatch, be
         "logps/chosen": policy[desirable],
         "logps/rejected": policy[~desirable],
     }
-    return {name: (float(values.sum()), len(values)) for name, values in values_of.items()}
+    return sums_of(columns)
 
 
 class KtoLoss:
@@ -301,10 +293,9 @@ class KtoLoss:
             "rewards/chosen": rewards[is_desirable],
             "rewards/rejected": rewards[~is_desirable],
         }
-        flat = sum_over_ranks([n for values in parts.values() for n in (float(values.sum()), len(values))])
-        means = {f"eval_{name}": flat[2 * i] / max(1.0, flat[2 * i + 1]) for i, name in enumerate(parts)}
-        margin = means["eval_rewards/chosen"] - means["eval_rewards/rejected"]
-        return means | {"eval_rewards/margins": margin}
+        found = dict.fromkeys(parts, 0.0) | means_over_ranks(sums_of(parts))
+        found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+        return {f"eval_{name}": value for name, value in found.items()}
 
 
 def usable(file: BrefFile, config: Config) -> list[BrefRecord]:

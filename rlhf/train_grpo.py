@@ -136,7 +136,7 @@ from llada.policies.completions import Sampler
 from llada.policies.grpo import grpo_loss
 from llada.policies.likelihood_terms import TermBuilder
 from llada.policies.reference_model import make_reference
-from llada.policies.rollouts import RolloutStream, sums_of
+from llada.policies.rollouts import RolloutStream, sums_of_known
 from llada.policies.stage import PolicyStage
 from llada.rewards.scoring import Reward
 from llada.run import Run, described_run, means_over_ranks
@@ -188,7 +188,7 @@ def make_validation(
         columns = {"eval_reward": [c.reward for c in completions]}
         for reward in sampler.rewards:
             columns[f"eval_rewards/{reward.name}/mean"] = [c.rewards[reward.name] for c in completions]
-        found = dict.fromkeys(columns, 0.0) | means_over_ranks(sums_of(columns))
+        found = dict.fromkeys(columns, 0.0) | means_over_ranks(sums_of_known(columns))
         accuracy = found[f"eval_rewards/{sampler.rewards[0].name}/mean"]
         return {"eval_loss": 1.0 - accuracy, "eval_accuracy": accuracy, **found}
 

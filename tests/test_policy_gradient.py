@@ -14,9 +14,11 @@ import torch
 import exact_llada
 from llada.diffusion.sampler_likelihood import replay
 from llada.models.tokens import SpecialIds
+from llada.policies.completions import Completion
 from llada.policies.config import LikelihoodFlags, SurrogateFlags
 from llada.policies.grpo import GroupBatch, group_advantages, grpo_loss, term_losses, term_weights
 from llada.policies.likelihood_terms import Answer, TermBuilder
+from llada.policies.rollouts import _flat, _per_owner
 from modelling_final import LLaDAGenerationConfig
 
 TOKENS, LENGTH = 3, 3  # what can be drawn is 0, 1, 2
@@ -356,3 +358,30 @@ def test_the_policy_that_sampled_has_ratio_one_and_kl_zero_exactly(estimator):
         part().backward()
     for parameter, gradient in zip(model.parameters(), with_values, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_steps_that_only_keep_ranks_in_step_belong_to_no_completion(monkeypatch):
+    settings, model = settings_of(), Model()
+    traces = list(itertools.islice(trajectories(settings), 0, 40, 7))
+    traces[0] = traces[0][:1]  # ended early
+    answers = [Answer(PROMPT, answer_of(trace), str(i), trace) for i, trace in enumerate(traces)]
+    completions = [Completion(prompt=0, candidate=i, answer=[], text="", has_ended=True, steps=0, trace=None)
+                   for i in range(len(answers))]  # fmt: skip
+
+    def remembered_and_loss():
+        terms = builder_of(settings, micro_batch_size=4)(answers)
+        owned = dict(enumerate(v for _, v in _per_owner(completions, terms, terms.values(model))))
+        old = _flat(list(owned.values()), terms)
+        advantages = torch.linspace(-1, 1, len(answers), dtype=torch.float64)
+        batch = GroupBatch(terms=terms, advantages=advantages, weights=torch.ones_like(advantages), old=old,
+                           ref=None, num_units=1.0, record_ids=[])  # fmt: skip
+        loss = grpo_loss(model, batch, 1.0, flags=SurrogateFlags())
+        for part in loss.parts:
+            part()
+        return owned, float(loss.value), loss.sums["ratio/mean"], len(loss.parts)
+
+    owned, value, ratio, num_parts = remembered_and_loss()
+    monkeypatch.setattr("llada.policies.likelihood_terms.max_over_ranks", lambda own: own + 2)
+    padded = remembered_and_loss()
+    assert padded[0] == owned and padded[1] == pytest.approx(value) and padded[3] == num_parts + 2
+    assert ratio[0] == ratio[1] == padded[2][0]  # every ratio is 1

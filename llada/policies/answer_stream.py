@@ -8,7 +8,7 @@ Everything is a function of (seed, step), as in llada/diffusion/stream.py.
 Shapes: N answers of this rank's share of a batch, K draws.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,7 +19,7 @@ from llada.diffusion.bound_estimator import MaskPlan
 from llada.diffusion.bound_gradient import MaskedCopies, make_draws
 from llada.diffusion.likelihood import Request
 from llada.diffusion.stream import records_of
-from llada.run import Run
+from llada.run import Run, Sums
 
 
 @dataclass
@@ -63,6 +63,11 @@ class AnswerBatch:
             chunks=[draws.to(device) for draws in self.chunks],
             others=[draws.to(device) for draws in self.others],
         )
+
+
+def sums_of(columns: Mapping[str, Tensor]) -> Sums:
+    """Sum and number of the values in each column."""
+    return {name: (float(values.sum()), len(values)) for name, values in columns.items()}
 
 
 AnswersOf = Callable[[int, int, int], Answers]

@@ -7,9 +7,6 @@ A record's draws depend on its index alone, so that training finds the masks tha
     mask_k = the first l_k of argsort(rand(T)), the generator seeded with derive(base, k, 1)
     b_k  = (T / l_k) sum over mask_k of log p,   B^(K) = mean of b_1 .. b_K
 
-Masks come from the CPU's generator whatever the model runs on. Records of the published program have the same
-seeds and sizes; their masks came from the generator of the device that made them.
-
 Shapes: T answer tokens, K draws.
 
 Source: vaibhavjindal/elbo-kto precompute_bref.py (file format and seeds); arXiv 2510.23658.
@@ -18,7 +15,7 @@ Source: vaibhavjindal/elbo-kto precompute_bref.py (file format and seeds); arXiv
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -100,7 +97,8 @@ def read_bref(
     )
     records = []
     for (where, record), item, found in zip(located, items, encoded, strict=True):
-        if found.tokens is None or not any(record["l_values"]):  # precompute_bref.py --long drop left it out
+        # precompute_bref.py --long drop leaves an answer out by sizes of 0
+        if found.tokens is None or not any(record["l_values"]):
             continue
         masks = find_masks(record, len(found.tokens.answer), num_draws, where, verify=verify)
         b_ref = float(record["B_ref"][str(num_draws)])
@@ -166,6 +164,7 @@ def mask_sizes(base: int, num_tokens: int, num_draws: int) -> list[int]:
 
 def draw_masks(base: int, num_tokens: int, num_draws: int, *, device: str = "cpu") -> np.ndarray:
     """[K, T] bool. Another `device` than the CPU only to rebuild masks that were drawn there."""
+    # The CPU's generator whatever the model runs on, else a file made on a GPU could not be checked on a CPU.
     masks = np.zeros((num_draws, num_tokens), dtype=bool)
     for k, size in enumerate(mask_sizes(base, num_tokens, num_draws)):
         random = torch.Generator(device).manual_seed(derive_seed(base, k + 1, 1))
@@ -175,13 +174,14 @@ def draw_masks(base: int, num_tokens: int, num_draws: int, *, device: str = "cpu
 
 
 def plan_of(masks: np.ndarray) -> MaskPlan:
-    """The plan of a record's masks. Weights are T / l, so B is the mean over draws and not the sum: prefixes
-    of the draws then give B for fewer draws."""
+    """The plan of a record's masks."""
+    # T / l and not T / (K l): B is the mean over draws, so that prefixes of the draws give it for fewer
     return MaskPlan(masks, masks.shape[1] / np.maximum(1, masks.sum(axis=1)), "iid")
 
 
 def prefix_means(values: np.ndarray) -> np.ndarray:
-    """[K, N] B^(1) .. B^(K) from b_1 .. b_K [K, N], added in that order, so equal draws give equal bits."""
+    """[K, N] B^(1) .. B^(K) from b_1 .. b_K [K, N]."""
+    # added one by one: where policy and reference are equal their difference is then 0 to the last bit
     return np.cumsum(values, axis=0) / np.arange(1, len(values) + 1)[:, None]
 
 
@@ -212,6 +212,7 @@ def find_masks(
     masks = draw_masks(base, num_tokens, num_draws)
     if not verify or _matches(record, masks, num_draws):
         return masks
+    # The published program drew its masks on the device that it ran on.
     if torch.cuda.is_available() and "mask_hashes" not in record:
         masks = draw_masks(base, num_tokens, num_draws, device="cuda")
         if _matches(record, masks, num_draws):
@@ -228,28 +229,26 @@ def _matches(record: dict[str, Any], masks: np.ndarray, num_draws: int) -> bool:
     return all(name not in record or record[name][:num_draws] == values for name, values in found.items())
 
 
+class BrefSettings(NamedTuple):
+    """The flags that B_ref depends on."""
+
+    max_length: int
+    mask_id: int
+    eos: str
+    chat: bool
+    dtype: str
+    weights_dtype: str
+
+
 def fingerprint(
-    checkpoint: str,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-    mask_id: int,
-    eos: str,
-    chat: bool,
-    dtype: str,
-    weights_dtype: str,
+    checkpoint: str, tokenizer: PreTrainedTokenizerBase, settings: BrefSettings
 ) -> dict[str, Any]:
     """Everything that B_ref depends on besides the record."""
     return {
         "estimator": ESTIMATOR,
         "model": describe_checkpoint(checkpoint),
         "tokenizer": describe_tokenizer(tokenizer, with_template=True),
-        "max_length": max_length,
-        "mask_id": mask_id,
-        "eos": eos,
-        "chat": chat,
-        "dtype": dtype,
-        "weights_dtype": weights_dtype,
+        **settings._asdict(),
     }
 
 

@@ -28,7 +28,7 @@ from llada.data.messages import PAIR_KEYS
 from llada.diffusion.bound_estimator import MaskSettings
 from llada.diffusion.bound_gradient import differentiate, draw_values, gradient_parts, plan_draws
 from llada.diffusion.likelihood import Request
-from llada.policies.answer_stream import AnswerBatch, Answers, AnswerStream
+from llada.policies.answer_stream import AnswerBatch, Answers, AnswerStream, sums_of
 from llada.policies.config import PairConfig
 from llada.policies.reference_model import Reference, make_reference, precompute_reference
 from llada.policies.stage import PolicyStage
@@ -84,7 +84,7 @@ class PairStage:
             "logps/rejected": policy[:, 1].detach(),
             "elbo/std": spread.view(-1, 2).mean(1),
         }
-        return losses, policy, {name: (float(value.sum()), len(value)) for name, value in per_pair.items()}
+        return losses, policy, sums_of(per_pair)
 
     def step_loss(self, model: torch.nn.Module, batch: AnswerBatch, total_units: float) -> LossParts:
         """The loss of a step, in as many parts as it has forwards."""

@@ -8,7 +8,7 @@ Shapes: N completions of this rank, G of a group, T terms.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -159,9 +159,7 @@ class RolloutStream:
             completion.advantage = advantage
         if self.config.num_iterations > 1 or self.reference is not None:
             self._remember(completions, rollout)
-        if (
-            self.config.num_iterations > 1
-        ):  # several steps learn from it, and a run may be stopped between them
+        if self.config.num_iterations > 1:  # a run may be stopped between the steps that learn from it
             self._files.save(completions, rollout, num_iterations=self.config.num_iterations)
         if self.config.log_completions:
             self._files.log(completions, rollout * self.config.num_iterations, self._by_index)
@@ -173,15 +171,12 @@ class RolloutStream:
         model = self.sampler.model
         with autocast(self.run.device, self.config.dtype):
             if self.config.num_iterations > 1:
-                for completion, values in zip(
-                    completions, _per_owner(terms, terms.values(model)), strict=True
-                ):
+                for completion, values in _per_owner(completions, terms, terms.values(model)):
                     completion.old = values
             if self.reference is not None:
                 with self.reference(model) as reference:
-                    found = terms.values(reference)
-                for completion, values in zip(completions, _per_owner(terms, found), strict=True):
-                    completion.ref = values
+                    for completion, values in _per_owner(completions, terms, terms.values(reference)):
+                        completion.ref = values
 
     def _answers(self, completions: Sequence[Completion], rollout: int) -> list[Answer]:
         return [
@@ -201,12 +196,13 @@ class RolloutStream:
         if completions[0].old is None and completions[0].ref is None:
             chosen, advantages = self._needed()
         completions = [completions[i] for i in chosen]
+        terms = self.terms_of([answers[i] for i in chosen])
         return GroupBatch(
-            terms=self.terms_of([answers[i] for i in chosen]),
+            terms=terms,
             advantages=torch.tensor(advantages, dtype=torch.float64),
             weights=weights[chosen],
-            old=_flat([c.old for c in completions]),
-            ref=_flat([c.ref for c in completions]),
+            old=_flat([c.old for c in completions], terms),
+            ref=_flat([c.ref for c in completions], terms),
             num_units=num_units,
             record_ids=[c.prompt for c in completions],
             sums={name: (value, 1.0) for name, value in self._metrics.items()},
@@ -242,11 +238,11 @@ class RolloutStream:
         }
         for name in completions[0].rewards:
             columns[f"rewards/{name}/mean"] = [c.rewards[name] for c in completions]
-        return means_over_ranks(sums_of(columns)) | {"reward_std": _global_std(rewards)}
+        return means_over_ranks(sums_of_known(columns)) | {"reward_std": _global_std(rewards)}
 
 
-def sums_of(columns: Mapping[str, Sequence[float | None]]) -> Sums:
-    """Sum and number of the values in each column; None is none."""
+def sums_of_known(columns: Mapping[str, Sequence[float | None]]) -> Sums:
+    """Sum and number of the values in each column; None is none: a judge that failed."""
     known = {name: [v for v in values if v is not None] for name, values in columns.items()}
     return {name: (math.fsum(values), len(values)) for name, values in known.items()}
 
@@ -259,13 +255,20 @@ def _global_std(rewards: np.ndarray) -> float:
     return math.sqrt(squares / max(count - 1.0, 1.0))
 
 
-def _per_owner(terms: Terms, values: Tensor) -> list[list[float]]:
-    """The values of each completion's terms."""
-    counts = torch.bincount(terms.owners).tolist()
-    return [part.tolist() for part in values.split(counts)]
+def _per_owner(
+    completions: list[Completion], terms: Terms, values: Tensor
+) -> Iterator[tuple[Completion, list[float]]]:
+    """Each completion with the values of its terms."""
+    # Terms without a share only fill up a rank's forwards, and stand behind all others.
+    real = terms.shares > 0
+    values, counts = values[real], torch.bincount(terms.owners[real], minlength=len(completions)).tolist()
+    return ((c, part.tolist()) for c, part in zip(completions, values.split(counts), strict=True))
 
 
-def _flat(values: list[list[float] | None]) -> Tensor | None:
+def _flat(values: list[list[float] | None], terms: Terms) -> Tensor | None:
+    """[T], 0 for terms without a share."""
     if values[0] is None:
         return None
-    return torch.tensor([number for part in values for number in part], dtype=torch.float64)
+    flat = torch.zeros_like(terms.shares)
+    flat[terms.shares > 0] = torch.tensor([x for part in values for x in part], dtype=torch.float64)
+    return flat
