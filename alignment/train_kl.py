@@ -130,7 +130,8 @@ from llada.data.prepared import load
 from llada.data.rows import ConversationRows
 from llada.data.shards import describe_tokenizer, is_prepared, load_rows, read_manifest
 from llada.diffusion.distillation_losses import RowObjective, RowScore, accepted_length
-from llada.models.tokens import load_tokenizer, special_ids
+from llada.models.building import run_tokenizer
+from llada.models.tokens import special_ids
 from llada.run import Run, Sums, end_run, start_run
 from llada.training import dry_run as preflight
 from llada.training.loop import LossParts, fit, load_trainable
@@ -260,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     run = start_run(config.device, output_dir=config.output_dir)
     if run.is_main:
         log_to_file(Path(config.output_dir, "training_log.log"), config.log_level)
-    tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, chat=True)
+    tokenizer = run_tokenizer(config, chat=True)
     model = load_trainable(config)
     ids = special_ids(model.config, tokenizer)
     data_dir = Path(config.output_dir, "data")  # for conversations that have to be tokenised

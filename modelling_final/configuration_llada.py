@@ -1,9 +1,8 @@
 """LLaDAConfig: every field of the published config.json, and five properties of ours.
 
 Defaults are the values published with GSAI-ML/LLaDA-8B-Base, LLaDA-8B-Instruct and LLaDA-1.5 (one and the
-same file), so `LLaDAConfig()` is the 8B model. Four published fields need no declaration here:
-`model_type`, `architectures` and `transformers_version` belong to the base class, and `auto_map` is carried
-through as it is.
+same file), so `LLaDAConfig()` is the 8B model. A file is taken at its word: what it asks for exists here or
+is refused, fields that nothing here reads are listed in a warning, and special ids are never filled in.
 """
 
 import math
@@ -27,6 +26,30 @@ SUPPORTED = {
     "layer_norm_type": ("rms",),
     "layer_norm_with_affine": (True,),
     "scale_logits": (False,),
+}
+# Keys of other models' files that change the function -> the values under which they do not.
+_OFF = (None, False, 0)
+UNBUILT = {
+    **dict.fromkeys(("qk_norm", "use_qk_norm", "clip_qkv", "attention_bias", "mlp_bias", "use_bias"), _OFF),
+    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "num_shared_experts"), _OFF),
+    **dict.fromkeys(("sliding_window", "use_sliding_window", "use_mrope", "norm_head", "norm_softmax"), _OFF),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "quantization_config"), _OFF),
+    **dict.fromkeys(("partial_rotary_factor", "embedding_multiplier", "logits_scaling"), (None, 1)),
+    **dict.fromkeys(("residual_multiplier", "attention_multiplier", "query_pre_attn_scalar"), (None, 1)),
+    "use_rmsnorm": (None, True),
+    "layer_types": (None, []),
+    "head_dim": (None,),
+}
+# What every file may hold, and switches of others' programs that do not change the function.
+IGNORED = (
+    "auto_map", "model_type", "max_window_layers", "flash_attn_varlen", "debug", "use_deepep", "ep_size",
+    "fuse_cross_entropy", "micro_forward", "skip_checkpoint", "num_labels", "_attn_implementation_autoset",
+)  # fmt: skip
+AUTO_MAP = {
+    "AutoConfig": "configuration_llada.LLaDAConfig",
+    **dict.fromkeys(
+        ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"), "modeling_llada.LLaDAModelLM"
+    ),
 }
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
@@ -151,8 +174,20 @@ class LLaDAConfig(PreTrainedConfig):
             self.embedding_size = self.vocab_size
         kwargs = self._translate_yarn(kwargs)
         self._settle_rope_theta()
+        if kwargs.get("head_dim") == self.head_dim:
+            kwargs.pop("head_dim")  # here it is derived
+        self._refuse_unbuilt(kwargs)
         super().__post_init__(**kwargs)
+        unread = sorted(name for name in kwargs if name in vars(self) and name not in (*IGNORED, *UNBUILT))
+        if unread:
+            warnings.warn(f"config.json: nothing here reads {', '.join(unread)}", stacklevel=4)
         self._refuse_what_is_not_here()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LLaDAConfig":
+        """As everywhere in transformers; a special id that the file does not name is None, not ours."""
+        unnamed = dict.fromkeys(("mask_token_id", "eos_token_id", "pad_token_id"))
+        return super().from_dict({**unnamed, **config_dict}, **kwargs)
 
     def __setattr__(self, key: str, value: Any) -> None:
         super().__setattr__(key, value)
@@ -168,6 +203,7 @@ class LLaDAConfig(PreTrainedConfig):
         parameters = {k: v for k, v in (output.get("rope_parameters") or {}).items() if k != "rope_theta"}
         is_plain = parameters.get("rope_type", "default") == "default"
         output["rope_parameters"] = None if is_plain else parameters
+        output["auto_map"] = AUTO_MAP  # the files beside the weights: see `save_pretrained` of the model
         return output
 
     def _settle_rope_theta(self) -> None:
@@ -218,6 +254,13 @@ class LLaDAConfig(PreTrainedConfig):
         self.rope = True
         self.rope_parameters = parameters
         return rest
+
+    def _refuse_unbuilt(self, given: dict[str, Any]) -> None:
+        if not given.get("use_sliding_window", True):
+            given = {**given, "sliding_window": None}  # the other key switches it off
+        for name, harmless in UNBUILT.items():
+            if (value := given.get(name)) not in harmless:
+                raise ValueError(f"{name} {value!r} asks for what is not built here")
 
     def _refuse_what_is_not_here(self) -> None:
         for name, supported in SUPPORTED.items():

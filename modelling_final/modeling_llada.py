@@ -8,9 +8,11 @@ down_proj), with no time input and with logits that are not shifted: row i predi
 """
 
 import math
+import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, TypedDict, Unpack
+from pathlib import Path
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +67,13 @@ def given(inputs: Inputs) -> Inputs:
     return {name: value for name, value in inputs.items() if value is not None}
 
 
+def put_code_beside(folder: str | Path) -> None:
+    """Copies this code into a saved model's folder, which then loads with trust_remote_code alone."""
+    for file in Path(__file__).parent.glob("*_llada.py"):
+        if not Path(folder, file.name).exists() or not file.samefile(Path(folder, file.name)):
+            shutil.copyfile(file, Path(folder, file.name))
+
+
 class LLaDAPreTrainedModel(PreTrainedModel):
     """What transformers has to know about the family."""
 
@@ -83,6 +92,12 @@ class LLaDAPreTrainedModel(PreTrainedModel):
         "hidden_states": LLaDALlamaBlock,
         "attentions": OutputRecorder(LLaDAAttention, index=1),
     }
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **options: Any) -> None:
+        """As in transformers, with the code beside the weights: config.json's auto_map names it."""
+        super().save_pretrained(save_directory, *args, **options)
+        if options.get("is_main_process", True):
+            put_code_beside(save_directory)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

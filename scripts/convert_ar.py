@@ -57,7 +57,7 @@ from transformers import PreTrainedModel
 
 from llada.autoregressive.causal_lm import load_causal_lm
 from llada.models.causal_layout import convert, refuse_what_llada_lacks
-from llada.models.checkpoints import save_model
+from llada.models.saving import Origin, save_model
 from modelling_final import LLaDAModelLM
 
 
@@ -87,7 +87,8 @@ def main(argv: list[str] | None = None) -> None:
         allowed = 1e-3 if model.dtype == torch.float32 else 0.1 * scale
         assert gap <= allowed, "the conversion changed the function"
     del source
-    save_model(model, tokenizer, output_dir)
+    origin = Origin("convert_ar.py", config.model_name_or_path)
+    save_model(model, tokenizer, output_dir, origin=origin)
     settled = model.config
     print(
         f"{output_dir}: {settled.n_layers} layers, {model.num_parameters() / 1e6:.1f} M parameters, "

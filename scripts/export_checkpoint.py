@@ -30,9 +30,9 @@ class Config:
 if __name__ == "__main__":
     check_command_line(Config, __doc__)
 
-from llada.models.building import build_model
-from llada.models.checkpoints import DTYPES, save_model
-from llada.models.tokens import load_tokenizer
+from llada.models.building import build_model, run_tokenizer
+from llada.models.checkpoints import DTYPES
+from llada.models.saving import Origin, save_model
 from llada.training.checkpoint import find_resume, load_weights, read_meta
 
 
@@ -51,9 +51,12 @@ def main(argv: list[str] | None = None) -> None:
     model = build_model(flags)
     load_weights(state, model)
     chat = "random_length_probability" not in settings  # pretraining alone adds no chat tokens
-    tokenizer = load_tokenizer(flags.tokenizer_name or flags.model_name_or_path, chat=chat)
-    save_model(model.to(DTYPES[config.dtype]), tokenizer, output_dir)
-    print(f"{output_dir}: the weights of {state} (step {read_meta(state)['step']})")
+    tokenizer = run_tokenizer(flags, chat=chat)
+    meta = read_meta(state)
+    made_by = f"export_checkpoint.py --run {run} --step {meta['step']}"
+    origin = Origin(made_by, flags.model_name_or_path, settings, meta.get("results", {}))
+    save_model(model.to(DTYPES[config.dtype]), tokenizer, output_dir, origin=origin)
+    print(f"{output_dir}: the weights of {state} (step {meta['step']})")
 
 
 if __name__ == "__main__":

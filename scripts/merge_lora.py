@@ -32,7 +32,8 @@ class Config:
 if __name__ == "__main__":
     check_command_line(Config, __doc__)
 
-from llada.models.checkpoints import base_and_adapter, load_model, save_model
+from llada.models.checkpoints import base_and_adapter, load_model
+from llada.models.saving import Origin, save_model
 from llada.models.tokens import load_tokenizer
 
 
@@ -43,7 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     base, adapter = base_and_adapter(config.base_model, config.adapter_path, flag="--base_model")
     model = load_model(base, adapter_path=adapter, dtype="auto")
     has_tokenizer = Path(adapter, "tokenizer_config.json").is_file()
-    save_model(model, load_tokenizer(adapter if has_tokenizer else base), output_dir)
+    tokenizer = load_tokenizer(adapter if has_tokenizer else base)
+    save_model(model, tokenizer, output_dir, origin=Origin("merge_lora.py", f"{base} with {adapter}"))
     print(f"{output_dir}: {model.num_parameters() / 1e6:.1f} M parameters in {model.dtype}")
 
 

@@ -45,7 +45,7 @@ def model_dir(tmp_path_factory, tokenizer_dir) -> Path:
         "{d_model: 16, n_layers: 2, n_heads: 2, n_kv_heads: 2, mlp_hidden_size: 24, rope_theta: 1e4}"
     )
     from llada.models.building import new_model
-    from llada.models.checkpoints import save_model
+    from llada.models.saving import save_model
     from llada.models.tokens import load_tokenizer
 
     tokenizer = load_tokenizer(str(tokenizer_dir))

@@ -38,7 +38,9 @@ def test_published_file_loads_and_saves_field_by_field(tmp_path):
         assert name == "transformers_version" or getattr(config, name) == value, name
     after = saved(config, tmp_path / "again")
     del after["transformers_version"]
-    assert after == {k: v for k, v in PUBLISHED.items() if k != "transformers_version"} | OURS
+    masked_lm = {"AutoModelForMaskedLM": "modeling_llada.LLaDAModelLM"}
+    auto_map = {"auto_map": PUBLISHED["auto_map"] | masked_lm}
+    assert after == {k: v for k, v in PUBLISHED.items() if k != "transformers_version"} | OURS | auto_map
 
 
 def test_defaults_are_the_published_8b_model():

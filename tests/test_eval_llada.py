@@ -22,7 +22,7 @@ from llada.inference.eval_args import parse_model_args
 from llada.inference.eval_worker import EvalRank, _deal, cut_answer
 from llada.inference.lm_eval_model import LLaDADist, with_flags
 from llada.models.building import new_model
-from llada.models.checkpoints import save_model
+from llada.models.saving import save_model
 
 TASKS = ROOT / "eval/tasks"
 DATA = ROOT / "data/samples/eval"

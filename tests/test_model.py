@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from llada.models.building import attach_lora, new_model
-from llada.models.checkpoints import load_model, resolve_checkpoint, save_model
+from llada.models.checkpoints import load_model, resolve_checkpoint
+from llada.models.saving import save_model
 from llada.models.tokens import SPECIAL_TOKENS, load_tokenizer, special_ids
 
 

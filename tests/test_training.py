@@ -30,6 +30,14 @@ class NoTokenizer:
     def save_pretrained(self, folder):
         Path(folder, "tokenizer.json").write_text("{}")
 
+    mask_token_id = chat_template = None
+
+    def __len__(self):
+        return 0
+
+    def get_vocab(self):
+        return {}
+
 
 def tiny_model(seed=0, **changes):
     torch.manual_seed(seed)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llada.flags import read_yaml
 from llada.models.checkpoints import RopeScaling, base_and_adapter, load_model
-from llada.models.tokens import SPECIAL_TOKENS, load_tokenizer, special_ids
+from llada.models.tokens import HOW_TO_ADD, SPECIAL_TOKENS, load_tokenizer, special_ids
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -36,19 +36,31 @@ def load_for_inference(
     adapter_path: str | None = None,
     attn_implementation: str | None = None,
     device: torch.device | str | None = None,
+    mask_token_id: int | None = None,
 ) -> tuple[LLaDAModelLM, PreTrainedTokenizerBase]:
     """A model that answers, in eval mode, and its tokenizer; arguments as for `load_model`.
 
     Args:
         chat: the tokenizer is asked for a chat template.
     """
-    tokenizer = load_tokenizer(path, chat=chat)
+    tokenizer = load_tokenizer(path, chat=chat, mask_token_id=mask_token_id)
     model = load_model(
-        path, dtype=dtype, adapter_path=adapter_path, attn_implementation=attn_implementation, device=device
+        path,
+        dtype=dtype,
+        adapter_path=adapter_path,
+        attn_implementation=attn_implementation,
+        device=device,
+        mask_token_id=mask_token_id,
     )
     # the sampler stops at EoT too, which published configs do not name
     model.config.eot_token_id = special_ids(model.config, tokenizer).eot
     return model.eval(), tokenizer
+
+
+def run_tokenizer(flags: Any, *, chat: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer that a run's flags name: --tokenizer_name, else the model's own."""
+    path = getattr(flags, "tokenizer_name", None) or flags.model_name_or_path
+    return load_tokenizer(path, chat=chat, mask_token_id=getattr(flags, "mask_token_id", None))
 
 
 def start_model(flags: Any, *, has_values: bool = True) -> LLaDAModelLM | PeftModel:
@@ -70,6 +82,7 @@ def start_model(flags: Any, *, has_values: bool = True) -> LLaDAModelLM | PeftMo
         attn_implementation=getattr(flags, "attn_implementation", None),
         merge_adapter=False,
         rope=RopeScaling(kind, factor, flags.max_length),
+        mask_token_id=getattr(flags, "mask_token_id", None),
         has_values=has_values,
     )
 
@@ -114,7 +127,8 @@ def new_config(config_name: str, tokenizer: PreTrainedTokenizerBase, *, max_leng
             f"--config_name {config_name}: neither a file nor one of the sizes {', '.join(sizes)}"
         )
     if tokenizer.mask_token_id is None:
-        raise ValueError("--tokenizer_name: the tokenizer has no mask token; see scripts/train_tokenizer.py")
+        how = HOW_TO_ADD.format(tokenizer.name_or_path)
+        raise ValueError(f"--tokenizer_name: the tokenizer has no mask token; {how}")
     shape = {"max_sequence_length": max_length, **read_yaml(file)}
     return LLaDAConfig(
         **shape,

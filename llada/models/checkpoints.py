@@ -1,9 +1,7 @@
-"""Checkpoint folders: what a path means, loading it, saving one, recognising it again."""
+"""Checkpoint folders: what a path means, loading it, recognising it again."""
 
 import hashlib
 import json
-import os
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +9,9 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import load_peft_weights
-from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.utils import cached_file
 
 from modelling_final import LLaDAConfig, LLaDAModelLM
@@ -113,24 +112,56 @@ def base_and_adapter(
     return path, adapter_path
 
 
-def load_config(path: str) -> LLaDAConfig:
-    """The config of a checkpoint; ValueError if it cannot be found or is not a LLaDA model.
+def load_config(path: str, *, mask_token_id: int | None = None) -> LLaDAConfig:
+    """The config of a checkpoint, with its special ids; code beside the weights is never run, nor offered.
 
     An adapter has its own only if it was trained on stretched positions; else it is that of its base.
+
+    Args:
+        mask_token_id: for a file that names none; else the tokenizer's mask token, and never a guess.
+
+    Raises:
+        ValueError: it cannot be found, is not a LLaDA model's, or its mask token is not known.
     """
     path = resolve_checkpoint(path)
     if not Path(path, "config.json").is_file():
         path, _ = base_and_adapter(path)
+    where = f"--model_name_or_path {path}"
     try:
-        config = AutoConfig.from_pretrained(path)
+        settings, _ = PreTrainedConfig.get_config_dict(path)
     except OSError as error:
         raise not_found(path, error) from error
-    if not isinstance(config, LLaDAConfig):
+    kind = settings.get("model_type")
+    if kind != LLaDAConfig.model_type:
         raise ValueError(
-            f"--model_name_or_path {path}: model_type {config.model_type!r} is not a LLaDA model; "
-            "scripts/convert_ar.py makes one from an autoregressive checkpoint"
+            f"{where}: model_type {kind!r} is not a LLaDA model; scripts/convert_ar.py makes one from an "
+            "autoregressive checkpoint"
         )
+    try:
+        config = LLaDAConfig.from_dict(settings, name_or_path=path)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: config.json: {error}") from error
+    if mask_token_id is not None and config.mask_token_id not in (None, mask_token_id):
+        raise ValueError(f"--mask_token_id {mask_token_id}: {path} has {config.mask_token_id} in config.json")
+    if None in (config.mask_token_id, config.eos_token_id, config.pad_token_id):
+        _settle_ids(config, path, mask_token_id)
     return config
+
+
+def _settle_ids(config: LLaDAConfig, path: str, mask_token_id: int | None) -> None:
+    """Fills the ids that config.json does not name, from the flag and the tokenizer beside it."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError):
+        tokenizer = None  # there may be none beside the weights; what is then missing is named below
+    for name, given in (("mask_token_id", mask_token_id), ("eos_token_id", None), ("pad_token_id", None)):
+        if getattr(config, name) is None:
+            setattr(config, name, given if given is not None else getattr(tokenizer, name, None))
+    if config.mask_token_id is None:
+        missing = "neither config.json nor the tokenizer names a mask token; give --mask_token_id"
+        raise ValueError(f"--model_name_or_path {path}: {missing}")
+    if config.pad_token_id is None:
+        config.pad_token_id = config.eos_token_id
 
 
 def not_found(path: str, error: Exception) -> ValueError:
@@ -142,6 +173,47 @@ def not_found(path: str, error: Exception) -> ValueError:
     )
 
 
+def check_weight_files(folder: str, model: nn.Module | None = None) -> int:
+    """Bytes of a folder's safetensors files, after a look at their headers; 0 if it has none.
+
+    Args:
+        model: names and shapes must be exactly those of its parameters.
+
+    Raises:
+        ValueError: a file is missing or cut short, or holds other tensors, or whole numbers.
+    """
+    where = f"--model_name_or_path {folder}"
+    index, single = Path(folder, "model.safetensors.index.json"), Path(folder, "model.safetensors")
+    names = {single.name} if single.is_file() else set()
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{where}: {index.name} is damaged: {error!r}") from error
+    size, found, kinds = 0, {}, {}
+    for file in (Path(folder, name) for name in sorted(names)):
+        try:
+            size += file.stat().st_size
+            with safe_open(file, "pt") as tensors:
+                parts = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
+                found |= {key: part.get_shape() for key, part in parts.items()}
+                kinds |= {key: part.get_dtype() for key, part in parts.items()}
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{where}: {file.name} is damaged: {error}") from error
+    if whole := [key for key, kind in kinds.items() if not kind.startswith(("F", "BF"))]:
+        kind = kinds[min(whole)]
+        raise ValueError(f"{where}: {min(whole)} holds {kind}: quantised weights are not read here")
+    expected = {} if model is None else {name: list(p.shape) for name, p in model.named_parameters()}
+    wrong = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
+    if model is not None and names and wrong:
+        name = min(wrong)
+        raise ValueError(
+            f"{where}: {len(wrong)} tensors are not what config.json asks for; {name} should be "
+            f"{expected.get(name, 'absent')} and is {found.get(name, 'absent')}"
+        )
+    return size
+
+
 def load_model(
     path: str | None,
     *,
@@ -151,6 +223,7 @@ def load_model(
     device: torch.device | str | None = None,
     merge_adapter: bool = True,
     rope: RopeScaling = NO_SCALING,
+    mask_token_id: int | None = None,
     has_values: bool = True,
 ) -> LLaDAModelLM | PeftModel:
     """The model of a checkpoint, with every weight accounted for.
@@ -163,15 +236,17 @@ def load_model(
         device: where to put it; default CPU.
         merge_adapter: fold the adapter into the weights (for inference); else return a trainable PeftModel.
         rope: how to stretch the positions.
+        mask_token_id: see `load_config`.
         has_values: False builds it on the meta device, from the configuration alone.
 
     Raises:
         ValueError: no such checkpoint, or weights or adapter are not exactly what the configuration asks for.
     """
     path, adapter_path = base_and_adapter(path, adapter_path)
-    config = load_config(path)
+    config = load_config(path, mask_token_id=mask_token_id)
     if adapter_path is not None and Path(adapter_path, "config.json").is_file():
-        stretched = load_config(adapter_path)  # an adapter trained on stretched positions says so there
+        # An adapter trained on stretched positions says so there.
+        stretched = load_config(adapter_path, mask_token_id=mask_token_id)
         for name in ("rope_theta", "rope_parameters", "max_sequence_length"):
             setattr(config, name, getattr(stretched, name))
     config = rope.apply(config)
@@ -183,13 +258,18 @@ def load_model(
             adapter = _adapter_settings(adapter_path)
             adapter.inference_mode = False  # as saved; what training continues is trainable
             return get_peft_model(model, adapter)
-    model, report = LLaDAModelLM.from_pretrained(
-        path,
-        config=config,
-        dtype=DTYPES.get(dtype, dtype),
-        attn_implementation=attn_implementation,
-        output_loading_info=True,
-    )
+    check_weight_files(path)
+    try:
+        model, report = LLaDAModelLM.from_pretrained(
+            path,
+            config=config,
+            dtype=DTYPES.get(dtype, dtype),
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+        )
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--model_name_or_path {path}: its weights cannot be read: {reason}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
             keys = sorted(map(str, report[kind]))
@@ -244,37 +324,6 @@ def _put_adapter(model: LLaDAModelLM, adapter_path: str, *, merge: bool) -> LLaD
             "would change"
         )
     return adapted.merge_and_unload()
-
-
-def save_model(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: str | Path,
-    *,
-    state_dict: dict[str, torch.Tensor] | None = None,
-) -> None:
-    """Writes a plain checkpoint folder (or adapter folder, for a PeftModel); the folder appears whole or not
-    at all.
-
-    Args:
-        state_dict: the full weights, where the module itself only holds a shard of them.
-    """
-    folder = Path(folder)
-    partial = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model.save_pretrained(partial, state_dict=state_dict)
-    if hasattr(model, "peft_config"):
-        model.get_base_model().config.save_pretrained(partial)  # see load_model
-    tokenizer.save_pretrained(partial)
-    for file in partial.iterdir():
-        file.chmod(0o644)  # safetensors writes 0600, which colleagues on a cluster cannot read
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 _PIECES, _PIECE_BYTES = 256, 1 << 16  # of a weight file: 16 MiB, so that every matrix is met

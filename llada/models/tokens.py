@@ -20,6 +20,8 @@ SPECIAL_TOKENS = {
 
 CHAT_ROLES = ("start_header", "end_header", "eot")  # of those, the ones that LLaDA-8B-Base lacks
 
+HOW_TO_ADD = "add what is missing: python scripts/train_tokenizer.py --extend {} --output_dir NEW"
+
 # The published template always appends the assistant's header; this one does so only when asked.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -46,25 +48,35 @@ class SpecialIds:
         return {self.eos, self.eot} - {None}
 
 
-def load_tokenizer(path: str, *, chat: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str, *, chat: bool = False, mask_token_id: int | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, with its padding and mask tokens set.
 
     Args:
         path: checkpoint folder, run folder, tokenizer folder, or hub name.
+        mask_token_id: for a checkpoint that names no mask token.
         chat: also make sure of `CHAT_ROLES` and of a chat template; added to LLaDA-8B-Base's tokenizer, the
             three tokens get the ids that they have in Instruct's.
     """
     if not Path(path, "tokenizer_config.json").is_file():
         path = resolve_checkpoint(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except OSError as error:
         raise not_found(path, error) from error
+    except ValueError as error:  # damaged files, or a class that only code beside them defines
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--tokenizer_name {path}: cannot be read: {reason}") from error
+    if tokenizer.eos_token is None:
+        raise ValueError(f"--tokenizer_name {path}: it has no EOS token; {HOW_TO_ADD.format(path)}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.mask_token is None and Path(path, "config.json").is_file():
+    if tokenizer.mask_token is None and mask_token_id is None and Path(path, "config.json").is_file():
         # Published tokenizers leave mask_token unset; the model's config knows the id.
-        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(load_config(path).mask_token_id)
+        mask_token_id = load_config(path).mask_token_id
+    if tokenizer.mask_token is None and mask_token_id is not None:
+        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask_token_id)
     if chat:
         if tokenizer.chat_template is None:
             tokenizer.chat_template = CHAT_TEMPLATE

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from llada.diffusion.bound_gradient import disable_dropout
-from llada.models.tokens import load_tokenizer, special_ids
+from llada.models.building import run_tokenizer
+from llada.models.tokens import special_ids
 from llada.policies.answer_stream import AnswersOf, AnswerStream
 from llada.policies.config import PolicyConfig
 from llada.run import described_run, end_run, start_run
@@ -24,7 +25,7 @@ class PolicyStage:
     def __init__(self, config: PolicyConfig) -> None:
         self.config = config
         self.run = start_run(config.device, output_dir=config.output_dir)
-        self.tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, chat=True)
+        self.tokenizer = run_tokenizer(config, chat=True)
 
     @classmethod
     def start(

@@ -7,7 +7,6 @@ many ranks there are, so a large job can be tried in one process:
     WORLD_SIZE=64 LOCAL_WORLD_SIZE=8 python pretraining/pretrain.py ... --shard hybrid --dry_run
 """
 
-import json
 import math
 import os
 import shutil
@@ -17,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -25,8 +23,9 @@ from llada.data.prepared import is_usable
 from llada.data.records import files_of
 from llada.data.rows import Rows as DataRows
 from llada.data.shards import read_manifest
-from llada.models.checkpoints import base_and_adapter, load_config
-from llada.models.tokens import load_tokenizer, special_ids
+from llada.models.building import run_tokenizer
+from llada.models.checkpoints import base_and_adapter, check_weight_files, load_config
+from llada.models.tokens import special_ids
 from llada.run import Run
 from llada.training.checkpoint import check_meta, find_resume, read_meta
 from llada.training.config import TrainConfig
@@ -104,37 +103,6 @@ def _mixture(parts: list[Rows], weights: Sequence[float] | None) -> Rows:
     return Rows(*sums, is_exact=all(part.is_exact for part in parts))
 
 
-def check_weight_files(folder: str, model: nn.Module) -> int:
-    """Bytes of the safetensors files of a checkpoint, after a look at their headers; 0 if it has none here.
-
-    Raises:
-        ValueError: a file is missing or cut short, or its tensors are not those of the model.
-    """
-    index = Path(folder, "model.safetensors.index.json")
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    else:
-        names = {"model.safetensors"} if Path(folder, "model.safetensors").is_file() else set()
-    found: dict[str, list[int]] = {}
-    size = 0
-    for file in (Path(folder, name) for name in sorted(names)):
-        try:
-            size += file.stat().st_size
-            with safe_open(file, "pt") as tensors:
-                found |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"--model_name_or_path {folder}: {file.name} is damaged: {error}") from error
-    expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-    wrong = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
-    if names and wrong:
-        name = min(wrong)
-        raise ValueError(
-            f"--model_name_or_path {folder}: {len(wrong)} tensors are not what config.json asks for; {name} "
-            f"should be {expected.get(name, 'absent')} and is {found.get(name, 'absent')}"
-        )
-    return size
-
-
 def report(
     config: TrainConfig,
     rows_of: RowsOf,
@@ -161,7 +129,7 @@ def report(
         return
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     ranks = Ranks.of(config.shard, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
-    tokenizer = load_tokenizer(config.tokenizer_name or checkpoint, chat=chat)
+    tokenizer = run_tokenizer(config, chat=chat)
     model, files = _build(config, checkpoint)
     shape = model.config if isinstance(model, LLaDAModelLM) else model.get_base_model().config
     ids = special_ids(shape, tokenizer)

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from llada.diffusion.losses import LossParts
 from llada.flags import write_yaml
 from llada.models.building import build_model
-from llada.models.checkpoints import save_model
+from llada.models.saving import Origin, save_model
 from llada.resumable import write_atomically
 from llada.run import Metrics, Run, sum_over_ranks
 from llada.training import checkpoint
@@ -269,7 +269,9 @@ class _Session:
     def _export(self, name: str) -> None:
         weights = full_state_dict(self._model)
         if self._run.is_main:
-            save_model(self._model, self._tokenizer, self._folder / name, state_dict=weights)
+            origin = Origin.of(self._config, self.progress.state_dict())
+            folder = self._folder / name
+            save_model(self._model, self._tokenizer, folder, state_dict=weights, origin=origin)
 
     def end(self) -> None:
         """Writes what a finished run leaves, or the marker of a stopped one."""

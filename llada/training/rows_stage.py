@@ -15,7 +15,8 @@ from llada.data.shards import row_lengths
 from llada.diffusion.batches import MaskedBatch
 from llada.diffusion.losses import LossParts, masked_diffusion_loss
 from llada.diffusion.stream import ExampleOf, MaskedStream
-from llada.models.tokens import SpecialIds, load_tokenizer, special_ids
+from llada.models.building import run_tokenizer
+from llada.models.tokens import SpecialIds, special_ids
 from llada.run import Run, Sums, add_sums, autocast, end_run, means_over_ranks, start_run
 from llada.training import dry_run
 from llada.training.config import TrainConfig
@@ -62,7 +63,7 @@ def train_on_rows(
         )  # fmt: skip
         return
     run = start_run(config.device, output_dir=config.output_dir)
-    tokenizer = load_tokenizer(config.tokenizer_name or config.model_name_or_path, chat=chat)
+    tokenizer = run_tokenizer(config, chat=chat)
 
     def rows_of(paths: Sequence[str], name: str, **options: Any) -> Dataset:
         folder = Path(config.output_dir, "data", name)  # for raw records that have to be tokenised

@@ -1,0 +1,104 @@
+"""A saved folder works without this repository: torch, transformers, peft and the folder are enough."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from llada.models.building import attach_lora, new_model
+from llada.models.checkpoints import load_model
+from llada.models.saving import Origin, save_model
+from llada.models.tokens import load_tokenizer
+
+AWAY = """
+import sys, torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+folder, adapter = sys.argv[1:]
+ids = torch.arange(1, 9)[None]
+found = {}
+for auto in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):
+    model, report = auto.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    assert not any(report.values())
+    found[auto.__name__] = model.eval()(ids).logits.detach()
+assert not {"llada", "modelling_final"} & set(sys.modules)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+assert tokenizer.mask_token_id == model.config.mask_token_id and tokenizer.chat_template
+from peft import PeftModel
+found["PeftModel"] = PeftModel.from_pretrained(model, adapter).eval()(ids).logits.detach()
+torch.save(found, adapter + "/found.pt")
+"""
+
+
+@pytest.fixture(scope="module", params=["untied", "tied"])
+def folders(request, tokenizer_dir, tmp_path_factory):
+    """(a model folder, an adapter folder for it), saved as training saves them."""
+    root = tmp_path_factory.mktemp(request.param)
+    (root / "size.yaml").write_text(
+        "{d_model: 16, n_layers: 2, n_heads: 2, n_kv_heads: 2, mlp_hidden_size: 24, rope_theta: 1e4, "
+        f"weight_tying: {str(request.param == 'tied').lower()}}}"
+    )
+    tokenizer = load_tokenizer(str(tokenizer_dir), chat=True)
+    model = new_model(str(root / "size.yaml"), tokenizer, seed=0, max_length=256)
+    flags = {"train_data_path": "rows/train", "learning_rate": 1e-3}
+    save_model(model, tokenizer, root / "model", origin=Origin("train.py", None, flags, {"eval_loss": 2.5}))
+    adapted = attach_lora(
+        load_model(str(root / "model")), rank=2, alpha=4, dropout=0.0, target_modules=["all-linear"], seed=0
+    )
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    save_model(adapted, tokenizer, root / "adapter", origin=Origin("train.py", str(root / "model")))
+    return root / "model", root / "adapter"
+
+
+def away(code, *arguments, tmp_path):
+    """Runs code in a process that knows nothing of this repository."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-P", "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_auto_classes_and_peft_give_the_same_logits(folders, tmp_path):
+    away(AWAY, *folders, tmp_path=tmp_path)
+    found = torch.load(folders[1] / "found.pt")
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        expected = load_model(str(folders[0])).eval()(ids).logits
+        adapted = load_model(str(folders[1]), merge_adapter=False).eval()(ids).logits
+    for name in ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"):
+        assert torch.equal(found[name], expected), name
+    assert torch.equal(found["PeftModel"], adapted) and not torch.equal(adapted, expected)
+
+
+def test_what_a_folder_holds(folders):
+    model, _ = folders
+    code = {path.name for path in model.glob("*_llada.py")}
+    assert {"modeling_llada.py", "configuration_llada.py", "generation_llada.py"} <= code
+    for folder in folders:
+        assert code == {path.name for path in folder.glob("*_llada.py")}
+        config = json.loads((folder / "config.json").read_text())
+        assert config["auto_map"]["AutoModelForMaskedLM"] == "modeling_llada.LLaDAModelLM"
+        settings = json.loads((folder / "generation_config.json").read_text())
+        ends = sorted([config["eos_token_id"], config["eot_token_id"]])
+        assert (settings["eos_token_id"], settings["pad_token_id"]) == (ends, config["pad_token_id"])
+    with safe_open(model / "model.safetensors", "pt") as file:
+        heads = {"model.transformer.ff_out.weight", "model.transformer.wte.weight"} & set(file.keys())
+    assert len(heads) == (1 if config["weight_tying"] else 2)
+
+
+def test_model_cards_tell_what_it_is_and_how_to_load_it(folders):
+    model, adapter = ((folder / "README.md").read_text() for folder in folders)
+    for text in ("# model\n", "masked diffusion language model", "Made by `train.py` from new weights."):
+        assert text in model
+    assert "- train_data_path: rows/train" in model and "| eval_loss | 2.5 |" in model
+    assert "learning_rate: 0.001" in model and 'from_pretrained("FOLDER", trust_remote_code=True)' in model
+    assert "library_name: peft" in adapter and 'PeftModel.from_pretrained(model, "FOLDER")' in adapter
+    assert f'from_pretrained("{folders[0]}", trust_remote_code=True)' in adapter
