@@ -51,6 +51,7 @@ class Metrics:
 
     def __init__(self, engine: Engine) -> None:
         self.registry = prometheus.CollectorRegistry()
+        prometheus.ProcessCollector(registry=self.registry)
         self.requests = prometheus.Counter(
             "llada_requests",
             "Requests by endpoint and status.",
