@@ -15,7 +15,7 @@ from .cache_llada import WindowCache
 from .canvas_llada import Block, Canvas
 from .generation_config_llada import LLaDAGenerationConfig
 from .graphs_llada import Recorder
-from .orders_llada import ORDERS, entropy, low_confidence
+from .orders_llada import ORDERS, PROBABILITIES, confidence, entropy
 from .remasking_llada import (
     ORDER_DRAW,
     TOKEN_DRAW,
@@ -112,7 +112,8 @@ class Decoding:
             masked = self._masked(block)
             columns = masked.logical_not().long().argsort(dim=1, stable=True)[:, :num_columns]
             picks = masked.gather(1, columns)
-            if ORDERS[self.settings.remasking] is None:
+            score = ORDERS[self.settings.remasking]
+            if score is None:
                 columns, picks = columns[:, :num_masked], picks[:, :num_masked]
                 order = self._uniform(block, step, ORDER_DRAW).gather(1, columns)
                 order = order.argsort(dim=1, descending=True, stable=True)[:, :num_picks]
@@ -120,8 +121,8 @@ class Decoding:
                 picks = picks[:, :num_picks]
             logits = self._logits(block, columns, step)
             tokens = self._tokens(block, logits, columns, step)
-            if ORDERS[self.settings.remasking] is not None:
-                picks = pick_top(self._scores(logits, tokens), picks, num_picks)
+            if score is not None:
+                picks = pick_top(order_scores(score, logits, tokens, self.last_ids), picks, num_picks)
             self._write(block, columns, tokens, picks)
             self._report(block, step, columns, tokens, picks, logits)
             num_masked -= num_picks
@@ -139,7 +140,8 @@ class Decoding:
             valid = masked.gather(1, columns)
             logits = self._logits(block, columns, step)
             tokens = self._tokens(block, logits, columns, step)
-            picks = self._parallel_picks(block, logits, columns, self._scores(logits, tokens), valid)
+            scores = order_scores(PROBABILITIES[self.settings.remasking], logits, tokens, self.last_ids)
+            picks = self._parallel_picks(block, logits, columns, scores, valid)
             self._write(block, columns, tokens, picks)
             self._report(block, step, columns, tokens, picks, logits)
             counts = self._let_leave(block)
@@ -194,8 +196,8 @@ class Decoding:
                 logits = self._logits(block, columns, step)
                 tokens = self._tokens(block, logits, columns, step)
                 self._write(block, columns, tokens, picks)
-                confidence = low_confidence(logits, tokens).double()
-                waits = torch.where(picks, confidence, block.waits.gather(1, columns))
+                seen = confidence(logits, tokens).double()
+                waits = torch.where(picks, seen, block.waits.gather(1, columns))
                 block.waits.scatter_(1, columns, waits)
                 self._report(block, step, columns, tokens, picks, logits, remask)
             block.waits.masked_fill_(remask, torch.inf)
@@ -273,9 +275,6 @@ class Decoding:
             draws = self._uniform(block, step, TOKEN_DRAW).gather(1, columns)
         return choose_tokens(logits, draws, temperature=self.settings.temperature, mask_id=self.mask_id)
 
-    def _scores(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        return order_scores(self.settings.remasking, logits, tokens, self.last_ids)
-
     def _write(self, block: Block, columns: Tensor, tokens: Tensor, picks: Tensor) -> None:
         at = (block.rows[:, None], columns + block.start)
         self.canvas.tokens[at] = torch.where(picks, tokens, self.canvas.tokens[at])
@@ -311,7 +310,7 @@ class Decoding:
     ) -> None:
         if self.on_step is None:
             return
-        confidences = low_confidence(logits, tokens)
+        confidences = confidence(logits, tokens)
         offset = block.start - self.canvas.num_prompt
         for i, name in enumerate(block.names):
             chosen = columns[i, picks[i]]

@@ -6,8 +6,8 @@ By default the tokens are those of the published `generate.py` (see `LLaDAGenera
 and what is not). Where that program is broken, this is what happens here:
     * guidance works without an attention mask, and with left-padded batches;
     * `confidence_eos_eot_inf` holds EOS and EoT back at every temperature, not only at 0;
-    * confidences are float32 (float64 for a float64 model) whatever the model's dtype, and of equal ones the
-      first position wins;
+    * confidences are compared as log-odds, where they do not tie at 1.0, in float32 (float64 for a float64
+      model) whatever the model's dtype; of equal ones the first position wins;
     * the mask token is never produced (there it can be, and is then predicted again or left in the answer).
 
 What is left out without changing a token: the last block and the head for columns that cannot be decided,

@@ -16,9 +16,18 @@ Order = Callable[["Tensor", "Tensor"], "Tensor"]
 """(logits [A, R, E], chosen tokens [A, R]) -> scores [A, R]; a step decides the positions that score best."""
 
 
-def low_confidence(logits: "Tensor", tokens: "Tensor") -> "Tensor":
-    """Probability of the chosen token, at temperature 1. Source: LLaDA generate.py."""
+def confidence(logits: "Tensor", tokens: "Tensor") -> "Tensor":
+    """Probability of the chosen token, at temperature 1."""
     return logits.softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
+
+
+def low_confidence(logits: "Tensor", tokens: "Tensor") -> "Tensor":
+    """log p / (1 - p) of the chosen token: orders as its probability does. Source: LLaDA generate.py."""
+    index = tokens[..., None]
+    chosen = logits.gather(-1, index)
+    # Probabilities of a trained model tie at 1.0 in float32, and rounding would decide; log-odds do not.
+    others = logits.scatter(-1, index, float("-inf")).logsumexp(dim=-1)
+    return chosen[..., 0] - others
 
 
 def max_probability(logits: "Tensor", tokens: "Tensor") -> "Tensor":
@@ -46,4 +55,5 @@ ORDERS: dict[str, Order | None] = {
     "entropy": entropy,
 }
 LOOKS_AT_DRAW = "low_confidence"  # the one whose choice of positions depends on what was drawn there
-PROBABILITIES = ("low_confidence", "max_probability")  # scores that a rule for many tokens a step can read
+# Under these orders a rule for many tokens a step has a probability to read.
+PROBABILITIES: dict[str, Order] = {"low_confidence": confidence, "max_probability": max_probability}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .orders_llada import ORDERS
+from .orders_llada import Order
 
 # Which number of a position: its token, or whether it is its turn (two independent streams).
 TOKEN_DRAW, ORDER_DRAW = 0, 1
@@ -94,16 +94,16 @@ def choose_tokens(logits: Tensor, uniforms: Tensor | None, *, temperature: float
     return tokens
 
 
-def order_scores(order: str, logits: Tensor, tokens: Tensor, last_ids: Tensor | None) -> Tensor:
-    """How early each position goes, [A, R]: the best score first, by the order of that name.
+def order_scores(score: Order, logits: Tensor, tokens: Tensor, last_ids: Tensor | None) -> Tensor:
+    """How early each position goes, [A, R]: the best score first.
 
     Args:
+        score: from the tables of orders_llada.py.
         last_ids: [n] long or None, tokens to decide only when nothing else is left (EOS, EoT). They count as
             impossible in the distribution of the others, and rank below every score.
 
     Source: LLaDA generate.py, low_confidence and confidence_eos_eot_inf.
     """
-    score = ORDERS[order]
     if last_ids is None:
         return score(logits, tokens)
     scores = score(logits.index_fill(-1, last_ids, -torch.inf), tokens)

@@ -25,14 +25,14 @@ def test_scores_by_hand():
     p = torch.tensor([[[0.5, 0.3, 0.2], [0.25, 0.25, 0.5], [1.0, 0.0, 0.0]]], dtype=torch.float64)
     tokens = torch.tensor([[1, 2, 0]])
     expected = {
-        "low_confidence": [0.3, 0.5, 1.0],
+        "low_confidence": [math.log(0.3 / 0.7), 0.0, math.inf],
         "max_probability": [0.5, 0.5, 1.0],
         "margin": [0.2, 0.25, 1.0],
         "entropy": [0.5 * math.log(0.5) + 0.3 * math.log(0.3) + 0.2 * math.log(0.2), -1.5 * math.log(2), 0.0],
     }
     assert set(expected) == set(SCORED)
     for name, values in expected.items():
-        scores = order_scores(name, p.log(), tokens, None)
+        scores = order_scores(ORDERS[name], p.log(), tokens, None)
         assert scores[0].tolist() == pytest.approx(values, abs=1e-12), name
 
 
@@ -40,7 +40,7 @@ def test_scores_by_hand():
 def test_what_has_to_wait_ranks_below_everything(name):
     logits = torch.randn(1, 5, 6, generator=torch.Generator().manual_seed(0))
     tokens = torch.tensor([[0, 1, 4, 2, 5]])
-    scores = order_scores(name, logits, tokens, torch.tensor([4, 5]))
+    scores = order_scores(ORDERS[name], logits, tokens, torch.tensor([4, 5]))
     assert scores[0, [2, 4]].max() < scores[0, [0, 1, 3]].min()
     assert pick_top(scores, torch.tensor([[False, False, True, False, True]]), 1)[0].tolist()[2]
     without = logits.index_fill(-1, torch.tensor([4, 5]), -torch.inf)
@@ -78,7 +78,7 @@ def sampled(order):
             p = posterior(state)[masked]
             for drawn in itertools.product(range(STATES), repeat=len(masked)):
                 tokens = torch.tensor([drawn])
-                scores = order_scores(order, p.log()[None], tokens, None)
+                scores = order_scores(ORDERS[order], p.log()[None], tokens, None)
                 pick = int(pick_top(scores, torch.ones_like(tokens, dtype=torch.bool), 1)[0].nonzero())
                 word = (*state[: masked[pick]], drawn[pick], *state[masked[pick] + 1 :])
                 share = weight * float(p.gather(1, tokens.T).prod())
@@ -132,7 +132,8 @@ def test_generate_decides_what_scores_best(order, parallel):
         masked = [i for i in block if answer[i] == MASK]
         with torch.no_grad():
             logits = model(torch.tensor([PROMPTS[0] + answer])).logits[0, len(PROMPTS[0]) :]
-        scores = ORDERS[order](logits[None, masked], torch.zeros(1, len(masked), dtype=torch.long))[0]
+        score = PROBABILITIES[order] if parallel != "none" else ORDERS[order]
+        scores = score(logits[None, masked], torch.zeros(1, len(masked), dtype=torch.long))[0]
         sure = [masked[i] for i in (scores >= 0.5).nonzero()[:, 0].tolist()] if parallel != "none" else []
         assert entry["positions"] == (sure or [masked[int(scores.argmax())]])
         for position, token in zip(entry["positions"], entry["token_ids"], strict=True):

@@ -11,10 +11,12 @@ from llada.diffusion.sampler_likelihood import (
     batch_log_probs,
     check_settings,
     collate_states,
+    log_odds,
     replay,
     step_log_probs,
 )
 from modelling_final import LLaDAGenerationConfig
+from modelling_final.orders_llada import confidence, low_confidence
 from modelling_final.remasking_llada import order_scores, pick_top
 from peaked_llada import PROMPTS, peaked_model
 
@@ -33,7 +35,7 @@ def all_outcomes(logits, num_picks, temperature):
     outcomes = {}
     for drawn in itertools.product(range(MASK), repeat=len(logits)):
         tokens = torch.tensor([drawn])
-        scores = order_scores("low_confidence", logits[None], tokens, None)
+        scores = order_scores(low_confidence, logits[None], tokens, None)
         picks = pick_top(scores, torch.ones_like(tokens, dtype=torch.bool), num_picks)[0]
         probability = float(q.gather(1, tokens.T).prod())
         key = (tuple(picks.nonzero()[:, 0].tolist()), tuple(tokens[0, picks].tolist()))
@@ -75,6 +77,37 @@ def test_an_impossible_step_has_a_finite_gradient():
     found = step_log_probs(logits, batch, temperature=0.01, mask_id=MASK, order=True)
     (gradient,) = torch.autograd.grad(found.sum(), logits)
     assert torch.isfinite(found).all() and torch.isfinite(gradient).all()
+
+
+def sure_logits(gaps, dtype=torch.float32):
+    """One row a gap: token 0 leads by it, so that its probability is 1 - 2 exp(-gap) and rounds to 1.0."""
+    logits = torch.zeros(len(gaps), V, dtype=dtype)
+    logits[:, 0] = torch.tensor(gaps, dtype=dtype)
+    logits[:, MASK] = -30.0
+    return logits
+
+
+@pytest.mark.parametrize("gaps", [(20.0, 22.0, 18.0), (24.0, 17.5, 17.6), (30.0, 18.0, 29.0)])
+def test_rounding_does_not_make_a_sure_step_jump(gaps):
+    logits, tokens = sure_logits(gaps), torch.zeros(1, 3, dtype=torch.long)
+    assert confidence(logits, tokens[0]).min() > 1 - 1e-7  # float32 probabilities tie here, or nearly
+    picks = pick_top(order_scores(low_confidence, logits[None], tokens, None), tokens == 0, 1)[0]
+    assert picks.tolist() == [gap == max(gaps) for gap in gaps]
+    batch = one_state(tuple(picks.nonzero()[:, 0].tolist()), (0,), 3)
+    values = []
+    for seed in range(20):  # what another batch or machine changes: the last digits of the logits
+        noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed))
+        recomputed = logits * (1 + 1e-6 * noise)
+        values.append(float(step_log_probs(recomputed, batch, temperature=1.0, mask_id=MASK, order=True)))
+    exact = step_log_probs(logits.double(), batch, temperature=1.0, mask_id=MASK, order=True)
+    assert max(values) - min(values) < 1e-6 and values[0] == pytest.approx(float(exact), abs=1e-6)
+
+
+def test_log_odds_are_those_of_the_probabilities():
+    logits = torch.randn(50, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
+    torch.testing.assert_close(log_odds(logits), logits.softmax(-1).logit(), rtol=1e-9, atol=1e-9)
+    tokens = torch.arange(50) % 7
+    torch.testing.assert_close(low_confidence(logits, tokens), log_odds(logits)[torch.arange(50), tokens])
 
 
 SAMPLERS = {

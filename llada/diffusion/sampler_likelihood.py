@@ -1,4 +1,4 @@
-"""The exact likelihood of what the sampler did in one step, differentiable: low confidence and random order.
+"""The exact likelihood of what the sampler did in one step, differentiable.
 
 In a step with low-confidence remasking every masked position j of the block draws v_j from
 q_j = softmax(logits_j / T), has the confidence c_j = p_j(v_j) with p_j = softmax(logits_j), and the k surest
@@ -8,10 +8,10 @@ ones are kept. What the others drew is forgotten. So for the kept set K, with c*
     F_j(c) = sum_{u: p_j(u) < c} q_j(u)                              what j drew was less sure than all of K
 
 The first sum is the token term, the second the order term. Of equal confidences the first position wins, so
-for a j behind the last of K the sum is over p_j(u) <= c. With random order the second sum is a constant.
-A trajectory's log-likelihood is the sum over its steps: this is a score function of the sampler itself.
+for a j behind the last of K the sum is over p_j(u) <= c. Orders that do not look at the draw have the first
+sum alone. A trajectory's log-likelihood is the sum over its steps: a score function of the sampler itself.
 
-Source: derived from LLaDA generate.py; llada/step_likelihood's tests check it against all possible draws.
+Source: derived from LLaDA generate.py; tests/test_step_likelihood.py checks it against all possible draws.
 
 Shapes: S states (steps of some sequences), M masked rows of their blocks, at most R of one state, E head
 outputs, L positions.
@@ -172,6 +172,19 @@ def batch_log_probs(
     )
 
 
+def log_odds(logits: Tensor) -> Tensor:
+    """log p / (1 - p) of every token, [M, E]: what the sampler's low confidence compares, in its precision.
+
+    F jumps where a confidence passes that of another position. Probabilities near 1 are rounded to the same
+    few numbers, so there every recomputation of the logits would jump; their odds are as exact as the logits.
+    """
+    best, index = logits.max(dim=-1, keepdim=True)
+    others = logits.scatter(1, index, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    log_p = logits - torch.logaddexp(best, others)
+    # 1 - p loses its digits for the most likely token alone; there the sum of the others is at hand
+    return (log_p - torch.log1p(-log_p.exp())).scatter(1, index, best - others)
+
+
 def step_log_probs(
     logits: Tensor, batch: StateBatch, *, temperature: float, mask_id: int, order: bool
 ) -> Tensor:
@@ -193,9 +206,9 @@ def step_log_probs(
     if not order or bool(chosen.all()):
         return total
 
-    confidences = logits.detach().softmax(dim=-1)  # the sampler's own numbers: compared, so bit by bit
+    odds = log_odds(logits.detach())
     rows = torch.arange(len(chosen), device=logits.device)
-    kept = confidences[chosen].gather(1, batch.tokens[chosen, None])[:, 0]
+    kept = odds[chosen].gather(1, batch.tokens[chosen, None])[:, 0]
     least = torch.full_like(zeros, torch.inf).scatter_reduce(0, batch.owners[chosen], kept, "amin")
     # the position of K that would have been the first to go: of equals, the last
     is_least = kept == least[batch.owners[chosen]]
@@ -205,7 +218,7 @@ def step_log_probs(
     left = ~chosen
     bound = least[batch.owners[left], None]
     is_behind = (rows[left] > last[batch.owners[left]])[:, None]
-    is_less = (confidences[left] < bound) | (is_behind & (confidences[left] == bound))
+    is_less = (odds[left] < bound) | (is_behind & (odds[left] == bound))
     is_less &= log_q[left] > -torch.inf  # neither the mask nor what has no probability
     nothing = ~is_less.any(dim=-1)  # logsumexp of nothing has no gradient but nan
     log_f = log_q[left].masked_fill(~is_less, -torch.inf).masked_fill(nothing[:, None], 0.0).logsumexp(dim=-1)
