@@ -9,7 +9,7 @@ KL on every token of the answer, masked or visible. The model is in OUTPUT_DIR/f
 
 from pathlib import Path
 
-from llada.flags import run_as
+from llada.flags.parser import run_as
 
 DEFAULTS = {
     "data_path": "sft_data/processed_alignment.pt",

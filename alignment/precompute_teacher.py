@@ -28,23 +28,19 @@ from functools import partial
 from itertools import islice
 
 from llada.chat_client import ChatClient
-from llada.flags import check_command_line, flag, parse, run_main
+from llada.flags.parser import check_command_line, flag, parse, run_main
 
 
 @dataclass(kw_only=True)
 class Config:
     """Flags of this script."""
 
-    input: list[str] = flag(
-        help="Conversations, prompts, or records with logits: .json, .jsonl, ...", aliases=["input_file"]
-    )
+    input: list[str] = flag(help="Conversations, prompts, or records with logits: .json, .jsonl, ...")
     validation_input: list[str] | None = flag(
         None, help="Records to validate on: OUTPUT_DIR then gets train/ and validation/."
     )
-    output_dir: str = flag(help="Folder for the rows.", aliases=["output_file"])
-    tokenizer: str = flag(
-        help="Folder of the student's tokenizer, or of its checkpoint.", aliases=["model_name"]
-    )
+    output_dir: str = flag(help="Folder for the rows.")
+    tokenizer: str = flag(help="Folder of the student's tokenizer, or of its checkpoint.")
     teacher: str | None = flag(None, help="Autoregressive checkpoint folder or hub name.")
     teacher_gguf_file: str | None = flag(None, help="Name of a GGUF file in that folder.")
     teacher_dtype: str = flag(

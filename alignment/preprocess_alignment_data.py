@@ -9,7 +9,7 @@ The output is a folder of Arrow rows, also where its name ends in .pt; train_kl.
 
 from pathlib import Path
 
-from llada.flags import run_as
+from llada.flags.parser import run_as
 
 DEFAULTS = {
     "input_file": "sft_data/llama_logits.json",

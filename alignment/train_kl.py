@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from llada.flags import check_command_line, flag, parse, run_main
+from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.training.config import TrainConfig
 
 
@@ -47,8 +47,8 @@ class Config(TrainConfig):
         "window_length", "window_weights", "window_decay",
     )  # fmt: skip
 
-    model_name_or_path: str = flag(help="Checkpoint to align.", aliases=["model_name"])
-    train_data_path: str = flag(help="Folder made by precompute_teacher.py.", aliases=["data_path"])
+    model_name_or_path: str = flag(help="Checkpoint to align.")
+    train_data_path: str = flag(help="Folder made by precompute_teacher.py.")
     eval_data_path: str | None = flag(None, help="The same for validation.")
     loss_type: str = flag(
         "auto",
@@ -62,7 +62,7 @@ class Config(TrainConfig):
     beta: float = flag(0.5, help="Hybrid: weight of the KL.")
     temperature: float = flag(1.0, help="Of both distributions in the KL.")
     temperature_squared: bool = flag(False, help="Multiply the KL with T^2.")
-    window_length: int = flag(8, help="Masks of a window.", aliases=["gamma"])
+    window_length: int = flag(8, help="Masks of a window.")
     window_weights: str = flag(
         "uniform",
         help="Weight of the k-th mask: all alike; exp(-(k - 1) / --window_decay); or the probability that "
@@ -70,8 +70,8 @@ class Config(TrainConfig):
         choices=["uniform", "decay", "streak"],
     )
     window_decay: float = flag(4.0, help="With --window_weights decay.")
-    learning_rate: float = flag(2.5e-5, help="Peak learning rate.", aliases=["lr"])
-    weight_decay: float = flag(0.1, help="AdamW weight decay, on matrices only.", aliases=["l2"])
+    learning_rate: float = flag(2.5e-5, help="Peak learning rate.")
+    weight_decay: float = flag(0.1, help="AdamW weight decay, on matrices only.")
     warmup_steps: int = flag(50, help="Steps of linear warm-up from 0.")
     lr_scheduler_type: str = flag(
         "linear", help="Shape after the warm-up.", choices=["constant", "linear", "cosine", "wsd"]

@@ -15,7 +15,7 @@ The same command continues an interrupted run.
 from dataclasses import dataclass
 from functools import partial
 
-from llada.flags import check_command_line, flag, parse, run_main
+from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.training.config import TrainConfig
 
 

@@ -35,7 +35,8 @@ from lm_eval._cli import HarnessCLI
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.utils import setup_logging
 
-from llada.flags import read_yaml, run_main
+from llada.flags.parser import run_main
+from llada.flags.yaml_files import read_yaml
 from llada.inference.eval_args import parse_model_args
 
 MODEL = "llada_dist"  # registered by the import of llada.inference.lm_eval_model

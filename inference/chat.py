@@ -27,7 +27,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
-from llada.flags import check_command_line, flag, parse, run_main
+from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
 
 
@@ -35,9 +35,7 @@ from llada.inference.sampler_flags import SamplerFlags, sampler_settings
 class Config(SamplerFlags):
     """Flags of this script."""
 
-    model_name_or_path: str = flag(
-        help="Checkpoint or run folder, LoRA adapter folder, or hub name.", aliases=["model_path"]
-    )
+    model_name_or_path: str = flag(help="Checkpoint or run folder, LoRA adapter folder, or hub name.")
     adapter_path: str | None = flag(None, help="LoRA adapter to put on the model.")
     dtype: str = flag(
         "auto", help="Of the weights.", choices=["auto", "float32", "bfloat16", "float16", "float64"]

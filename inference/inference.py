@@ -9,7 +9,7 @@ Always the chat template; records {id, prompt, completion} with messages in both
 
 from pathlib import Path
 
-from llada.flags import run_as
+from llada.flags.parser import run_as
 
 DEFAULTS = {
     "is_instruct": "true",

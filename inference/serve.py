@@ -18,7 +18,7 @@ Run:
 import os
 from dataclasses import dataclass
 
-from llada.flags import check_command_line, flag, parse, run_main
+from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
 
 
@@ -26,9 +26,7 @@ from llada.inference.sampler_flags import SamplerFlags, sampler_settings
 class Config(SamplerFlags):
     """Flags of this script, beside the sampler's: those are the defaults of every request."""
 
-    model_name_or_path: str = flag(
-        help="Checkpoint or run folder, LoRA adapter folder, or hub name.", aliases=["model_path", "model"]
-    )
+    model_name_or_path: str = flag(help="Checkpoint or run folder, LoRA adapter folder, or hub name.")
     adapter_path: str | None = flag(None, help="LoRA adapter to put on the model.")
     served_model_name: str | None = flag(None, help="Name in the API; default the checkpoint's path.")
     dtype: str = flag(

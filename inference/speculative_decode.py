@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from llada.data.flags import PromptFlags
-from llada.flags import check_command_line, flag, parse, run_main
+from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.speculative.settings import SpeculativeSettings
 
 
@@ -39,7 +39,6 @@ class Config(PromptFlags, SpeculativeSettings):
 
     model_name_or_path: str = flag(
         help="The drafter: LLaDA checkpoint or run folder, LoRA adapter folder, or hub name.",
-        aliases=["drafter"],
     )
     verifier: str = flag(help="Folder or hub name of the autoregressive model that decides.")
     verifier_gguf_file: str | None = flag(None, help="Name of a GGUF file in the verifier's folder.")

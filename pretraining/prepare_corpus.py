@@ -15,7 +15,7 @@ Run:
 from dataclasses import dataclass
 
 from llada.data.flags import PrepareFlags
-from llada.flags import check_command_line, flag, parse, run_main
+from llada.flags.parser import check_command_line, flag, parse, run_main
 
 
 @dataclass(kw_only=True)

@@ -22,7 +22,7 @@ The same command continues an interrupted run.
 from dataclasses import dataclass
 from functools import partial
 
-from llada.flags import check_command_line, flag, parse, run_main
+from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.training.config import TrainConfig
 
 
@@ -37,12 +37,9 @@ class Config(TrainConfig):
 
     train_data_path: str = flag(
         help="Folder made by prepare_corpus.py, or raw .jsonl {'text'}, .txt, .parquet or dataset folder.",
-        aliases=["train_data"],
     )
-    eval_data_path: str | None = flag(None, help="The same for validation.", aliases=["val_data"])
-    model_name_or_path: str | None = flag(
-        None, help="Checkpoint to continue from.", aliases=["pretrained_model"]
-    )
+    eval_data_path: str | None = flag(None, help="The same for validation.")
+    model_name_or_path: str | None = flag(None, help="Checkpoint to continue from.")
     config_name: str | None = flag(
         None, help="Start from scratch: a size in configs/models or a YAML file of LLaDAConfig fields."
     )

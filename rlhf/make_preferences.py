@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llada.flags import check_command_line, flag, parse, run_main
+from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
 from llada.rewards.flags import RewardFlags
 
@@ -36,7 +36,7 @@ class Config(SamplerFlags, RewardFlags):
     """Flags of the preference maker."""
 
     model_name_or_path: str = flag(help="Checkpoint or run folder, adapter folder, or hub name.")
-    prompts_file: str = flag(help="Records with prompts and what the rewards need.", aliases=["dataset_path"])
+    prompts_file: str = flag(help="Records with prompts and what the rewards need.")
     output_dir: str = flag(help="Folder for the two files.")
     adapter_path: str | None = flag(None, help="LoRA adapter to put on the model.")
     is_instruct: bool = flag(False, help="Use the chat template.")

@@ -24,16 +24,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from llada.flags import check_command_line, flag, parse, run_main
+from llada.flags.parser import check_command_line, flag, parse, run_main
 
 
 @dataclass(kw_only=True)
 class Config:
     """Flags of the reference values."""
 
-    model_path: str = flag(
-        help="Checkpoint of the reference: folder, run, adapter, or hub name.", aliases=["model_name_or_path"]
-    )
+    model_path: str = flag(help="Checkpoint of the reference: folder, run, adapter, or hub name.")
     dataset: str = flag(help="JSONL, JSON or Parquet file, folder of files or of a data set, or hub name.")
     k_vals: str = flag(help="Numbers of masks to give B_ref for, for example 1,2,4,8.")
     output_file: str = flag(help="JSONL file to write.")
@@ -46,7 +44,7 @@ class Config:
     mask_id: int | None = flag(None, help="Mask token id; must be the model's.")
     mask_token: str | None = flag(None, help="Mask token; must be the model's.")
     tokenizer_name: str | None = flag(None, help="Tokenizer folder; default that of the model.")
-    max_length: int = flag(4096, help="Longest prompt and answer in tokens.", aliases=["max_len"])
+    max_length: int = flag(4096, help="Longest prompt and answer in tokens.")
     eos: str = flag(
         "one",
         help="What ends an answer: see docs/preference_optimization.md.",

@@ -21,7 +21,7 @@ interrupted run. How to choose the masks and the loss: docs/preference_optimizat
 from dataclasses import dataclass
 from functools import partial
 
-from llada.flags import check_command_line, flag, parse, run_main
+from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.policies.config import PairConfig, ReferenceFlags
 
 
@@ -38,7 +38,7 @@ class Config(ReferenceFlags, PairConfig):
     loss_weights: list[float] | None = flag(None, help="Weight of each --loss_type; default 1.")
     label_smoothing: float = flag(0.0, help="sigmoid: probability that a preference is the wrong way round.")
     ipo: bool = flag(False, help="The same as --loss_type ipo.")
-    rpo_alpha: float = flag(0.0, help="Adds the sft term with this weight.", aliases=["nll_loss_coef"])
+    rpo_alpha: float = flag(0.0, help="Adds the sft term with this weight.")
     precompute_ref_log_probs: bool = flag(
         False, help="Score the data under the reference once, under masks that all epochs share, and drop it."
     )

@@ -21,7 +21,7 @@ The same command continues an interrupted run. More: docs/preference_optimizatio
 from dataclasses import dataclass
 from functools import partial
 
-from llada.flags import check_command_line, flag, parse, run_main
+from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.policies.config import PolicyConfig, ReferenceFlags
 
 
@@ -34,17 +34,14 @@ class Config(ReferenceFlags, PolicyConfig):
         "n_U", "sample_seed",
     )  # fmt: skip
 
-    output_dir: str = flag("kto-train", help="Folder of the run.", aliases=["save_path"])
+    output_dir: str = flag("kto-train", help="Folder of the run.")
     train_dataset_path: str = flag(
         help="Records written by precompute_bref.py, ours or the published program's.",
-        aliases=["train_data_path"],
     )
-    eval_dataset_path: str | None = flag(
-        None, help="Such records for validation.", aliases=["eval_data_path"]
-    )
-    kto_beta: float = flag(0.2, help="Strength of the tie to the reference.", aliases=["beta"])
-    kto_lambda_D: float = flag(1.0, help="Weight of desirable answers.", aliases=["desirable_weight"])
-    kto_lambda_U: float = flag(1.0, help="Weight of undesirable answers.", aliases=["undesirable_weight"])
+    eval_dataset_path: str | None = flag(None, help="Such records for validation.")
+    kto_beta: float = flag(0.2, help="Strength of the tie to the reference.")
+    kto_lambda_D: float = flag(1.0, help="Weight of desirable answers.")
+    kto_lambda_U: float = flag(1.0, help="Weight of undesirable answers.")
     z0_mode: str = flag(
         "global_mean",
         help="z0: nothing, the mean of r over the batch, that mean without the record itself, a moving "
@@ -69,17 +66,15 @@ class Config(ReferenceFlags, PolicyConfig):
         0,
         help="Records per optimizer step, over all ranks and micro-batches; 0 = --micro_batch_size (1) x "
         "--gradient_accumulation_steps x ranks.",
-        aliases=["train_batch_size", "train_batch"],
     )
     gradient_accumulation_steps: int = flag(
         1, help="Micro-batches per step and rank, where --batch_size is 0."
     )
-    learning_rate: float = flag(5e-6, help="Peak learning rate.", aliases=["lr"])
+    learning_rate: float = flag(5e-6, help="Peak learning rate.")
     warmup_ratio: float = flag(0.03, help="Warm-up as a share of all steps, when --warmup_steps is 0.")
     save_interval: int = flag(
         3000,
         help="Save the training state every N steps; 0 = only when stopped.",
-        aliases=["save_steps", "checkpoint_interval"],
     )
     save_strategy: str = flag(
         "steps",

@@ -33,7 +33,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from llada.flags import check_command_line, flag, parse, run_main
+from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
 from llada.policies.config import GrpoConfig, OlderFlags
 from llada.rewards.flags import RewardFlags
@@ -53,16 +53,13 @@ class Config(RewardFlags, SamplerFlags, OlderFlags, GrpoConfig):
     )  # fmt: skip
 
     train_data_path: str = flag(
-        "openai/gsm8k@main", help="File of prompts, or name@config of a hub data set.", aliases=["dataset"]
+        "openai/gsm8k@main", help="File of prompts, or name@config of a hub data set."
     )
     eval_data_path: str | None = flag(
         None,
         help="Prompts for held-out accuracy: the first reward, at temperature 0.",
-        aliases=["eval_dataset"],
     )
-    apply_chat_template: bool = flag(
-        True, help="Prompts that are plain texts become a user's turn.", aliases=["is_instruct"]
-    )
+    apply_chat_template: bool = flag(True, help="Prompts that are plain texts become a user's turn.")
     long_prompts: str = flag(
         "error", help="Prompts beyond --max_length less the answer.", choices=["error", "drop"]
     )
@@ -70,20 +67,16 @@ class Config(RewardFlags, SamplerFlags, OlderFlags, GrpoConfig):
     resume_from_checkpoint: str = flag(
         "auto",
         help="auto = continue --output_dir if it holds a state; none; or a folder.",
-        aliases=["load_ckpt"],
     )
     batch_size: int = flag(
         128,
         help="Completions per optimizer step, over all ranks.",
-        aliases=["train_batch_size", "train_batch"],
     )
     gradient_accumulation_steps: int | None = flag(
         None, help="Accepted; it follows from --batch_size, --micro_batch_size and the ranks."
     )
     temperature: float = flag(1.0, help="Of the sampler in training.")
-    steps: int | None = flag(
-        None, help="Denoising steps over the whole answer; default gen_length.", aliases=["gen_steps"]
-    )
+    steps: int | None = flag(None, help="Denoising steps over the whole answer; default gen_length.")
     remasking_threshold: float | None = flag(
         None, help="The same as --parallel_decoding threshold --threshold X."
     )

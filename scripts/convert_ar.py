@@ -24,8 +24,9 @@ top while it is read.
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
-from llada.flags import check_command_line, flag, new_folder, parse, run_main
+from llada.flags.parser import check_command_line, flag, parse, run_main
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Config:
     """Flags of this script."""
 
     model_name_or_path: str = flag(help="folder or hub name of the autoregressive checkpoint")
-    output_dir: str = flag(help="new folder for the LLaDA checkpoint")
+    output_dir: str = flag(help="new folder for the LLaDA checkpoint", writes="new folder")
     gguf_file: str | None = flag(
         None, help="name of a GGUF file inside that folder, read instead of safetensors"
     )
@@ -64,7 +65,7 @@ from modelling_final import LLaDAModelLM
 def main(argv: list[str] | None = None) -> None:
     """Converts, compares with the source, saves."""
     config = parse(Config, argv, description=__doc__)
-    output_dir = new_folder("--output_dir", config.output_dir)
+    output_dir = Path(config.output_dir)
     source, tokenizer = load_causal_lm(
         config.model_name_or_path,
         flag="--model_name_or_path",

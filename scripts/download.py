@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from llada.flags import check_command_line, flag, parse, run_main
+from llada.flags.parser import check_command_line, flag, parse, run_main
 
 
 @dataclass

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from llada.flags import check_command_line, flag, new_folder, parse, read_yaml, run_main
+from llada.flags.parser import check_command_line, flag, parse, run_main
+from llada.flags.yaml_files import read_yaml
 
 
 @dataclass
@@ -22,7 +23,7 @@ class Config:
     """Flags of this script."""
 
     run: str = flag(help="Folder of a training run: config.yaml and step-N states.")
-    output_dir: str = flag(help="New folder for the checkpoint.")
+    output_dir: str = flag(help="New folder for the checkpoint.", writes="new folder")
     step: int | None = flag(None, help="Which step-N; default the latest.")
     dtype: str = flag("float32", help="Of the weights written.", choices=["float32", "bfloat16", "float16"])
 
@@ -39,7 +40,7 @@ from llada.training.checkpoint import find_resume, load_weights, read_meta
 def main(argv: list[str] | None = None) -> None:
     """Exports one state."""
     config = parse(Config, argv, description=__doc__)
-    run, output_dir = Path(config.run), new_folder("--output_dir", config.output_dir)
+    run, output_dir = Path(config.run), Path(config.output_dir)
     if not (run / "config.yaml").is_file():
         raise ValueError(f"--run {run}: no config.yaml there; give the --output_dir of a training run")
     state = run / f"step-{config.step}" if config.step is not None else find_resume(run, "auto")

@@ -13,19 +13,18 @@ of the first. The tokenizer is the adapter's where it has one.
 from dataclasses import dataclass
 from pathlib import Path
 
-from llada.flags import check_command_line, flag, new_folder, parse, run_main
+from llada.flags.parser import check_command_line, flag, parse, run_main
 
 
 @dataclass
 class Config:
     """Flags of this script."""
 
-    adapter_path: str = flag(help="adapter folder", aliases=("lora_weights",))
-    output_dir: str = flag(help="new folder for the merged checkpoint", aliases=("output_path",))
+    adapter_path: str = flag(help="adapter folder")
+    output_dir: str = flag(help="new folder for the merged checkpoint", writes="new folder")
     base_model: str | None = flag(
         None,
         help="base checkpoint folder, or hub name; default: the base named in the adapter",
-        aliases=("model_name", "model_name_or_path"),
     )
 
 
@@ -40,7 +39,7 @@ from llada.models.tokens import load_tokenizer
 def main(argv: list[str] | None = None) -> None:
     """Merges and saves."""
     config = parse(Config, argv, description=__doc__)
-    output_dir = new_folder("--output_dir", config.output_dir)
+    output_dir = Path(config.output_dir)
     base, adapter = base_and_adapter(config.base_model, config.adapter_path, flag="--base_model")
     model = load_model(base, adapter_path=adapter, dtype="auto")
     has_tokenizer = Path(adapter, "tokenizer_config.json").is_file()

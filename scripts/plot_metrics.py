@@ -7,7 +7,7 @@ Run:
 from dataclasses import dataclass
 from pathlib import Path
 
-from llada.flags import check_command_line, flag, parse, run_main
+from llada.flags.parser import check_command_line, flag, parse, run_main
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llada.flags import check_command_line, flag, parse, run_main
+from llada.flags.parser import check_command_line, flag, parse, run_main
 
 
 @dataclass(kw_only=True)
@@ -19,7 +19,7 @@ class Config:
     """Flags of this script."""
 
     trace: str = flag(help="What generate.py --trace wrote.")
-    tokenizer: str = flag(help="Folder of the model's tokenizer.", aliases=["model_name_or_path"])
+    tokenizer: str = flag(help="Folder of the model's tokenizer.")
     output: str = flag(help="HTML file to write.")
     max_answers: int = flag(20, help="Only the first so many answers of the trace.")
 

@@ -22,7 +22,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llada.flags import read_yaml, run_main
+from llada.flags.parser import run_main
+from llada.flags.yaml_files import read_yaml
 from llada.rewards.functions import puzzle_solved
 from llada.training.stages import ROOT, STAGES, Stage, output_of
 

@@ -13,7 +13,7 @@ Run:
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from llada.flags import check_command_line, flag, parse, run_main
+from llada.flags.parser import check_command_line, flag, parse, run_main
 
 
 @dataclass

@@ -21,7 +21,7 @@ its global batch with EOS tokens that count as answer.
 from dataclasses import dataclass
 from functools import partial
 
-from llada.flags import check_command_line, flag, parse, run_main
+from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.training.config import TrainConfig
 
 
@@ -31,10 +31,9 @@ class Config(TrainConfig):
 
     fixed = (*TrainConfig.fixed, "eos_padding", "full_padding_probability")
 
-    model_name_or_path: str = flag(help="Checkpoint to fine-tune.", aliases=["pretrained_model"])
+    model_name_or_path: str = flag(help="Checkpoint to fine-tune.")
     train_data_path: list[str] = flag(
         help="Folders made by prepare_sft.py, or raw conversation files (formats: data/README.md).",
-        aliases=["sft_data"],
     )
     data_weights: list[float] | None = flag(
         None, help="Share of each of several --train_data_path; default: every row once."
@@ -63,7 +62,7 @@ class Config(TrainConfig):
         help="Put several records into a row of --max_length tokens, none of which sees another; "
         "--batch_size counts records, --micro_batch_size rows.",
     )
-    learning_rate: float = flag(2e-5, help="Peak learning rate.", aliases=["lr"])
+    learning_rate: float = flag(2e-5, help="Peak learning rate.")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 
 import published_sampler as oracle
 from conftest import load_script
-from llada.flags import read_yaml
+from llada.flags.yaml_files import read_yaml
 from llada.models.building import ROOT
 from modelling_final import LLaDAConfig
 from peaked_llada import EOS, EOT, PROMPTS, answers, peaked_model

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from llada.flags import check_command_line, flag, parse, read_yaml, write_yaml
+from llada.flags.parser import check_command_line, flag, parse
+from llada.flags.yaml_files import read_yaml, write_yaml
 
 
 @dataclass(kw_only=True)
@@ -12,7 +13,7 @@ class Config:
     """Flags for the tests."""
 
     output_dir: str = flag(help="Where to.")
-    learning_rate: float = flag(1e-4, help="100% of the peak.", aliases=["lr"])
+    learning_rate: float = flag(1e-4, help="100% of the peak.")
     max_steps: int | None = flag(None, help="Steps.")
     shuffle: bool = flag(True, help="Shuffle.")
     layers: list[str] = flag(["q_proj"], help="Layers.")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import ROOT, load_script
-from llada.flags import parse
+from llada.flags.parser import parse
 from llada.models.checkpoints import NO_SCALING, RopeScaling, load_config, load_model
 from llada.run import Run
 from llada.training.config import TrainConfig

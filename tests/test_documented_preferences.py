@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from conftest import ROOT, load_script
-from llada.flags import parse
+from llada.flags.parser import parse
 from llada.run import Run, read_metrics
 
 BREF = """rlhf/precompute_bref.py --num_gpus 8 --batch_size 8 --model_path GSAI-ML/LLaDA-8B-Instruct

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, load_script
-from llada.flags import parse
+from llada.flags.parser import parse
 from llada.run import read_metrics
 
 LAUNCH = ROOT / "scripts/launch"

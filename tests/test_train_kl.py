@@ -17,7 +17,7 @@ from llada.autoregressive.teacher_stream import AlignmentStream, Windows
 from llada.data.shards import load_rows, row_lengths, write_shards
 from llada.diffusion.distillation_losses import RowObjective
 from llada.diffusion.masking import mask_probability
-from llada.flags import parse
+from llada.flags.parser import parse
 from llada.models.checkpoints import load_model
 from llada.models.tokens import load_tokenizer, special_ids
 from llada.run import Run, read_metrics

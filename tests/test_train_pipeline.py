@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from conftest import ROOT, load_script
-from llada.flags import parse
+from llada.flags.parser import parse
 
 pipeline = load_script("scripts/train_pipeline.py")
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from llada.flags import flag
+from llada.flags.declaration import flag
 
 SHARD_SIZE = 10_000
 
@@ -35,7 +35,7 @@ class PromptFlags:
     """Flags of the scripts that answer a prompt, or a file of them."""
 
     prompt: str | None = flag(None, help="A prompt; its answer goes to the terminal.")
-    prompts_file: str | None = flag(None, help="File of prompts.", aliases=["dataset_path"])
+    prompts_file: str | None = flag(None, help="File of prompts.")
     output_path: str | None = flag(None, help="JSONL file of answers; needed with --prompts_file.")
     max_samples: int | None = flag(None, help="Only the first so many prompts of the file.")
     is_instruct: bool = flag(False, help="Use the chat template (with two models, each its own).")

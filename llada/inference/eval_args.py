@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from llada.flags import flag, parse
+from llada.flags.parser import flag, parse
 from llada.inference.sampler_flags import SamplerFlags
 
 
@@ -38,9 +38,7 @@ class ModelArgs(SamplerFlags):
     reference_batch: int = flag(8, help="--batch_size of the published run, on which `reference` depends.")
     exact_tokens: int = flag(7, help="Answers up to this length are summed over every mask.")
     is_check_greedy: bool = flag(True, help="Also report whether greedy decoding gives the answer.")
-    cfg_scale: float = flag(
-        0.0, help="Classifier-free guidance, of likelihoods and of generation.", aliases=["cfg"]
-    )
+    cfg_scale: float = flag(0.0, help="Classifier-free guidance, of likelihoods and of generation.")
     # generation: what the task decides where nothing is given
     gen_length: int | None = flag(None, help="Answer tokens; default the task's max_gen_toks, else 256.")
     block_length: int | None = flag(None, help="Tokens per block; default gen_length, one block.")

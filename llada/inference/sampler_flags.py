@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from llada.flags import flag
+from llada.flags.declaration import flag
 from modelling_final.sampler_settings_llada import SamplerSettings
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedTokenizerBase
 
-from llada.flags import read_yaml
+from llada.flags.yaml_files import read_yaml
 from llada.models.checkpoints import RopeScaling, base_and_adapter, load_model
 from llada.models.tokens import HOW_TO_ADD, SPECIAL_TOKENS, load_tokenizer, special_ids
 from modelling_final import LLaDAConfig, LLaDAModelLM

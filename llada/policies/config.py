@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from llada.flags import flag
+from llada.flags.declaration import flag
 from llada.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ class ReferenceFlags:
         None,
         help="Checkpoint of the reference; default the policy as it starts (with fresh LoRA adapters these "
         "are switched off, otherwise a second copy is loaded).",
-        aliases=["ref_pretrain", "ref_model"],
     )
 
 
@@ -57,19 +56,15 @@ class PolicyConfig(TrainConfig):
 
     output_dir: str = flag(
         help="Folder of the run: step-N states, final/, best/, metrics.jsonl, results.json.",
-        aliases=["save_path"],
     )
-    model_name_or_path: str = flag(help="Checkpoint that the policy starts from.", aliases=["pretrain"])
-    sft_adapter_path: str | None = flag(
-        None, help="LoRA adapter on it; training continues this adapter.", aliases=["sft_adapter"]
-    )
-    n_mc_samples: int = flag(8, help="Masks per answer and step (K).", aliases=["n_mc", "num_mc"])
-    learning_rate: float = flag(1e-6, help="Peak learning rate.", aliases=["lr"])
+    model_name_or_path: str = flag(help="Checkpoint that the policy starts from.")
+    sft_adapter_path: str | None = flag(None, help="LoRA adapter on it; training continues this adapter.")
+    n_mc_samples: int = flag(8, help="Masks per answer and step (K).")
+    learning_rate: float = flag(1e-6, help="Peak learning rate.")
     dtype: str = flag(
         "auto",
         help="Precision of the matrix products; parameters and sums stay float32. auto: bfloat16 on a GPU.",
         choices=["auto", "float32", "bfloat16"],
-        aliases=["torch_dtype"],
     )
     apply_chat_template: bool = flag(
         False, help="Prompts and answers that are plain texts become turns; messages always use the template."
@@ -78,25 +73,18 @@ class PolicyConfig(TrainConfig):
     batch_size: int = flag(
         8,
         help="Records per optimizer step, over all ranks and micro-batches.",
-        aliases=["train_batch_size", "train_batch"],
     )
     micro_batch_size: int | None = flag(
         None,
         help="Records per forward on a device, rest accumulated; default --batch_size / ranks.",
-        aliases=["local_batch", "per_device_train_batch_size", "micro_train_batch_size", "micro_batch"],
     )
-    warmup_ratio: float = flag(
-        0.0, help="Warm-up as a share of all steps, when --warmup_steps is 0.", aliases=["lr_warmup_ratio"]
-    )
+    warmup_ratio: float = flag(0.0, help="Warm-up as a share of all steps, when --warmup_steps is 0.")
     lr_scheduler_type: str = flag(
         "cosine",
         help="Shape after the warm-up; cosine_with_min_lr ends at a tenth of the peak.",
         choices=["constant", "linear", "cosine", "wsd", "cosine_with_min_lr"],
-        aliases=["lr_scheduler"],
     )
-    lora_r: int = flag(
-        0, help="LoRA rank; 0 trains all weights, or is 128 with --use_lora.", aliases=["lora_rank"]
-    )
+    lora_r: int = flag(0, help="LoRA rank; 0 trains all weights, or is 128 with --use_lora.")
     adam_betas: list[float] | None = flag(None, help="Both AdamW betas at once.")
     bf16: bool = flag(False, help="The same as --dtype bfloat16.")
     flash_attn: bool = flag(False, help="Accepted; PyTorch's own attention uses flash kernels by itself.")
@@ -139,10 +127,8 @@ class PairConfig(PolicyConfig):
     # Other masks, or another end of the answer, are another loss.
     fixed = (*PolicyConfig.fixed, "n_mc_samples", "estimator", "l_sampling", "eos")
 
-    train_data_path: list[str] = flag(help="Files of preference pairs.", aliases=["dataset"])
-    eval_data_path: list[str] | None = flag(
-        None, help="Pairs for validation: loss, accuracy and margin.", aliases=["eval_dataset"]
-    )
+    train_data_path: list[str] = flag(help="Files of preference pairs.")
+    eval_data_path: list[str] | None = flag(None, help="Pairs for validation: loss, accuracy and margin.")
     prompt_key: str = flag("prompt", help="Field of the prompt.")
     chosen_key: str = flag("chosen", help="Field of the preferred answer.")
     rejected_key: str = flag("rejected", help="Field of the other answer.")
@@ -187,7 +173,7 @@ class LikelihoodFlags:
     """Flags of GRPO: the log-likelihood that is raised, and its terms (likelihood_terms.py)."""
 
     estimator: str = flag("elbo", help="The likelihood that is raised.", choices=LIKELIHOODS)
-    n_mc_samples: int = flag(2, help="elbo: masks per completion (K).", aliases=["n_mc", "num_mc"])
+    n_mc_samples: int = flag(2, help="elbo: masks per completion (K).")
     mask_plan: str = flag(
         "stratified",
         help="elbo: mask sizes spread evenly, drawn independently, or complementary pairs (ESPO).",
@@ -230,9 +216,7 @@ class SurrogateFlags:
 class GroupFlags:
     """Flags of GRPO: groups of completions, and what each is worth (rollouts.py)."""
 
-    num_generations: int = flag(
-        8, help="Completions per prompt (G).", aliases=["group_size", "num_samples_per_prompt"]
-    )
+    num_generations: int = flag(8, help="Completions per prompt (G).")
     rollout_batch_size: int = flag(256, help="Sequences sampled together on a device.")
     num_iterations: int = flag(1, help="Steps that learn from the same completions (mu).")
     scale_rewards: str = flag(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llada.flags import flag
+from llada.flags.declaration import flag
 
 if TYPE_CHECKING:
     from llada.rewards.judge import Judge  # imports an HTTP client, which flags do without

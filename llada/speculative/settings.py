@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from llada.flags import flag
+from llada.flags.declaration import flag
 
 DRAFTS = ("one_pass", "left_to_right", "confidence")
 RULES = ("auto", "block", "token", "match")
@@ -16,7 +16,7 @@ class SpeculativeSettings:
     temperature: float = flag(0.0, help="Of the verifier; 0: its most likely tokens.")
     top_k: int = flag(0, help="The verifier samples among its k most likely tokens; 0: all.")
     top_p: float = flag(1.0, help="The verifier samples among the fewest tokens of this total probability.")
-    draft_length: int = flag(8, help="Masks of a draft, at most.", aliases=["gamma"])
+    draft_length: int = flag(8, help="Masks of a draft, at most.")
     adaptive_length: bool = flag(
         False, help="Draft 1.5 times what was lately accepted, and 2 more, up to --draft_length."
     )

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llada.flags import flag
+from llada.flags.declaration import flag
 
 if TYPE_CHECKING:
     from llada.run import Run  # imports torch
@@ -28,25 +28,19 @@ class TrainConfig:
         help="Folder of the run: step-N states, final/, best/, metrics.jsonl, results.json."
     )
     tokenizer_name: str | None = flag(None, help="Tokenizer folder; default that of the model.")
-    max_length: int = flag(4096, help="Longest sequence in tokens.", aliases=["seq_len", "max_len"])
-    max_steps: int = flag(
-        -1, help="Optimizer steps; -1 = as many as --num_train_epochs give.", aliases=["max_train_steps"]
-    )
-    num_train_epochs: float = flag(
-        1.0, help="Passes over the data when --max_steps is not given.", aliases=["epochs", "max_epochs"]
-    )
+    max_length: int = flag(4096, help="Longest sequence in tokens.")
+    max_steps: int = flag(-1, help="Optimizer steps; -1 = as many as --num_train_epochs give.")
+    num_train_epochs: float = flag(1.0, help="Passes over the data when --max_steps is not given.")
     batch_size: int = flag(
         4,
         help="Sequences per optimizer step, over all ranks and micro-batches.",
-        aliases=["train_batch_size"],
     )
     micro_batch_size: int | None = flag(
         None,
         help="Sequences per forward on a device, rest accumulated; default --batch_size / ranks, or one "
         "packed row.",
-        aliases=["local_batch", "per_device_train_batch_size", "micro_train_batch_size"],
     )
-    learning_rate: float = flag(4e-4, help="Peak learning rate.", aliases=["lr"])
+    learning_rate: float = flag(4e-4, help="Peak learning rate.")
     min_learning_rate: float = flag(0.0, help="Learning rate at the end of linear, cosine and wsd schedules.")
     lr_scheduler_type: str = flag(
         "cosine", help="Shape after the warm-up.", choices=["constant", "linear", "cosine", "wsd"]
@@ -54,20 +48,18 @@ class TrainConfig:
     warmup_steps: int = flag(0, help="Steps of linear warm-up from 0.")
     warmup_ratio: float = flag(0.0, help="Warm-up as a share of all steps, when --warmup_steps is 0.")
     decay_ratio: float = flag(0.1, help="wsd: share of all steps that decays linearly at the end.")
-    weight_decay: float = flag(0.01, help="AdamW weight decay, on matrices only.", aliases=["l2"])
+    weight_decay: float = flag(0.01, help="AdamW weight decay, on matrices only.")
     adam_beta1: float = flag(0.9, help="AdamW beta1.")
     adam_beta2: float = flag(0.95, help="AdamW beta2.")
     adam_epsilon: float = flag(1e-8, help="AdamW epsilon.")
     max_grad_norm: float = flag(
         1.0,
         help="Gradients are clipped to this global norm; 0 = never.",
-        aliases=["grad_clip_norm", "max_norm"],
     )
     dtype: str = flag(
         "float32",
         help="Precision of the matrix products; parameters and sums stay float32.",
         choices=["float32", "bfloat16"],
-        aliases=["torch_dtype"],
     )
     activation_checkpointing: str = flag(
         "none",
@@ -90,13 +82,12 @@ class TrainConfig:
     )
     attn_implementation: str | None = flag(None, help="transformers' attention kernel; default sdpa.")
     use_lora: bool = flag(False, help="Train LoRA adapters instead of all weights.")
-    lora_r: int = flag(128, help="LoRA rank.", aliases=["lora_rank"])
+    lora_r: int = flag(128, help="LoRA rank.")
     lora_alpha: float = flag(256.0, help="LoRA scale numerator: the update is (alpha / r) B A.")
     lora_dropout: float = flag(0.0, help="Dropout before the adapters.")
     lora_target_modules: list[str] = flag(
         ["all-linear"],
         help="Linear layers of the blocks by name (q_proj, attn_out, ff_out, ...), or all-linear.",
-        aliases=["target_modules"],
     )
     t_sampling: str = flag(
         "iid",
@@ -117,19 +108,17 @@ class TrainConfig:
         6.0, help="Log steps whose loss is this many standard deviations above the running mean; 0 = never."
     )
     seed: int = flag(42, help="Key of every random draw.")
-    log_interval: int = flag(10, help="Log every N steps.", aliases=["logging_steps"])
+    log_interval: int = flag(10, help="Log every N steps.")
     eval_interval: int = flag(
         0,
         help="Validate every N steps; 0 = only before and after training.",
-        aliases=["eval_steps", "validation_interval"],
     )
     eval_limit: int | None = flag(None, help="Validate on the first N records only.")
     save_interval: int = flag(
         0,
         help="Save the training state every N steps; 0 = only when stopped.",
-        aliases=["save_steps", "checkpoint_interval"],
     )
-    save_total_limit: int = flag(2, help="States kept.", aliases=["max_ckpt_num"])
+    save_total_limit: int = flag(2, help="States kept.")
     save_best: bool = flag(False, help="Keep the weights with the lowest validation loss in best/.")
     resume_from_checkpoint: str = flag(
         "auto", help="auto = continue --output_dir if it holds a state; none; or a folder."
@@ -145,7 +134,7 @@ class TrainConfig:
         choices=["none", "wandb"],
     )
     wandb_project: str = flag("llada", help="W&B project.")
-    run_name: str | None = flag(None, help="W&B run name; default the folder's.", aliases=["wandb_run_name"])
+    run_name: str | None = flag(None, help="W&B run name; default the folder's.")
     wandb_run_id: str | None = flag(None, help="W&B run to continue.")
 
     @property

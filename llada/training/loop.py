@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llada.diffusion.losses import LossParts
-from llada.flags import write_yaml
+from llada.flags.yaml_files import write_yaml
 from llada.models.building import build_model
 from llada.models.saving import Origin, save_model
 from llada.resumable import write_atomically

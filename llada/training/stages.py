@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llada.flags import read_yaml
+from llada.flags.yaml_files import read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,8 +45,9 @@ class Stage:
 
 
 def output_of(flags: Mapping[str, Any]) -> Path:
-    """The folder or file that a stage with these flags writes."""
-    return Path(next(flags[name] for name in ("output_dir", "output_path", "output_file") if name in flags))
+    """The folder or file that a stage with these flags writes; the working directory if it names none."""
+    named = (flags[name] for name in ("output_dir", "output_path", "output_file") if name in flags)
+    return Path(next(named, ""))
 
 
 STAGES = {

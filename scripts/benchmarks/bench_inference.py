@@ -39,14 +39,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llada.flags import check_command_line, flag, parse, run_main
+from llada.flags.parser import check_command_line, flag, parse, run_main
 
 
 @dataclass(kw_only=True)
 class Config:
     """Flags of the benchmark."""
 
-    model_name_or_path: str | None = flag(None, help="Checkpoint or run folder.", aliases=["model_path"])
+    model_name_or_path: str | None = flag(None, help="Checkpoint or run folder.")
     prompts_file: str | None = flag(
         None, help="Records with prompts, and verifiers where accuracy is wanted."
     )

@@ -26,7 +26,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from llada.flags import check_command_line, flag, parse, read_yaml, run_main
+from llada.flags.parser import check_command_line, flag, parse, run_main
+from llada.flags.yaml_files import read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,7 +14,7 @@ import re
 import time
 from dataclasses import dataclass
 
-from llada.flags import check_command_line, flag, parse, run_main
+from llada.flags.parser import check_command_line, flag, parse, run_main
 
 
 @dataclass(kw_only=True)

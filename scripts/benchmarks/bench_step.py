@@ -29,7 +29,7 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from llada.flags import check_command_line, flag, parse, run_main
+from llada.flags.parser import check_command_line, flag, parse, run_main
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llada.data.prompts import Prompt
-from llada.flags import read_yaml
+from llada.flags.yaml_files import read_yaml
 from llada.models.building import ROOT
 from llada.models.checkpoints import DTYPES
 from modelling_final import LLaDAConfig, LLaDAGenerationConfig, LLaDAModelLM

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llada.flags import read_yaml
+from llada.flags.yaml_files import read_yaml
 from llada.models.building import ROOT, attach_lora
 from llada.models.checkpoints import DTYPES
 from modelling_final import LLaDAConfig, LLaDAModelLM

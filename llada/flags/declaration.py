@@ -1,0 +1,117 @@
+"""How a flag is declared, and what its declaration refuses.
+
+One dataclass field = one flag = one YAML key = one logged name. A field states its range and what it needs,
+so a wrong value and a flag that could have no effect are refused before anything is loaded.
+"""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+REQUIRED = dataclasses.MISSING
+OFF = (None, False, 0, "", "none", [])  # what a flag is where it does nothing
+
+
+def flag(
+    default: Any = REQUIRED,
+    help: str = "",
+    *,
+    choices: Sequence[str] | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    needs: str = "",
+    reads: str = "",
+    writes: str = "",
+) -> Any:
+    """A dataclass field with what is said of its flag.
+
+    A subclass that only changes a default writes `learning_rate: float = 1e-6`: the rest is inherited.
+
+    Args:
+        default: value when the flag is absent; without it the flag is required. Lists are copied.
+        help: what the flag means, with its unit.
+        choices: the accepted values.
+        at_least, above, at_most, below: the range of the value, or of every value of a list.
+        needs: the flag without which this one has no effect and is refused: "shard" (set to anything), or
+            "report_to=wandb|trackio" (set to one of these).
+        reads: "path" for a file or folder that must exist, "model" for a checkpoint or a name on the hub.
+        writes: "file", "folder" or "new folder" that the script makes; never what it reads.
+    """
+    said = {name: value for name, value in locals().items() if name != "default" and value not in (None, "")}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=said)
+    return dataclasses.field(default=default, metadata=said)
+
+
+def said_of(config_class: type, name: str) -> dict[str, Any]:
+    """What `flag` was told of a field: the class's own words over those of its bases."""
+    said: dict[str, Any] = {}
+    for base in reversed(config_class.__mro__):
+        if name in own_names(base):
+            said |= base.__dataclass_fields__[name].metadata
+    return said
+
+
+def own_names(config_class: type) -> list[str]:
+    """The fields that a class declares itself, in order."""
+    fields = config_class.__dict__.get("__dataclass_fields__", {})
+    return [name for name in inspect.get_annotations(config_class) if name in fields]
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """The value when the flag is absent; REQUIRED if it must not be."""
+    return field.default if field.default_factory is REQUIRED else field.default_factory()
+
+
+def shown(value: Any) -> str:
+    """A value in an error message: short, and printable whatever bytes it was typed with."""
+    text = ascii(value) if has_lone_surrogate(value) else repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def has_lone_surrogate(value: Any) -> bool:
+    """Whether a text holds what bytes that are not UTF-8 become on a command line."""
+    return isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def check_value(name: str, value: Any, said: Mapping[str, Any]) -> None:
+    """ValueError with the flag and what would be right, if a value (or one of a list) is out of range."""
+    for item in value if isinstance(value, list) else [value]:
+        if has_lone_surrogate(item):
+            raise ValueError(f"--{name} {shown(item)}: not valid UTF-8")
+        if isinstance(item, bool) or not isinstance(item, int | float):
+            continue
+        if not math.isfinite(item) or abs(item) >= 2**63:
+            raise ValueError(f"--{name} {shown(item)}: must be a finite number of at most 64 bits")
+        limits = {
+            "at_least": item >= said.get("at_least", item),
+            "above": item > said.get("above", -math.inf),
+            "at_most": item <= said.get("at_most", item),
+            "below": item < said.get("below", math.inf),
+        }
+        if not all(limits.values()):
+            span = " and ".join(f"{key.replace('_', ' ')} {said[key]:g}" for key in limits if key in said)
+            raise ValueError(f"--{name} {item}: must be {span}")
+
+
+def check_needs(config: Any) -> None:
+    """ValueError for a flag that was changed and could have no effect."""
+    for field in dataclasses.fields(config):
+        needs, value = said_of(type(config), field.name).get("needs", ""), getattr(config, field.name)
+        if needs and value not in (*OFF, default_of(field)) and not is_met(config, needs):
+            partner, _, wanted = needs.partition("=")
+            wanted = f" {wanted.replace('|', ' or ')}" if wanted else ""
+            raise ValueError(f"--{field.name} {shown(value)}: has no effect without --{partner}{wanted}")
+
+
+def is_met(config: Any, needs: str) -> bool:
+    """Whether a flag's `needs` holds: see `flag`."""
+    partner, _, wanted = needs.partition("=")
+    value = getattr(config, partner)
+    if not wanted:
+        return value not in OFF
+    return any(str(item) in wanted.split("|") for item in (value if isinstance(value, list) else [value]))

@@ -1,0 +1,254 @@
+"""From the command line and `--config file.yaml` to a checked dataclass, and the frame around every `main`.
+
+The YAML file is turned into flags that stand before the command line: one parser, one set of conversions
+(`4e-4` is a number), one kind of error, and the command line wins.
+
+A script's first screen is its manual, its `Config` and `check_command_line`; what is slow to import comes
+after: torch, datasets and transformers take six CPU seconds, which nobody should wait for to read `--help` or
+to be told of a wrong flag. So modules that declare flags import none of them, and the parser is argparse
+itself: HfArgumentParser takes 0.6 seconds to import, and we need forty lines of it.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import runpy
+import signal
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llada.flags import paths
+from llada.flags.declaration import (
+    REQUIRED,
+    check_needs,
+    check_value,
+    default_of,
+    flag,
+    own_names,
+    said_of,
+    shown,
+)
+from llada.flags.older import RENAMED, is_older, todays_words
+from llada.flags.yaml_files import read_yaml
+
+__all__ = ["check_command_line", "flag", "parse", "run_as", "run_main"]
+
+T = TypeVar("T")
+DEBUG = "LLADA_DEBUG"  # environment variable; --debug sets it, so that child processes inherit it
+METAVARS = {int: "N", float: "X", bool: "BOOL"}
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Shows defaults where there are some, and keeps the line breaks of the script's manual."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        if action.nargs == 0 or default in (None, argparse.SUPPRESS, []):
+            return action.help
+        text = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+        return f"{action.help} (default: {text.replace('%', '%%')})"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses abbreviations, and answers an unknown flag with the nearest known one."""
+
+    def __init__(self, config_class: type, description: str | None) -> None:
+        super().__init__(
+            usage="%(prog)s [--config FILE.yaml] [--FLAG VALUE ...]",
+            description=description,
+            allow_abbrev=False,
+            formatter_class=_Help,
+        )
+        hints = typing.get_type_hints(config_class)
+        self.fields = {field.name: field for field in dataclasses.fields(config_class)}
+        self.defaults = {name: default_of(field) for name, field in self.fields.items()}
+        required = [name for name, default in self.defaults.items() if default is REQUIRED]
+        sections = {"required": required}
+        for base in config_class.__mro__:  # the script's own flags first, those of all stages last
+            placed = {name for names in sections.values() for name in names}
+            title = (base.__doc__ or "").partition("\n")[0].removesuffix(".")
+            sections[title] = [n for n in own_names(base) if n in self.fields and n not in placed]
+        for title, names in sections.items():
+            section = self.add_argument_group(title)
+            for name in names:
+                self._add(section, name, _value_type(hints[name]), said_of(config_class, name))
+        self.add_argument("--config", metavar="FILE.yaml", help="YAML file of flags; the command line wins")
+        self.add_argument("--debug", action="store_true", help="show where an error was raised")
+
+    def _add(self, section: Any, name: str, kind: Any, said: dict[str, Any]) -> None:
+        default = self.defaults[name]
+        settings: dict[str, Any] = {
+            "help": said.get("help", "").replace("%", "%%"),
+            "choices": said.get("choices"),
+            # a required flag is looked for after parsing, so that a YAML file and an older spelling count
+            "default": argparse.SUPPRESS if default is REQUIRED else default,
+        }
+        if kind is bool:
+            settings |= {"type": _to_bool, "nargs": "?", "const": True}
+        elif typing.get_origin(kind) is list:
+            kind = typing.get_args(kind)[0]
+            settings |= {"type": kind, "nargs": "+"}
+        else:
+            settings["type"] = kind
+        if "choices" not in said:
+            settings["metavar"] = METAVARS.get(kind, "PATH" if said.keys() & {"reads", "writes"} else "TEXT")
+        section.add_argument(f"--{name}", **settings)
+        if kind is bool and default is True:
+            section.add_argument(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
+
+    def error(self, message: str) -> typing.NoReturn:
+        """One line, instead of argparse's usage of a hundred flags."""
+        raise ValueError(message.removeprefix("argument "))
+
+    def known(self, name: str) -> bool:
+        return f"--{name}" in self._option_string_actions or is_older(name, self.fields)
+
+    def suggest(self, name: str) -> str:
+        """The part of an error message that names the nearest flag, or points at --help."""
+        older = [name for name in RENAMED if is_older(name, self.fields)]
+        near = difflib.get_close_matches(name, [*self.fields, *older], n=1, cutoff=0.5)
+        return f"did you mean {near[0]!r}?" if near else "see --help for the list"
+
+
+def _value_type(hint: Any) -> Any:
+    """The type of a field's value: `int` of `int | None`."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return hint
+
+
+def _to_bool(text: str) -> bool:
+    if text.lower() in ("true", "yes", "t", "y", "1"):
+        return True
+    if text.lower() in ("false", "no", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def parse(config_class: type[T], argv: Sequence[str] | None = None, *, description: str | None = None) -> T:
+    """The filled and checked dataclass, from `--config` and the command line.
+
+    Args:
+        config_class: a dataclass whose fields were made by `flag`. Where it or a base has a method
+            `check_flags`, this is called last, and raises for flags that do not go together.
+        argv: arguments without the program name; default `sys.argv[1:]`.
+        description: the script's docstring, shown by `--help`.
+
+    Raises:
+        ValueError: an unknown flag or YAML key, a missing required flag, a value of the wrong type or out of
+            range, a flag without effect, an input that does not exist, an output that cannot be written.
+    """
+    parser = _Parser(config_class, description)
+    words = [_with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
+    words = todays_words(_words_of_config_file(parser, words) + words, parser.fields)
+    namespace, unknown = parser.parse_known_args(words)
+    if unknown:
+        name = unknown[0].removeprefix("--").split("=")[0]
+        raise ValueError(f"unknown argument {shown(unknown[0])}: {parser.suggest(name)}")
+    if namespace.debug:
+        os.environ[DEBUG] = "1"
+    values = {name: value for name, value in vars(namespace).items() if name in parser.fields}
+    missing = [f"--{name}" for name in parser.fields if name not in values]
+    if missing:
+        raise ValueError(f"required: {', '.join(missing)}")
+    config = config_class(**values)
+    for name, value in values.items():
+        check_value(name, value, said_of(config_class, name))
+    check_needs(config)
+    paths.check_paths(config)
+    for base in reversed(config_class.__mro__):
+        if "check_flags" in base.__dict__:
+            base.check_flags(config)
+    return config
+
+
+def _with_underscores(word: str) -> str:
+    """`--max-steps=5` as `--max_steps=5`: every flag is accepted with hyphens, too."""
+    name, equals, value = word.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+
+
+def _words_of_config_file(parser: _Parser, words: list[str]) -> list[str]:
+    path = None
+    for i, word in enumerate(words):
+        if word == "--config" and i + 1 < len(words):
+            path = words[i + 1]
+        elif word.startswith("--config="):
+            path = word.removeprefix("--config=")
+    if path is None:
+        return []
+    found: list[str] = []
+    for key, value in read_yaml(path).items():
+        name = str(key).replace("-", "_")
+        if not parser.known(name):
+            raise ValueError(f"{path}: unknown key {shown(key)}: {parser.suggest(name)}")
+        default = parser.defaults.get(name)
+        if isinstance(value, dict):
+            raise ValueError(f"{path}: {key} holds names of its own; give one value, or a list")
+        if value is None or value == []:
+            if default not in (None, [], REQUIRED):
+                what = "has no value" if value is None else "is an empty list"
+                raise ValueError(f"{path}: {key} {what}; remove the line to keep its default, {default!r}")
+        elif isinstance(value, list):
+            found += [f"--{name}", *map(str, value)]
+        else:
+            found.append(f"--{name}={value}")
+    return found
+
+
+def check_command_line(config_class: type, description: str | None) -> None:
+    """Answers `--help` and a wrong command line before the slow imports of the script."""
+    run_main(lambda: parse(config_class, description=description))
+    # Ctrl-C during the imports ends the program without a traceback; run_main gives it back its meaning.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def run_as(script: Path, defaults: Mapping[str, str], argv: Sequence[str] | None) -> None:
+    """Runs another entry point with these defaults, for a name that users of an older system know."""
+    words = [f"--{name}={value}" for name, value in defaults.items()]
+    sys.argv = [str(script), *words, *(sys.argv[1:] if argv is None else argv)]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def run_main(main: Callable[[], Any]) -> None:
+    """Runs the program; what a user can mend ends in one line on stderr and exit status 2.
+
+    A ValueError is written for users everywhere in this suite, an OSError names its file. `--debug` or the
+    environment variable LLADA_DEBUG shows the traceback.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # a background job's SIG_IGN stays
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        main()
+    except KeyboardInterrupt:
+        _end("interrupted", 128 + signal.SIGINT)
+    except (ValueError, OSError) as error:
+        if os.environ.get(DEBUG, "0") not in ("", "0"):
+            raise
+        _end(f"error: {_told(error)}", 2)
+
+
+def _told(error: ValueError | OSError) -> str:
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        path = str(error.filename)
+        name = next((f"--{name} " for given, name in paths.given.items() if path.startswith(given)), "")
+        text = f"{name}{path}: {error.strerror}"
+    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+
+
+def _end(message: str, status: int) -> typing.NoReturn:
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0:
+        # The launcher ends all ranks with the first that fails; who is still there has a reason of its own.
+        time.sleep(2)
+        message = f"rank {rank}: {message}"
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(status)
