@@ -3,7 +3,8 @@
 Run:
     python scripts/convert_ar.py --model_name_or_path checkpoints/qwen2.5-0.5b --output_dir checkpoints/start
     python scripts/convert_ar.py --model_name_or_path folder --gguf_file model.Q4_1.gguf --output_dir out
-    python scripts/convert_ar.py --model_name_or_path checkpoints/llama --num_layers 4 --output_dir drafter
+    python scripts/convert_ar.py --model_name_or_path checkpoints/llama --drafter causal --num_layers 4 \\
+        --output_dir drafter
 
 Reads what transformers reads: a folder or hub name of type llama (SmolLM, TinyLlama, ...), mistral or qwen2,
 or a GGUF of those, dequantised. Grouped-query attention, q/k/v biases, tied embeddings and rotary scaling
@@ -13,6 +14,10 @@ q/k norms.
 The result loads in every stage. It still thinks autoregressively: train it before sampling. `--logit_shift`
 declares that position i of the network predicts token i+1, as in the source; the model then hands out logits
 moved to their own token (Dream's way to adapt). Without it training moves the prediction (LLaDA's way).
+
+`--drafter causal` keeps the causal mask too: with every block one token long and shifted logits the model is
+its source still, with a mask token: a parallel drafter (PARD, arXiv 2504.18583). Train it with train_kl.py
+--positions windows; scripts/export_checkpoint.py --format pard writes it back for vLLM and TensorRT-LLM.
 
 Tokens: the mask token takes the first row after the tokenizer's own; the embedding grows, to a multiple of 64
 rows, where it has no spare one. New rows of the embedding and of an untied head are the mean of the source's
@@ -44,6 +49,12 @@ class Config:
         choices=["auto", "float32", "bfloat16", "float16"],
     )
     num_layers: int | None = flag(None, help="keep only the first N layers (a drafter); default all")
+    drafter: str | None = flag(
+        None,
+        help="causal: keep the source's causal form, as a parallel drafter that engines can run beside it",
+        choices=["causal"],
+    )
+    mask_token: str | None = flag(None, help="token of the source that becomes the mask; default a new one")
     logit_shift: bool = flag(False, help="declare that position i of the network predicts token i+1")
     check_tokens: int = flag(
         32, help="after converting, compare logits with the source on this many tokens; 0: no"
@@ -77,7 +88,13 @@ def main(argv: list[str] | None = None) -> None:
     if config.num_layers is not None:
         source.model.layers = source.model.layers[: config.num_layers]
         source.config.num_hidden_layers = config.num_layers
-    model = convert(source, tokenizer, logit_shift=config.logit_shift)
+    model = convert(
+        source,
+        tokenizer,
+        logit_shift=config.logit_shift,
+        causal=config.drafter == "causal",
+        mask_token=config.mask_token,
+    )
     if config.check_tokens:
         gap, scale = causal_gap(source, model, num_tokens=config.check_tokens)
         print(

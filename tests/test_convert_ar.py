@@ -116,6 +116,38 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("kind", SOURCES)
+def test_a_causal_drafter_is_its_source_in_both_directions(tmp_path, kind):
+    source = SOURCES[kind]()
+    flags = ["--dtype", "float32", "--drafter", "causal", "--mask_token", "w92"]
+    model = run(tmp_path, save_source(tmp_path / "ar", source), *flags)
+    assert (model.config.embedding_size, model.config.mask_token_id) == (NUM_KNOWN, 99)
+    input_ids = torch.randint(NUM_KNOWN - 1, (2, 24), generator=torch.Generator().manual_seed(1))
+    back = causal_layout.causal_form(model)
+    with torch.no_grad():
+        theirs, ours = source(input_ids).logits[..., :99], model(input_ids).logits
+        again = back(input_ids).logits
+    torch.testing.assert_close(ours[:, 1:, :99], theirs[:, :-1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(again[:, :-1], ours[:, 1:], atol=1e-5, rtol=0)
+    assert (back.config.model_type == "qwen2") == kind.startswith("qwen2") and back.config.pard_token == 99
+
+
+def test_a_causal_drafter_takes_a_row_that_no_token_has(tmp_path):
+    spare = llama(vocab_size=NUM_KNOWN + 4)
+    model = run(tmp_path, save_source(tmp_path / "spare", spare), "--drafter", "causal", "--num_layers", "2")
+    shape = model.config.embedding_size, model.config.mask_token_id, model.config.n_layers
+    assert shape == (NUM_KNOWN + 4, NUM_KNOWN, 2) and model.config.logit_shift
+    full = save_source(tmp_path / "full", llama(), make_tokenizer(eos="<|endoftext|>"))
+    for flags, message in (
+        ((), "every row of the embedding belongs to a token; name one .* for example a reserved token"),
+        (("--mask_token", "<none>"), "--mask_token '<none>': the tokenizer has no such token"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path / "refused", full, "--drafter", "causal", *flags)
+    with pytest.raises(ValueError, match=r"attention_pattern full, .* only a causal drafter has this form"):
+        causal_layout.causal_form(run(tmp_path / "whole", save_source(tmp_path / "ar", llama())))
+
+
+@pytest.mark.parametrize("kind", SOURCES)
 def test_same_function_under_a_causal_mask(tmp_path, kind):
     source = SOURCES[kind]()
     model = run(tmp_path, save_source(tmp_path / "ar", source), "--dtype", "float32")

@@ -7,7 +7,13 @@ its causal form. R rows of a source's embedding, E rows of ours, D width.
 import sys
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2ForCausalLM,
+)
 
 from llada.models.tokens import CHAT_ROLES, SPECIAL_TOKENS
 from modelling_final import LLaDAConfig, LLaDAModelLM
@@ -30,6 +36,8 @@ BLOCK_NAMES = {
     "mlp.up_proj": "up_proj",
     "mlp.down_proj": "ff_out",
 }
+_OUTER_OF_OURS = {ours: theirs for theirs, ours in OUTER_NAMES.items()}
+_BLOCK_OF_OURS = {ours: theirs for theirs, ours in BLOCK_NAMES.items()}
 ROWS_MULTIPLE = 64  # keeps matrix kernels fast
 
 
@@ -62,16 +70,35 @@ def refuse_what_llada_lacks(source: PreTrainedConfig, *, num_layers: int | None 
 
 
 def convert(
-    source: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, logit_shift: bool = False
+    source: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    logit_shift: bool = False,
+    causal: bool = False,
+    mask_token: str | None = None,
 ) -> LLaDAModelLM:
     """The LLaDA model with the source's weights, shared in memory except for an embedding that had to grow.
 
     Adds the mask token (and padding, if the source has none) to `tokenizer` in place.
+
+    Args:
+        causal: keep the causal form and the number of rows, for a drafter that engines run beside the source.
+        mask_token: a token that serves as mask; default a new one.
+
+    Raises:
+        ValueError: no EOS, no such mask token, or no row for one in a causal drafter.
     """
-    num_known = max(tokenizer.get_vocab().values()) + 1
-    tokenizer.add_special_tokens({"mask_token": SPECIAL_TOKENS["mask"]})
-    num_tokens = max(tokenizer.get_vocab().values()) + 1
-    config = llada_config(source, tokenizer, num_tokens=num_tokens, logit_shift=logit_shift)
+    known = tokenizer.get_vocab()
+    num_known = max(known.values()) + 1
+    if mask_token is not None and mask_token not in known:
+        raise ValueError(f"--mask_token {mask_token!r}: the tokenizer has no such token")
+    if causal and mask_token is None and num_known >= source.get_input_embeddings().num_embeddings:
+        raise ValueError(
+            "--drafter causal: every row of the embedding belongs to a token; name one that no text holds "
+            f"with --mask_token, for example {' or '.join(_unused(tokenizer)[:3]) or 'a reserved token'}"
+        )
+    tokenizer.add_special_tokens({"mask_token": mask_token or SPECIAL_TOKENS["mask"]})
+    config = llada_config(source, tokenizer, logit_shift=logit_shift or causal, causal=causal)
 
     weights = {}
     for name, weight in source.state_dict().items():
@@ -87,15 +114,23 @@ def convert(
     return model.eval()
 
 
+def _unused(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Special tokens that neither the chat template nor the tokenizer itself writes."""
+    own = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return [text for text in special if text not in own and text not in (tokenizer.chat_template or "")]
+
+
 def llada_config(
-    source: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, num_tokens: int, logit_shift: bool
+    source: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, logit_shift: bool, causal: bool
 ) -> LLaDAConfig:
     """The source's shape under LLaDA's names; token ids from the tokenizer.
 
     Where there is no chat template, rows are kept free for the chat tokens that fine-tuning then adds.
     """
     ar, rows = source.config, source.get_input_embeddings().num_embeddings
-    spare = 0 if tokenizer.chat_template else len(CHAT_ROLES)
+    num_tokens = max(tokenizer.get_vocab().values()) + 1
+    spare = 0 if tokenizer.chat_template or causal else len(CHAT_ROLES)
     if num_tokens + spare > rows:
         rows = -(-(num_tokens + spare) // ROWS_MULTIPLE) * ROWS_MULTIPLE
     eos = tokenizer.eos_token_id
@@ -129,7 +164,53 @@ def llada_config(
         pad_token_id=tokenizer.pad_token_id,
         eot_token_id=end_of_turn(tokenizer),
         logit_shift=logit_shift,
+        attention_pattern="block_causal" if causal else "full",
+        attention_block_size=1 if causal else None,
     )
+
+
+def causal_form(model: LLaDAModelLM) -> PreTrainedModel:
+    """The Llama or Qwen2 that computes what this model computes, with its weights, shared in memory.
+
+    Its config names the mask as `pard_token`, as engines with parallel drafting expect it.
+
+    Raises:
+        ValueError: a model that looks to the right, or is not shifted.
+    """
+    ours = model.config
+    if (ours.attention_pattern, ours.attention_block_size, ours.logit_shift) != ("block_causal", 1, True):
+        raise ValueError(
+            f"--format pard: attention_pattern {ours.attention_pattern}, attention_block_size "
+            f"{ours.attention_block_size}, logit_shift {ours.logit_shift}: only a causal drafter has this "
+            "form; scripts/convert_ar.py --drafter causal makes one"
+        )
+    kind = Qwen2ForCausalLM if ours.include_qkv_bias else LlamaForCausalLM
+    rope = {"rope_type": "default", **(ours.rope_parameters or {}), "rope_theta": ours.rope_theta}
+    config = kind.config_class(
+        hidden_size=ours.d_model,
+        num_attention_heads=ours.n_heads,
+        num_key_value_heads=ours.n_kv_heads,
+        num_hidden_layers=ours.n_layers,
+        intermediate_size=ours.mlp_hidden_size,
+        hidden_act=ours.activation_type,
+        rms_norm_eps=ours.rms_norm_eps,
+        rope_parameters=rope,
+        max_position_embeddings=ours.max_sequence_length,
+        tie_word_embeddings=ours.weight_tying,
+        vocab_size=ours.embedding_size,
+        bos_token_id=None,
+        eos_token_id=ours.end_ids,
+        pad_token_id=ours.pad_token_id,
+        pard_token=ours.mask_token_id,
+    )
+    weights = {causal_name(name): weight for name, weight in model.state_dict().items()}
+    if ours.weight_tying:
+        weights.pop("lm_head.weight", None)
+    found, report = kind.from_pretrained(
+        None, config=config, state_dict=weights, dtype=model.dtype, output_loading_info=True
+    )
+    assert not (report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]), report
+    return found.eval()
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -149,6 +230,15 @@ def llada_name(name: str) -> str:
         return f"{OUTER_NAMES[module]}.{kind}"
     layer, _, inner = module.removeprefix("model.layers.").partition(".")
     return f"model.transformer.blocks.{layer}.{BLOCK_NAMES[inner]}.{kind}"
+
+
+def causal_name(name: str) -> str:
+    """The Llama name of one of our weights."""
+    module, _, kind = name.rpartition(".")
+    if module in _OUTER_OF_OURS:
+        return f"{_OUTER_OF_OURS[module]}.{kind}"
+    layer, _, inner = module.removeprefix("model.transformer.blocks.").partition(".")
+    return f"model.layers.{layer}.{_BLOCK_OF_OURS[inner]}.{kind}"
 
 
 @torch.no_grad()
