@@ -77,8 +77,8 @@ from transformers import PreTrainedTokenizerBase
 
 from llada.data.final_answer import final_answer
 from llada.data.prompts import Prompt, read_asked_prompts
-from llada.diffusion.bound_estimator import MaskSettings
-from llada.diffusion.likelihood import LikelihoodSettings, Request, score_answers
+from llada.diffusion.likelihood import Request, score_answers
+from llada.diffusion.settings import LikelihoodSettings, MaskSettings
 from llada.models.building import load_for_inference
 from llada.models.checkpoints import describe_checkpoint
 from llada.resumable import ResumableJob, write_atomically

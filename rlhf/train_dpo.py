@@ -21,6 +21,7 @@ interrupted run. How to choose the masks and the loss: docs/preference_optimizat
 from dataclasses import dataclass
 from functools import partial
 
+from llada.diffusion.settings import DPO_LOSSES
 from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.policies.config import PairConfig, ReferenceFlags
 
@@ -33,7 +34,7 @@ class Config(ReferenceFlags, PairConfig):
     loss_type: list[str] = flag(
         ["sigmoid"],
         help="Terms of the loss; sft is the chosen answer's own loss.",
-        choices=["sigmoid", "hinge", "ipo", "sft"],
+        choices=DPO_LOSSES,
     )
     loss_weights: list[float] | None = flag(None, help="Weight of each --loss_type; default 1.")
     label_smoothing: float = flag(0.0, help="sigmoid: probability that a preference is the wrong way round.")

@@ -21,6 +21,7 @@ The same command continues an interrupted run. More: docs/preference_optimizatio
 from dataclasses import dataclass
 from functools import partial
 
+from llada.diffusion.settings import Z0_MODES
 from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.policies.config import PolicyConfig, ReferenceFlags
 
@@ -46,7 +47,7 @@ class Config(ReferenceFlags, PolicyConfig):
         "global_mean",
         help="z0: nothing, the mean of r over the batch, that mean without the record itself, a moving "
         "average of it, or max(0, mean r of answers to other prompts), KTO's own, which needs the reference.",
-        choices=["zero", "global_mean", "loo_mean", "ema", "kl_mismatched"],
+        choices=Z0_MODES,
     )
     disable_mask_verification: bool = flag(
         False, help="Do not compare masks with the records' sums and hashes."
@@ -116,7 +117,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llada.diffusion.bound_estimator import MaskSettings
 from llada.diffusion.bound_gradient import (
     MaskedCopies,
     differentiate,
@@ -126,6 +126,7 @@ from llada.diffusion.bound_gradient import (
 )
 from llada.diffusion.likelihood import Request
 from llada.diffusion.preference_losses import kto_baseline, kto_losses
+from llada.diffusion.settings import MaskSettings
 from llada.policies.answer_stream import AnswerBatch, Answers, AnswerStream, sums_of
 from llada.policies.kto_reference import (
     BrefFile,

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from conftest import load_script
-from llada.diffusion.bound_estimator import MaskSettings
 from llada.diffusion.bound_gradient import make_draws, plan_draws
 from llada.diffusion.likelihood import Request
+from llada.diffusion.settings import MaskSettings
 from llada.policies.answer_stream import AnswerBatch
 from llada.policies.pairs import PairStage
 from llada.training.monitor import peak_resident

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import exact_llada
-from llada.diffusion.bound_estimator import MaskPlan, MaskSettings, enumerate_masks
+from llada.diffusion.bound_estimator import MaskPlan, enumerate_masks
 from llada.diffusion.bound_gradient import (
     differentiate,
     draw_values,
@@ -18,6 +18,7 @@ from llada.diffusion.bound_gradient import (
     plan_draws,
 )
 from llada.diffusion.likelihood import Request, score_answers
+from llada.diffusion.settings import LikelihoodSettings, MaskSettings
 from llada.training.loop import LossParts
 from tiny_llada import make_model
 
@@ -58,7 +59,7 @@ def test_all_masks_give_the_exact_bound(model):
     for request in REQUESTS[:2]:
         plan = enumerate_masks(len(request.answer))
         draws = make_draws([request], [plan], len(plan.masks), mask_id=MASK, pad_id=PAD)
-        (expected,) = score_answers(model, [request])
+        (expected,) = score_answers(model, [request], LikelihoodSettings())
         assert float(draw_values(model, [draws]).sum()) == pytest.approx(expected.log_likelihood, rel=1e-6)
 
 
@@ -92,7 +93,7 @@ def test_every_size_law_is_unbiased_summed_over_all_its_masks(model, size_law):
     for size in range(1, num_tokens + 1):
         codes = [sum(1 << i for i in c) for c in itertools.combinations(range(num_tokens), size)]
         expected += law[size - 1] * np.mean([2 * weight_of[size] * table[code] for code in codes])
-    (truth,) = score_answers(model, [request])
+    (truth,) = score_answers(model, [request], LikelihoodSettings())
     assert expected == pytest.approx(truth.log_likelihood, rel=1e-6)
 
 
@@ -118,7 +119,7 @@ def test_strata_are_unbiased_summed_over_all_their_masks(model, size_law):
     ]
     probabilities = stratified_size_probabilities(num_tokens, num_draws, law)
     expected = (probabilities * (np.array(means) / (num_draws * law * sizes))).sum()
-    (truth,) = score_answers(model, [request])
+    (truth,) = score_answers(model, [request], LikelihoodSettings())
     assert expected == pytest.approx(truth.log_likelihood, rel=1e-6)
     # and the code draws those sizes with those weights
     seen = np.zeros((num_draws, num_tokens))
@@ -143,7 +144,7 @@ def test_complementary_pairs_are_unbiased_summed_over_all_pairs(model):
         for side in (code, whole ^ code):
             sides = bin(side).count("1")
             expected += chance * (num_tokens + 1) / (2 * sides) * table[side] if sides else 0.0
-    (truth,) = score_answers(model, [request])
+    (truth,) = score_answers(model, [request], LikelihoodSettings())
     assert expected == pytest.approx(truth.log_likelihood, rel=1e-6)
     draws = draws_of([request], 4, estimator="complementary")
     assert all(batch.input_ids.shape == (1, 7) for batch in draws.batches)
@@ -167,7 +168,7 @@ def test_the_drawn_estimate_meets_the_bound(model, options):
         pad_id=PAD,
     )
     values = draw_values(model, [draws]).sum(0).numpy()
-    (truth,) = score_answers(model, [request])
+    (truth,) = score_answers(model, [request], LikelihoodSettings())
     z = (values.mean() - truth.log_likelihood) / (values.std(ddof=1) / math.sqrt(repeats))
     assert abs(z) < 4
 

@@ -7,8 +7,8 @@ from dataclasses import fields
 import pytest
 import torch
 
-from llada.diffusion.bound_estimator import MaskSettings
-from llada.diffusion.likelihood import LikelihoodSettings, Request, iter_greedy, iter_scores, score_answers
+from llada.diffusion.likelihood import Request, iter_greedy, iter_scores, score_answers
+from llada.diffusion.settings import LikelihoodSettings, MaskSettings
 from tiny_llada import make_model
 
 MASK = 39  # of tiny_llada

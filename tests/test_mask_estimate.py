@@ -9,13 +9,13 @@ import pytest
 
 from llada.diffusion.bound_estimator import (
     MaskPlan,
-    MaskSettings,
     _features,
     enumerate_masks,
     estimate,
     plan_masks,
 )
 from llada.diffusion.masking import generator
+from llada.diffusion.settings import MaskSettings
 
 
 class MarkovChain:

@@ -18,44 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-ESTIMATORS = ("stratified", "iid", "complementary", "reference")
-SIZE_LAWS = ("uniform", "inv_sqrt")
-EXACT_TOKENS = 7  # 2^7 - 1 = 127 forwards: no more than the 128 draws of the published evaluations
-
-
-@dataclass(frozen=True)
-class MaskSettings:
-    """How many masks an answer gets, and by which law: for evaluation, DPO, KTO and GRPO alike.
-
-    Attributes:
-        num_masks: N. Enumeration decides N itself; it is used by `stratified` when T <= exact_tokens or when
-            all 2^T - 1 masks fit in N.
-        estimator: `stratified` spreads the mask sizes evenly and lets each token be masked equally often;
-            `iid` draws every size and mask on its own (VRPO, ELBO-KTO); `complementary` draws pairs M, not M
-            (ESPO); `reference` is LLaDA's published get_log_likelihood, whose sizes are biased.
-        size_law: `uniform`, or `inv_sqrt`: sizes drawn with probability proportional to l^-1/2, which lowers
-            the variance of gradients; for `iid` and `stratified`.
-        exact_tokens: longest answer whose masks are always enumerated; 0 to enumerate only what fits.
-        reference_batch: the published code's batch size, on which its bias depends.
-
-    Raises:
-        ValueError: an unknown name, or a law that does not go with the estimator.
-    """
-
-    num_masks: int = 128
-    estimator: str = "stratified"
-    size_law: str = "uniform"
-    exact_tokens: int = EXACT_TOKENS
-    reference_batch: int = 8
-
-    def __post_init__(self) -> None:
-        if self.estimator not in ESTIMATORS:
-            raise ValueError(f"estimator {self.estimator!r} is not one of {', '.join(ESTIMATORS)}")
-        has_law = self.estimator in ("iid", "stratified")
-        if self.size_law not in SIZE_LAWS or (self.size_law != "uniform" and not has_law):
-            raise ValueError(
-                f"size_law {self.size_law!r}: 'uniform', or 'inv_sqrt' with the iid or stratified estimator"
-            )
+from llada.diffusion.settings import MaskSettings
 
 
 @dataclass(frozen=True)
@@ -244,12 +207,30 @@ def _features(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _regression_estimate(plan: MaskPlan, log_probs: np.ndarray) -> tuple[float, float]:
-    """Weighted ridge regression, solved token by token: F x F systems only, so long answers stay cheap.
+    """(log-likelihood, standard error): the weighted sum, with a regression as its control variate.
 
-    With G_t = sum of q phi phi^T over token t's observations (q the draw's relative weight) and D_t = (G_t +
-    s)^-1, the shared coefficients solve sum_t s D_t G_t b = sum_t s D_t c_t, and token t's own are D_t (c_t
-    - G_t b). The hat matrix is q (u_i C u_j + [i = j] phi_i D_i phi_i) with u = s D phi and C the inverse of
-    the shared system.
+    Why it may be used. Fit log p_i(M) by f_i(M) = phi_i(M) . (b + b_i), b shared by all tokens and b_i the
+    token's own. All features but the constant average to 0 under the bound's law of masks, so the bound of f
+    is known: sum_i (b + b_i)[0]. For any coefficients, then,
+
+        B = sum_i (b + b_i)[0] + E sum_n w_n sum_{i in M_n} (log p_i(M_n) - f_i(M_n))
+
+    and only the residuals are left to the sampling. A wrong fit costs variance, not truth; that the fit has
+    seen the same masks leaves a bias, which a test of the printed error's coverage bounds.
+
+    The fit minimises sum_n q_n sum_{i in M_n} (log p_i - f_i)^2 + s sum_i |b_i|^2 + 0.1 s |b|^2, with q the
+    weights over their mean and s = SHRINKAGE. For G_t = sum q phi phi^T and c_t = sum q phi log p over token
+    t's observations, setting the derivatives to 0 gives
+
+        b_t = D_t (c_t - G_t b),  D_t = (G_t + s)^-1         sum_t (G_t (b + b_t) - c_t) + 0.1 s b = 0
+
+    and, since G_t - G_t D_t G_t = s D_t G_t, the second is (sum_t s D_t G_t + 0.1 s) b = sum_t s D_t c_t:
+    F x F systems only, so long answers stay cheap (a test solves the whole system beside it).
+
+    The error. e_n is draw n's part of the residual sum, e'_n the same had draw n been left out of the fit:
+    r' = (1 - H)^-1 r within the draw, where the hat matrix is H_ij = q (u_i C u_j + [i = j] phi_i D_i phi_i),
+    u = s D phi, C the inverse of the shared system, inverted by Woodbury's identity. The variance is
+    sum_n e_n e'_n (White's HC2), times N / (N - SMALL_SAMPLE).
     """
     draw, token, phi = _features(plan.masks)
     num_draws, num_tokens = plan.masks.shape
@@ -262,6 +243,7 @@ def _regression_estimate(plan: MaskPlan, log_probs: np.ndarray) -> tuple[float, 
     np.add.at(gram, token, relative[:, None, None] * phi[:, :, None] * phi[:, None, :])
     np.add.at(moment, token, (relative * observed)[:, None] * phi)
     inverse = np.linalg.inv(gram + SHRINKAGE * np.eye(num_features))
+    # 0.1: the shared coefficients have T times the observations, and hardly need to be shrunk
     shared_inverse = np.linalg.inv(SHRINKAGE * ((inverse @ gram).sum(axis=0) + 0.1 * np.eye(num_features)))
     shared = shared_inverse @ (SHRINKAGE * np.einsum("tfg,tg->f", inverse, moment))
     own = np.einsum("tfg,tg->tf", inverse, moment - gram @ shared)
@@ -273,8 +255,6 @@ def _regression_estimate(plan: MaskPlan, log_probs: np.ndarray) -> tuple[float, 
     leverage = relative * np.einsum("pf,pfg,pg->p", phi, inverse[token], phi)
     variance = 0.0
     for n in range(num_draws):
-        # the residuals of draw n had it been left out of the fit: (1 - H) r = residual, by Woodbury's
-        # identity
         rows = draw == n
         scale = 1.0 / (1.0 - leverage[rows])
         scaled = scale[:, None] * u[rows]

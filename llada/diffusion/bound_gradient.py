@@ -27,9 +27,10 @@ from peft import PeftModel
 from torch import Tensor
 
 from llada.diffusion.batches import Example, MaskedBatch, Noised, collate
-from llada.diffusion.bound_estimator import MaskPlan, MaskSettings, plan_masks
+from llada.diffusion.bound_estimator import MaskPlan, plan_masks
 from llada.diffusion.likelihood import Request
 from llada.diffusion.masking import generator
+from llada.diffusion.settings import MaskSettings
 
 
 @dataclass

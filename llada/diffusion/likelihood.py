@@ -15,7 +15,6 @@ Source: LLaDA (arXiv 2502.09992) appendix B; DUEL (arXiv 2603.01367) for `policy
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
@@ -23,36 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llada.diffusion.bound_estimator import MaskSettings, estimate, plan_masks
+from llada.diffusion.bound_estimator import estimate, plan_masks
 from llada.diffusion.masking import generator
+from llada.diffusion.settings import LikelihoodSettings
 from modelling_final import LLaDAModelLM
 
-KINDS = ("elbo", "l2r", "policy")
 MAX_LOGITS = 2**28  # 1 GiB of float32 logits at once, where logits have to exist at all
-
-
-@dataclass(frozen=True)
-class LikelihoodSettings:
-    """What is computed of an answer, and how.
-
-    Attributes:
-        kind: `elbo`, `l2r` or `policy`.
-        masks: for `elbo`.
-        seed: masks are a pure function of (seed, key of the request), in any order, batch and world size.
-        batch_size: sequences per forward.
-        cfg_scale: classifier-free guidance w: logits l_u + (1 + w)(l_c - l_u), the context masked in l_u;
-            twice the cost.
-    """
-
-    kind: str = "elbo"
-    masks: MaskSettings = MaskSettings()
-    seed: int = 0
-    batch_size: int = 32
-    cfg_scale: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"likelihood {self.kind!r} is not one of {', '.join(KINDS)}")
 
 
 class Request(NamedTuple):
@@ -81,7 +56,7 @@ class _Input(NamedTuple):
 
 
 def score_answers(
-    model: LLaDAModelLM, requests: Sequence[Request], settings: LikelihoodSettings = LikelihoodSettings()
+    model: LLaDAModelLM, requests: Sequence[Request], settings: LikelihoodSettings
 ) -> list[AnswerScore]:
     """The scores of `requests`, in their order."""
     scores = dict(iter_scores(model, requests, settings))
@@ -89,7 +64,7 @@ def score_answers(
 
 
 def iter_scores(
-    model: LLaDAModelLM, requests: Sequence[Request], settings: LikelihoodSettings = LikelihoodSettings()
+    model: LLaDAModelLM, requests: Sequence[Request], settings: LikelihoodSettings
 ) -> Iterator[tuple[int, AnswerScore]]:
     """(index of the request, its score) as scores get ready, longest sequences first.
 
@@ -115,7 +90,7 @@ def iter_scores(
 
 
 def iter_greedy(
-    model: LLaDAModelLM, requests: Sequence[Request], settings: LikelihoodSettings = LikelihoodSettings()
+    model: LLaDAModelLM, requests: Sequence[Request], settings: LikelihoodSettings
 ) -> Iterator[tuple[int, bool]]:
     """(index, whether greedy low-confidence decoding, one token a step in one block, gives that answer).
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-DPO_LOSSES = ("sigmoid", "hinge", "ipo", "sft")
-Z0_MODES = ("zero", "global_mean", "loo_mean", "ema", "kl_mismatched")
+from llada.diffusion.settings import DPO_LOSSES, Z0_MODES
 
 
 def dpo_losses(

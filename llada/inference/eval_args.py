@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from llada.diffusion.settings import ESTIMATORS, EXACT_TOKENS, LIKELIHOODS
 from llada.flags.parser import flag, parse
 from llada.inference.sampler_flags import SamplerFlags
 
@@ -26,17 +27,17 @@ class ModelArgs(SamplerFlags):
     batch_size: int | None = flag(None, help="Sequences per forward of likelihoods; default 32.")
     likelihood: str = flag(
         "elbo",
-        choices=["elbo", "l2r", "policy"],
+        choices=LIKELIHOODS,
         help="What a log-likelihood means; see llada/diffusion/likelihood.py.",
     )
     mc_num: int = flag(128, help="Masks per answer.")
     estimator: str = flag(
         "stratified",
-        choices=["stratified", "iid", "complementary", "reference"],
+        choices=ESTIMATORS,
         help="`reference` is the published, slightly biased one.",
     )
     reference_batch: int = flag(8, help="--batch_size of the published run, on which `reference` depends.")
-    exact_tokens: int = flag(7, help="Answers up to this length are summed over every mask.")
+    exact_tokens: int = flag(EXACT_TOKENS, help="Answers up to this length are summed over every mask.")
     is_check_greedy: bool = flag(True, help="Also report whether greedy decoding gives the answer.")
     cfg_scale: float = flag(0.0, help="Classifier-free guidance, of likelihoods and of generation.")
     # generation: what the task decides where nothing is given

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from llada.data.final_answer import opens_thought, without_thoughts
-from llada.diffusion.bound_estimator import MaskSettings
-from llada.diffusion.likelihood import LikelihoodSettings, Request, iter_greedy, iter_scores
+from llada.diffusion.likelihood import Request, iter_greedy, iter_scores
+from llada.diffusion.settings import LikelihoodSettings, MaskSettings
 from llada.inference.eval_args import ModelArgs
 from llada.models.checkpoints import describe_checkpoint, load_model
 from llada.models.tokens import load_tokenizer, special_ids

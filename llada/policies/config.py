@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from llada.diffusion.settings import ESTIMATORS, SIZE_LAWS
 from llada.flags.declaration import flag
 from llada.training.config import TrainConfig
 
@@ -146,13 +147,13 @@ class PairConfig(PolicyConfig):
     estimator: str = flag(
         "stratified",
         help="How masks are drawn: sizes spread evenly, independently (VRPO), or in complementary pairs.",
-        choices=["stratified", "iid", "complementary"],
+        choices=ESTIMATORS[:3],
     )
     l_sampling: str = flag(
         "auto",
         help="Law of the mask sizes: uniform, or small ones more often (inv_sqrt), with less noise, which is "
         "the default of --estimator stratified.",
-        choices=["auto", "uniform", "inv_sqrt"],
+        choices=["auto", *SIZE_LAWS],
     )
     dataset_probs: float = flag(1.0, help="Accepted; several files are read one after the other.")
 
@@ -177,12 +178,12 @@ class LikelihoodFlags:
     mask_plan: str = flag(
         "stratified",
         help="elbo: mask sizes spread evenly, drawn independently, or complementary pairs (ESPO).",
-        choices=["stratified", "iid", "complementary"],
+        choices=ESTIMATORS[:3],
     )
     l_sampling: str = flag(
         "inv_sqrt",
         help="elbo: law of the mask sizes; inv_sqrt has less noise.",
-        choices=["uniform", "inv_sqrt"],
+        choices=SIZE_LAWS,
     )
     eos: str = flag(
         "one",

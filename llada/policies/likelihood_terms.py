@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from llada.diffusion.batches import Example, MaskedBatch, Noised, collate
-from llada.diffusion.bound_estimator import MaskSettings, plan_masks
+from llada.diffusion.bound_estimator import plan_masks
 from llada.diffusion.bound_gradient import differentiate
 from llada.diffusion.masking import generator
 from llada.diffusion.sampler_likelihood import StateBatch, batch_log_probs, collate_states, replay
+from llada.diffusion.settings import MaskSettings
 from llada.models.tokens import SpecialIds
 from llada.policies.config import LikelihoodFlags
 from llada.run import max_over_ranks

@@ -25,9 +25,9 @@ from transformers import PreTrainedTokenizerBase
 
 from llada.data.answers import Encoding, Tokens, load_pairs
 from llada.data.messages import PAIR_KEYS
-from llada.diffusion.bound_estimator import MaskSettings
 from llada.diffusion.bound_gradient import differentiate, draw_values, gradient_parts, plan_draws
 from llada.diffusion.likelihood import Request
+from llada.diffusion.settings import MaskSettings
 from llada.policies.answer_stream import AnswerBatch, Answers, AnswerStream, sums_of
 from llada.policies.config import PairConfig
 from llada.policies.reference_model import Reference, make_reference, precompute_reference
