@@ -65,7 +65,8 @@ from llada.models.building import load_for_inference
 from llada.models.checkpoints import describe_checkpoint
 from llada.policies.completions import Completion, Sampler, as_messages
 from llada.resumable import ResumableJob, write_atomically
-from llada.run import barrier, end_run, start_run
+from llada.rewards.scoring import sums_of_rewards
+from llada.run import barrier, end_run, means_over_ranks, start_run
 
 # Flags that change neither a completion nor its score.
 FREE = (
@@ -131,8 +132,8 @@ def key_of(prompt: Prompt) -> str:
     return ResumableJob.key(prompt.index, prompt.token_ids, prompt.record)
 
 
-def write(config: Config, prompts: list[Prompt], log: ResumableJob) -> dict[str, Any]:
-    """Writes the three files, and gives what results.json holds."""
+def write(config: Config, prompts: list[Prompt], log: ResumableJob, own: dict[str, float]) -> dict[str, Any]:
+    """Writes the three files, and gives what results.json holds; `own`: what rewards log of themselves."""
     folder = Path(config.output_dir)
     results = [(prompt, log[key_of(prompt)]) for prompt in prompts]
     lines = {
@@ -155,6 +156,7 @@ def write(config: Config, prompts: list[Prompt], log: ResumableJob) -> dict[str,
         "desirable": sum(record["label"] for record in lines["unpaired.jsonl"]),
         "undesirable": sum(not record["label"] for record in lines["unpaired.jsonl"]),
         **{name: sum(v) / len(v) if v else None for name, v in known.items()},
+        **own,
     }
     write_atomically(folder / "results.json", json.dumps(summary, indent=1))
     return summary
@@ -183,6 +185,7 @@ def main(argv: list[str] | None = None) -> None:
         long=config.long_prompts,
         limit=config.max_samples,
     )
+    config.check_records(prompts)
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
     settings["checkpoint"] = describe_checkpoint(config.model_name_or_path, config.adapter_path)
     parts = Path(config.output_dir, "parts")
@@ -197,10 +200,11 @@ def main(argv: list[str] | None = None) -> None:
         completions = sampler.answer(batch, seed=config.seed, num_generations=num)
         for i, prompt in enumerate(batch):
             log.put(key_of(prompt), result_of(completions[i * num : (i + 1) * num]))
+    own = means_over_ranks(sums_of_rewards(rewards))
     barrier()
     if run.is_main:
         log.read()
-        summary = write(config, prompts, log)
+        summary = write(config, prompts, log, own)
         for what, count in {**counts, **summary}.items():
             print(f"{what}: {count}", flush=True)
     end_run()

@@ -142,7 +142,7 @@ def prompts_in(
 ) -> tuple[list[Prompt], Counter]:
     """The prompts of a file that leave room for an answer, and how many did not."""
     context = load_config(config.sft_adapter_path or config.model_name_or_path).max_sequence_length
-    return read_prompts(
+    found = read_prompts(
         path,
         tokenizer,
         chat=config.apply_chat_template,
@@ -152,6 +152,8 @@ def prompts_in(
         key=config.input_key,
         limit=limit,
     )
+    config.check_records(found[0])
+    return found
 
 
 def completion_rows(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> Rows:

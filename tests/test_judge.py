@@ -58,6 +58,11 @@ def shuffled_ids(body, _):
     return json.dumps({"scores": entries[::-1]})
 
 
+def ids_as_text(body, _):
+    entries = [entry | {"id": str(entry["id"])} for entry in json.loads(by_quality(body))["scores"]]
+    return json.dumps({"scores": entries})
+
+
 def in_prose(body, _):
     return f"<think>{{hm}}</think>Sure! {{maybe}} Here it is:\n```json\n{by_quality(body)}\n```\nDone."
 
@@ -84,7 +89,9 @@ def wrong_count_once(body, number):
     return '{"scores": [{"id": 1, "score": 0.5}]}' if number == 1 else by_quality(body)
 
 
-@pytest.mark.parametrize("behave", [shuffled_ids, in_prose, busy_twice, hangs_once, wrong_count_once])
+@pytest.mark.parametrize(
+    "behave", [shuffled_ids, ids_as_text, in_prose, busy_twice, hangs_once, wrong_count_once]
+)
 def test_what_a_server_does_to_a_reply_is_repaired(serve, behave):
     server = serve(behave)
     assert judge_of(server).scores("q", ANSWERS) == [0.1, 0.9, 0.5]
@@ -99,6 +106,7 @@ BROKEN = {
     "no JSON": "I cannot judge this.",
     "wrong count": '{"scores": []}',
     "an id twice": '{"scores": [{"id": 1, "score": 0}, {"id": 1, "score": 0}, {"id": 2, "score": 0}]}',
+    "an id is no number": '{"scores": [{"id": "a", "score": 0}]}',
     "foreign ids": '{"scores": [{"id": 7, "score": 0}, {"id": 8, "score": 0}, {"id": 9, "score": 0}]}',
     "out of range": '{"scores": [{"id": 1, "score": 0}, {"id": 2, "score": 7}, {"id": 3, "score": 0}]}',
     "not a number": '{"scores": [{"id": 1, "score": "high"}, {"id": 2, "score": 0}, {"id": 3, "score": 0}]}',
@@ -112,8 +120,8 @@ def test_a_failed_judgement_is_none_and_never_zero(serve, reply):
     judge = judge_of(server)
     assert judge.scores("q", ANSWERS) == [None, None, None]
     assert len(server.bodies) == 3
-    counts = judge.metrics()
-    assert (counts["calls"], counts["retries"], counts["failures"]) == (1, 2, 1)
+    sums = judge.sums()
+    assert (sums["failed"], sums["retried"], sums["cached"]) == ((1, 1), (2, 1), (0, 1))
 
 
 def test_a_server_that_is_down_or_hangs_costs_bounded_time(serve):
@@ -135,7 +143,7 @@ def test_a_question_has_its_number_of_tries_whatever_goes_wrong(serve):
     assert judge.scores("q", ANSWERS) == [None] * 3
     assert len(server.bodies) == 3
     assert [body["seed"] for body in server.bodies] == [0, 1, 1]  # another seed for another reply
-    assert judge.metrics()["retries"] == 2
+    assert judge.sums()["retried"] == (2, 1)
 
 
 def test_a_choice_is_given_as_the_server_sent_it(serve):
@@ -183,11 +191,11 @@ def test_two_orders_cancel_a_preference_for_places(serve):
 
     judge = judge_of(serve(by_place), num_orders=2)
     assert judge.scores("q", ANSWERS) == [0.5, 0.5, 0.5]
-    counts = judge.metrics()
-    assert counts["order_gaps"] / counts["orders"] == pytest.approx((0.8 + 0.0 + 0.8) / 3)
+    total, number = judge.sums()["order_gap"]
+    assert total / number == pytest.approx((0.8 + 0.0 + 0.8) / 3)
     judge = judge_of(serve(by_quality), num_orders=2)
     assert judge.scores("q", ANSWERS) == [0.1, 0.9, 0.5]
-    assert judge.metrics()["order_gaps"] == 0
+    assert judge.sums()["order_gap"] == (0, 1)
 
 
 def test_pairs_count_a_win_only_in_both_orders(serve):
@@ -210,7 +218,7 @@ def test_points_are_given_one_by_one_and_kept_on_disk(serve, tmp_path):
     assert len(server.bodies) == 3
     again = judge_of(server, mode="pointwise", client=cache)
     assert again.scores("q", ["good", "bad"]) == [0.9, 0.1]
-    assert len(server.bodies) == 3 and again.metrics()["cache_hits"] == 2
+    assert len(server.bodies) == 3 and again.sums()["cached"] == (2, 2)
     again.scores("another question", ["good"])
     assert len(server.bodies) == 4
 
@@ -224,9 +232,11 @@ def test_the_reward_keeps_to_groups_and_to_its_limit(serve):
     judge = judge_of(server, max_concurrency=2)
     prompts = [[{"role": "user", "content": f"question {i // 3}"}] for i in range(12)]
     completions = [[{"role": "assistant", "content": text}] for text in ANSWERS * 4]
-    rewards = judge.reward(prompts=prompts, completions=completions, answer=["gold"] * 12, task=[None] * 12)
+    rewards = judge(prompts=prompts, completions=completions, answer=["gold"] * 12, task=[None] * 12)
     assert rewards == [0.1, 0.9, 0.5] * 4
     assert len(server.bodies) == 4 and server.most_active == 2
+    thoughts = [f"<think>{text}</think>\n{text}" for text in ANSWERS] + ["<think>good"]
+    assert judge(prompts=["q"] * 4, completions=thoughts) == [0.1, 0.9, 0.5, 0.0]  # an open thought is empty
     assert "<reference>\ngold\n</reference>" in server.bodies[0]["messages"][1]["content"]
 
 

@@ -7,6 +7,7 @@ import pytest
 from conftest import load_script
 from fake_judge import FakeServer, shown
 from llada.data.records import read_records
+from modelling_final import LLaDAModelLM
 
 WORDS = ["iron", "rust", "river", "seven", "water"]
 
@@ -75,9 +76,9 @@ def test_a_killed_run_goes_on_and_batches_do_not_matter(arguments, tmp_path, mon
     with open(log, "a", encoding="utf-8") as file:
         file.write('{"key": "half a li')
     asked = []
-    generate = script.LLaDAModelLM.generate
+    generate = LLaDAModelLM.generate
     monkeypatch.setattr(
-        script.LLaDAModelLM,
+        LLaDAModelLM,
         "generate",
         lambda model, prompts, **rest: asked.extend(rest["record_ids"]) or generate(model, prompts, **rest),
     )
@@ -106,6 +107,7 @@ def test_a_judge_labels_and_what_it_failed_at_is_left_out(arguments, tmp_path):
     assert {record["id"].split("-")[0] for record in unpaired} == {"p1", "p2", "p3", "p4"}
     summary = json.loads((tmp_path / "out/results.json").read_text())
     assert summary["completions_without_score"] == 6
+    assert summary["judge/failed"] == 0.2 and summary["judge/cached"] == summary["judge/retried"] == 0
     asked = len(server.bodies)
     main([*arguments, *judge, "--output_dir", str(tmp_path / "again")])
     assert len(server.bodies) == asked + 1  # the one that failed

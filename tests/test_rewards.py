@@ -7,10 +7,15 @@ import time
 import numpy as np
 import pytest
 
+from llada.data.prompts import Prompt
+from llada.models.building import load_for_inference
+from llada.policies.completions import Sampler
 from llada.rewards import functions as rewards
+from llada.rewards.flags import RewardFlags
 from llada.rewards.functions import puzzle_solved
 from llada.rewards.scoring import Reward, compute_rewards, load_rewards
 from llada.rewards.verifiers import cells, countdown_solved, evaluate, sudoku_solved
+from modelling_final import LLaDAGenerationConfig
 
 PUZZLE = "1004420020433410"
 SOLVED = "1324423121433412"
@@ -181,7 +186,9 @@ def test_several_rewards_are_weighted_and_none_counts_for_nothing():
 def test_rewards_are_loaded_by_name(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def one(prompts, completions, **columns):\n    return [1.0] * len(completions)\n")
-    loaded = load_rewards(["sudoku", f"{file}:one", "json:dumps", "judge"], [1, 2, 3, 4], judge=lengths)
+    loaded = load_rewards(
+        ["sudoku", f"{file}:one", "json:dumps", "judge"], [1, 2, 3, 4], own={"judge": lengths}
+    )
     assert [(r.name, r.weight) for r in loaded] == [("sudoku", 1), ("one", 2), ("dumps", 3), ("judge", 4)]
     assert loaded[2].function is json.dumps
     for name, reason in (
@@ -204,8 +211,63 @@ def test_a_reward_that_misbehaves_is_named():
     def endless(prompts, completions, **columns):
         return [math.inf] * len(completions)
 
-    for function in (short, endless):
-        with pytest.raises(ValueError, match=f"--reward_funcs {function.__name__}"):
-            compute_rewards([Reward(function.__name__, function)], ["p"] * 2, ["a"] * 2, [{}, {}])
+    def picky(prompts, completions, **columns):
+        return [1.0 / len(text) for text in completions]
+
+    def jealous(prompts, completions, **columns):
+        return [1.0, 2.0] if len(set(completions)) == 1 else [].pop()
+
+    texts = ["a", ""]
+    for function, reason in (
+        (short, "gave 1 values for 2 completions"),
+        (endless, r"gave an infinite value \(f.jsonl:1\)"),
+        (picky, r"ZeroDivisionError: float division by zero \(f.jsonl:2\)"),
+        (jealous, "IndexError: pop from empty list"),
+    ):
+        with pytest.raises(ValueError, match=f"--reward_funcs {function.__name__}: {reason}"):
+            records, where = [{}, {}], ["f.jsonl:1", "f.jsonl:2"]
+            compute_rewards([Reward(function.__name__, function)], ["p"] * 2, texts, records, where=where)
     with pytest.raises(ValueError, match=r"--reward_funcs later.*'gold'.*fields are \['answer'\]"):
         compute_rewards([Reward("later", later)], ["p"], ["a"], [{"answer": "1"}])
+
+
+def test_records_that_cannot_be_scored_are_refused_at_start():
+    flags = RewardFlags(reward_funcs=["math", "format"])
+    prompts = [
+        Prompt(n, [1], {"answer": gold}, where=f"f.jsonl:{n}") for n, gold in enumerate(("1", "x^2", 5))
+    ]
+    flags.check_records(prompts)
+    prompts.append(Prompt(3, [1], {"answer": r"\frac{1}{"}, where="f.jsonl:3"))
+    with pytest.raises(
+        ValueError, match=r"--reward_funcs math: 'answer' '.*frac.*' is no number.*\(f.jsonl:3\)"
+    ):
+        flags.check_records(prompts)
+    with pytest.raises(ValueError, match=r"--reward_funcs sudoku: the records have no field 'puzzle'"):
+        RewardFlags(reward_funcs=["sudoku"]).check_records(prompts)
+    boards = [Prompt(0, [1], {"puzzle": "1" * 25}, where="f.jsonl:1")]
+    with pytest.raises(ValueError, match=r"--reward_funcs sudoku: a sudoku has 4 x 4 or .*25 \(f.jsonl:1\)"):
+        RewardFlags(reward_funcs=["sudoku"]).check_records(boards)
+
+
+def test_sums_left_undone_are_answers_where_a_flag_says_so():
+    for flags, expected in (({}, 0.0), ({"math_allow_expressions": True}, 1.0)):
+        rewards = RewardFlags(reward_funcs=["math"], **flags).load_rewards()
+        totals, _ = compute_rewards(rewards, ["q"], ["9 * 2"], [{"answer": "18"}])
+        assert totals.tolist() == [expected]
+
+
+def test_a_thought_that_the_template_opened_is_no_answer(model_dir):
+    """Qwen3-Thinking and R1 templates end the prompt in <think>: a completion begins inside it."""
+    model, tokenizer = load_for_inference(str(model_dir), chat=False, device="cpu")
+    seen = []
+
+    def note(prompts, completions, was_cut, **columns):
+        seen.append((completions, was_cut))
+        return [0.0] * len(completions)
+
+    prompts = [Prompt(n, tokenizer("Say" + end)["input_ids"], {}) for n, end in enumerate(("", "<think>\n"))]
+    settings = LLaDAGenerationConfig(gen_length=4, temperature=1.0)
+    sampler = Sampler(model, tokenizer, [Reward("note", note)], settings, 8, chat=False)
+    texts = [completion.text for completion in sampler.answer(prompts, seed=0, num_generations=1)]
+    ((completions, was_cut),) = seen
+    assert completions == [texts[0], "<think>" + texts[1]] and len(was_cut) == 2

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import ROOT, load_script
+from fake_judge import FakeServer
 from llada.run import read_metrics
 
 REWARD = (
@@ -245,6 +246,40 @@ def test_documented_commands(predecessor, tmp_path):
     load_script(script).main([*arguments, *predecessor, "--dtype", "float32"])
     rows = logged(tmp_path / "grpo_2", "kl")
     assert rows == [[1, 0.0]]
+
+
+def test_steps_without_any_reward_end_the_run(flags, tmp_path, caplog):
+    """NaN is no reward, None neither; the function is named, and what it says of itself is logged."""
+    (tmp_path / "dead.py").write_text(
+        "def dead(prompts, completions, **columns):\n"
+        "    return [None, float('nan')] * (len(completions) // 2)\n"
+    )
+    dead = ["--reward_funcs", f"{tmp_path}/dead.py:dead"]
+    with pytest.raises(ValueError, match=r"--reward_funcs dead: no reward in 3 steps in a row"):
+        main(*flags, *dead, "--output_dir", tmp_path / "out", "--max_steps", "5", "--max_dead_steps", "3")
+    assert caplog.text.count("--reward_funcs dead: None or NaN for every completion of a step") == 3
+    main(*flags, *dead, "--output_dir", tmp_path / "on", "--max_steps", "2", "--max_dead_steps", "0")
+    both = ["--reward_funcs", f"{tmp_path}/dead.py:dead", f"{tmp_path}/even.py:even", "--max_dead_steps", "1"]
+    main(*flags, *both, "--output_dir", tmp_path / "both", "--max_steps", "2")  # learns from the other
+
+
+def test_a_judge_that_always_fails_is_a_dead_reward(flags, tmp_path, caplog):
+    server = FakeServer(lambda body, number: "I cannot say.")
+    judge = ["--reward_funcs", "judge", "--judge_base_url", server.url, "--judge_model", "judge"]
+    out = ["--output_dir", tmp_path / "out", "--max_steps", "2", "--judge_retries", "1"]
+    with pytest.raises(ValueError, match=r"--reward_funcs judge: no reward in 2 steps in a row"):
+        main(*flags, *judge, *out, "--max_dead_steps", "2")
+    assert logged(tmp_path / "out", "judge/failed", "judge/retried", "judge/cached") == [[1, 1.0, 1.0, 0.0]]
+    server.shutdown()
+
+
+def test_records_that_no_answer_can_match_are_refused(flags, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "1 + 1?", "answer": "2"}\n{"prompt": "2 + 2?", "answer": "\\\\frac{4}{"}\n')
+    more = ["--train_data_path", bad, "--reward_funcs", "math", "--output_dir", tmp_path / "out"]
+    for dry in ([], ["--dry_run"]):
+        with pytest.raises(ValueError, match=r"--reward_funcs math: 'answer' .* \(.*bad.jsonl:2\)"):
+            main(*flags, *more, *dry)
 
 
 def test_mistakes_are_named(flags, tmp_path):

@@ -117,7 +117,7 @@ def _inside(text: str, start: str, end: str) -> str | None:
         return None
     inside = text[len(start) : -len(end)]
     if end == "}":
-        return inside if _is_balanced(inside) else None
+        return inside if is_balanced(inside) else None
     if start == "$":
         return None if "$" in inside.replace(r"\$", "") else inside
     return None if start in inside or end in inside else inside
@@ -130,10 +130,11 @@ def _without_half_pairs(text: str) -> str:
     if text.endswith("$") and text.count("$") == 1 and not text.endswith(r"\$"):
         text = text[:-1]
     box = _BOX.match(text)
-    return text[box.end() :] if box and _is_balanced(text[box.end() :]) else text
+    return text[box.end() :] if box and is_balanced(text[box.end() :]) else text
 
 
-def _is_balanced(text: str) -> bool:
+def is_balanced(text: str) -> bool:
+    """Whether every brace of a text has its partner."""
     depth = 0
     for match in _BRACE.finditer(text):
         depth += {"{": 1, "}": -1}.get(match[0], 0)

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from llada.data.final_answer import THINK, opens_thought
 from llada.data.prompts import Prompt
 from llada.rewards.scoring import Reward, compute_rewards
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
@@ -63,12 +64,17 @@ class Sampler:
         for start in range(0, len(prompts), stride):
             completions += self._sample(prompts[start : start + stride], seed, num_generations)
         owners = [prompt for prompt in prompts for _ in range(num_generations)]
+        # a template may have opened the thought that a completion begins in
+        opened = {p.index: THINK * opens_thought(self.tokenizer.decode(p.token_ids[-16:])) for p in prompts}
+        texts = [opened[completion.prompt] + completion.text for completion in completions]
         totals, table = compute_rewards(
             self.rewards,
             [owner.prompt for owner in owners],
-            [as_messages(completion.text, chat=self.chat) for completion in completions],
+            [as_messages(text, chat=self.chat) for text in texts],
             [owner.record for owner in owners],
+            where=[owner.where for owner in owners],
             completion_ids=[completion.answer for completion in completions],
+            was_cut=[not completion.has_ended for completion in completions],
         )
         for i, completion in enumerate(completions):
             completion.reward = _or_none(totals[i])

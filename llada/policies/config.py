@@ -233,6 +233,9 @@ class GroupFlags:
         help="Factor of advantages below 0. elbo pushes a bad answer down under masks that never led to it, "
         "which can harm a good model: then give less; 0 learns from what beat its group alone.",
     )
+    max_dead_steps: int = flag(
+        10, help="Stop after so many steps in a row in which no completion has a reward; 0 = never."
+    )
     log_completions: bool = flag(True, help="Write every completion to completions.jsonl.")
 
 

@@ -7,6 +7,7 @@ Shapes: N completions of this rank, G of a group, T terms.
 """
 
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +26,10 @@ from llada.policies.grpo import GroupBatch, group_advantages, term_weights
 from llada.policies.likelihood_terms import Answer, TermBuilder, Terms
 from llada.policies.reference_model import Reference
 from llada.resumable import write_atomically
+from llada.rewards.scoring import sums_of_rewards
 from llada.run import Run, Sums, autocast, max_over_ranks, means_over_ranks, sum_over_ranks
+
+log = logging.getLogger(__name__)
 
 
 class RolloutFiles:
@@ -118,6 +122,7 @@ class RolloutStream:
         self._rollout = -1
         self._completions: list[Completion] = []
         self._metrics: dict[str, float] = {}
+        self._dead_steps = 0
         self._by_index = {prompt.index: prompt for prompt in self.prompts}
 
     def __call__(self, step: int) -> list[GroupBatch]:
@@ -238,7 +243,21 @@ class RolloutStream:
         }
         for name in completions[0].rewards:
             columns[f"rewards/{name}/mean"] = [c.rewards[name] for c in completions]
-        return means_over_ranks(sums_of_known(columns)) | {"reward_std": _global_std(rewards)}
+        found = means_over_ranks(sums_of_known(columns) | sums_of_rewards(self.sampler.rewards))
+        self._watch(found)
+        return found | {"reward_std": _global_std(rewards)}
+
+    def _watch(self, found: Mapping[str, float]) -> None:
+        """Warns of reward functions without a value in a whole step; ValueError after too many such steps."""
+        names = [r.name for r in self.sampler.rewards if f"rewards/{r.name}/mean" not in found]
+        if names and self.run.is_main:
+            log.warning("--reward_funcs %s: None or NaN for every completion of a step", ", ".join(names))
+        self._dead_steps = 0 if "reward" in found else self._dead_steps + 1
+        if 0 < self.config.max_dead_steps <= self._dead_steps:
+            raise ValueError(
+                f"--reward_funcs {' '.join(names)}: no reward in {self._dead_steps} steps in a row, so "
+                "nothing is learned; --max_dead_steps 0 goes on"
+            )
 
 
 def sums_of_known(columns: Mapping[str, Sequence[float | None]]) -> Sums:

@@ -1,5 +1,6 @@
 """Which rewards a script pays, and the judge behind `--reward_funcs judge`, as flags."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING
 from llada.flags.declaration import flag
 
 if TYPE_CHECKING:
+    from llada.data.prompts import Prompt
     from llada.rewards.judge import Judge  # imports an HTTP client, which flags do without
     from llada.rewards.scoring import Reward
 
@@ -17,10 +19,14 @@ class RewardFlags:
 
     reward_funcs: list[str] = flag(
         ["judge"],
-        help="What a completion is scored by: reasoning_gym, reasoning_gym_partial, math, sudoku, countdown, "
-        "code, format, judge, package.module:function or file.py:function (TRL's signature).",
+        help="What a completion is scored by: reasoning_gym, reasoning_gym_partial, math, sudoku, "
+        "sudoku_cells, countdown, countdown_graded, code, format, reasoning_format, judge, "
+        "package.module:function or file.py:function (TRL's signature).",
     )
     reward_weights: list[float] | None = flag(None, help="Weight of each; default 1.")
+    math_allow_expressions: bool = flag(
+        False, help="math: 2 * 9 is an answer where 18 is asked for; else a sum left undone is none."
+    )
     judge_base_url: str = flag(
         "http://127.0.0.1:11435/v1", help="OpenAI-compatible server: Ollama, vLLM, llama.cpp, ..."
     )
@@ -73,7 +79,20 @@ class RewardFlags:
 
     def load_rewards(self) -> "list[Reward]":
         """The reward functions that these flags name."""
+        from llada.rewards.functions import BUILT_IN, of_each
         from llada.rewards.scoring import load_rewards
 
-        judge = self.make_judge()
-        return load_rewards(self.reward_funcs, self.reward_weights, judge=judge and judge.reward)
+        own = {"judge": judge} if (judge := self.make_judge()) else {}
+        if self.math_allow_expressions:
+            own["math"] = of_each(BUILT_IN["math"].__wrapped__, allow_expressions=True)
+        return load_rewards(self.reward_funcs, self.reward_weights, own=own)
+
+    def check_records(self, prompts: "Sequence[Prompt]") -> None:
+        """ValueError for a record that one of these rewards cannot score, whatever is answered."""
+        from llada.rewards.functions import CHECKED
+        from llada.rewards.scoring import compute_rewards, load_rewards
+
+        if rewards := load_rewards([name for name in self.reward_funcs if name in CHECKED]):
+            records, where = [prompt.record for prompt in prompts], [prompt.where for prompt in prompts]
+            empty = [""] * len(prompts)
+            compute_rewards(rewards, empty, empty, records, where=where)

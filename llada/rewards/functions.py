@@ -20,7 +20,7 @@ from typing import Any
 
 from llada.data.final_answer import code_blocks, final_answer, last_tag, undressed, without_thoughts
 from llada.rewards import verifiers
-from llada.rewards.mathematics import canonical, compare
+from llada.rewards.mathematics import canonical, compare, is_comparable
 from llada.rewards.sandbox import ConfinedModule, on_all_cores, runs_through
 from llada.rewards.verifiers import cells, has_format
 
@@ -37,16 +37,19 @@ def text_of(completion: str | Sequence[Mapping[str, str]]) -> str:
     return completion if isinstance(completion, str) else "".join(m["content"] for m in completion)
 
 
-def of_each(reward: Callable[..., float | None]) -> RewardFunction:
+def of_each(reward: Callable[..., float | None], **settings: Any) -> RewardFunction:
     """The reward of many completions, of TRL's signature, from `reward(text, *, field, ...)` of one.
 
     A field is the record's own, else that of its `metadata`. A record that lacks one has no reward, unless
     the field has a default.
 
+    Args:
+        settings: what `reward` gets beside the fields, for every record.
+
     Raises:
         ValueError: no record has such a field.
     """
-    fields = list(inspect.signature(reward).parameters.values())[1:]
+    fields = [f for f in list(inspect.signature(reward).parameters.values())[1:] if f.name not in settings]
 
     @functools.wraps(reward)
     def of_all(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Values:
@@ -58,7 +61,7 @@ def of_each(reward: Callable[..., float | None]) -> RewardFunction:
                 )
 
         def of_one(i: int) -> float | None:
-            values = {}
+            values = dict(settings)
             for field in fields:
                 value = columns[field.name][i] if field.name in columns else None
                 if value is None and columns.get("metadata") is not None:
@@ -148,6 +151,8 @@ def math(text: str, *, answer: Any, was_cut: bool | None = None, allow_expressio
     `answer` is GSM8K's text with `####`, a solution with a box, LaTeX, a number, or a few words.
     """
     given, gold = final_answer(text, was_cut=was_cut), str(answer)
+    if not is_comparable(gold):
+        raise ValueError(f"'answer' {gold!r:.80} is no number, mathematics, or a few words")
     found = compare(given, gold, allow_expressions=allow_expressions)
     if found is None:
         found = _libraries.call("same_value", given, gold, seconds=SECONDS, failed=False)
@@ -191,3 +196,5 @@ BUILT_IN: dict[str, RewardFunction] = {
         *(code, format, reasoning_format),
     )
 }
+# Of these an empty completion tells whether a record can be scored at all.
+CHECKED = ("math", "sudoku", "sudoku_cells", "countdown", "countdown_graded")

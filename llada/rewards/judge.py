@@ -23,7 +23,9 @@ from itertools import combinations
 from typing import Any
 
 from llada.chat_client import ChatClient
+from llada.data.final_answer import without_thoughts
 from llada.diffusion.masking import generator
+from llada.run import Sums
 
 MODES = ("listwise", "pointwise", "pairwise")
 MAX_CHARACTERS = 12_000  # of a completion; the rest is cut off
@@ -66,9 +68,10 @@ def listed_scores(value: Any, num_answers: int) -> list[float]:
     """The scores of a listwise reply in the order of the ids; ValueError unless each is there once."""
     scores = {}
     for entry in value["scores"]:
-        if entry["id"] in scores:
-            raise ValueError(f"id {entry['id']!r} comes twice")
-        scores[entry["id"]] = _checked(entry["score"])
+        number = int(entry["id"])  # some models write "1"
+        if number in scores:
+            raise ValueError(f"id {number} comes twice")
+        scores[number] = _checked(entry["score"])
     if set(scores) != set(range(1, num_answers + 1)):
         raise ValueError(f"ids {sorted(map(str, scores))} instead of 1 to {num_answers}")
     return [scores[i] for i in range(1, num_answers + 1)]
@@ -86,7 +89,7 @@ def _shown(tag: str, text: str, **attributes: Any) -> str:
 
 @dataclass(kw_only=True)
 class Judge:
-    """A judge; `reward` is its reward function.
+    """A judge, which is a reward function (TRL's signature).
 
     Attributes:
         num_orders: 1, or 2 to ask listwise questions in two orders.
@@ -107,10 +110,10 @@ class Judge:
         if self.num_orders not in (1, 2):
             raise ValueError(f"--judge_orders {self.num_orders}: 1 or 2")
 
-    def reward(
+    def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     ) -> list[float | None]:
-        """Scores from 0 to 1 (TRL's signature); completions of a prompt stand beside each other.
+        """Scores from 0 to 1 of completions without thoughts; those of a prompt stand beside each other.
 
         A text field `answer` or `solution` of the records is shown to the judge as the reference.
         """
@@ -121,7 +124,7 @@ class Judge:
                 groups[-1].append(i)
             else:
                 groups.append([i])
-        texts = [_text(completion) for completion in completions]
+        texts = [without_thoughts(_text(completion)) for completion in completions]
 
         def judge(group: list[int]) -> list[float | None]:
             reference = gold[group[0]] if isinstance(gold[group[0]], str) else None
@@ -228,17 +231,26 @@ class Judge:
         task = "Which answer is better, the first or the second? Say tie if neither is."
         return self._ask(task, question, [first, second], PAIR_SCHEMA, check)
 
-    def metrics(self) -> dict[str, float]:
-        """The client's counts since the last call, and how far two orders were apart."""
+    def sums(self) -> Sums:
+        """What to log since the last call: shares of questions that failed, were asked again or were cached.
+
+        order_gap: how far the scores of two orders were apart.
+        """
         counts = self.client.metrics()
+        asked = counts["calls"]
         gaps, self._disagreement = self._disagreement, []
-        counts["order_gaps"], counts["orders"] = math.fsum(gaps), float(len(gaps))
-        return counts
+        return {
+            "failed": (counts["failures"], asked),
+            "retried": (counts["retries"], asked),
+            "cached": (counts["cache_hits"], asked + counts["cache_hits"]),
+            "seconds": (counts["seconds"], asked - counts["failures"]),
+            "order_gap": (math.fsum(gaps), len(gaps)),
+        }
 
 
 def find_json(text: str) -> Any:
     """The first JSON object in a reply, thoughts and prose around it left out; ValueError without one."""
-    text = text.rpartition("</think>")[2]
+    text = without_thoughts(text)
     decoder, start = json.JSONDecoder(), text.find("{")
     for _ in range(20):  # prose may hold braces too
         if start < 0:

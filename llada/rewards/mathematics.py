@@ -2,7 +2,7 @@
 
 A careful reader takes "$18", "18.00 dollars", "x = 18" and "eighteen" for 18, and takes "18 or 19", "2 * 9",
 "about 18" and "18x" for none. Text and numbers are compared here, exactly. What is more than a number is
-math-verify's business; it may hang on a text, so `same_value` and `parses` are only called in a
+math-verify's business; it may hang on a text, so `same_value` is only called in a
 `llada.rewards.sandbox.ConfinedModule`.
 """
 
@@ -11,7 +11,7 @@ from fractions import Fraction
 from functools import cache
 from typing import Any, NamedTuple
 
-from llada.data.final_answer import final_answer, plain, undressed
+from llada.data.final_answer import final_answer, is_balanced, plain, undressed
 
 MAX_CHARACTERS, MAX_NUMBER = 4000, 200  # a longer answer, a longer number is wrong
 
@@ -197,13 +197,12 @@ def is_text(gold: str) -> bool:
     return re.fullmatch(r"\(?[A-Za-z][\w'’.)-]*(?:,? [\w'’.()-]+){0,4}", plain(undressed(gold))) is not None
 
 
-def parses(gold: str) -> bool:
-    """Whether an answer can be compared with a golden one: a number, a few words, or mathematics."""
-    gold = gold_answer(gold)
-    if number(gold) is not None or is_text(gold):
-        return True
-    # what it cannot read it gives back as a text
-    return any(not isinstance(value, str) for value in _parsed(_set_of(gold)))
+def is_comparable(gold: str) -> bool:
+    """Whether an answer can be compared with a golden one: a number, mathematics, or a few words."""
+    gold = plain(gold_answer(gold))
+    num_words = len(re.findall(r"(?<!\\)\b[A-Za-z]{2,}\b", gold))
+    is_broken = not is_balanced(gold) or re.search(r"[-+*/^_=({\\]$", gold)
+    return re.search(r"\w", gold) is not None and not is_broken and num_words <= 8
 
 
 def same_value(answer: str, gold: str) -> bool:

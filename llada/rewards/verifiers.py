@@ -16,9 +16,9 @@ from functools import cache
 from typing import Any
 
 from llada.data.final_answer import final_answer, plain, undressed, without_thoughts
-from llada.rewards.mathematics import MAX_CHARACTERS, parses, same_value
+from llada.rewards.mathematics import MAX_CHARACTERS, same_value
 
-__all__ = ["parses", "same_value"]  # for the one process with the libraries
+__all__ = ["same_value"]  # for the one process with the libraries
 
 MAX_DIGITS = 12
 
