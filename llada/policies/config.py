@@ -234,7 +234,9 @@ class GroupFlags:
         "which can harm a good model: then give less; 0 learns from what beat its group alone.",
     )
     max_dead_steps: int = flag(
-        10, help="Stop after so many steps in a row in which no completion has a reward; 0 = never."
+        10,
+        help="Stop after so many steps in a row in which no completion has a reward; 0 = never.",
+        at_least=0,
     )
     log_completions: bool = flag(True, help="Write every completion to completions.jsonl.")
 

@@ -15,14 +15,15 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from llada.flags import check_command_line, flag, parse, run_main
+from llada.flags.declaration import flag
+from llada.flags.parser import check_command_line, parse, run_main
 
 
 @dataclass(kw_only=True)
 class Config:
     """Flags of the grader."""
 
-    input: list[str] = flag(help="Files of generations, or folders of them.")
+    input: list[str] = flag(help="Files of generations, or folders of them.", reads="path")
     prefill: str = flag("<reasoning>", help="What the prompt had put before each generation.")
 
 
