@@ -38,7 +38,8 @@ class Config(PromptFlags, SpeculativeSettings):
     """Flags of this script."""
 
     model_name_or_path: str = flag(
-        help="The drafter: LLaDA checkpoint or run folder, LoRA adapter folder, or hub name.",
+        help="The drafter: LLaDA checkpoint or run folder, LoRA adapter folder, hub name, or a folder of "
+        "export_checkpoint.py --format pard.",
     )
     verifier: str = flag(help="Folder or hub name of the autoregressive model that decides.")
     verifier_gguf_file: str | None = flag(None, help="Name of a GGUF file in the verifier's folder.")
@@ -68,13 +69,13 @@ from transformers import PreTrainedTokenizerBase
 
 from llada.autoregressive.causal_lm import describe_causal_lm, load_causal_lm, prompt_ids
 from llada.data.prompts import Prompt, read_asked_prompts
-from llada.models.building import load_for_inference
 from llada.models.checkpoints import describe_checkpoint
 from llada.models.tokens import end_ids
 from llada.resumable import ResumableJob, write_atomically
 from llada.run import barrier, end_run, start_run
 from llada.speculative.bridge import Bridge
 from llada.speculative.decoder import SpeculativeDecoder, SpeculativeStats, ends_with
+from llada.speculative.pard import load_drafter
 
 # Flags that change neither an answer nor which prompts have one: a killed run may go on with others.
 FREE = (
@@ -208,7 +209,7 @@ class Pair:
 
 def load(config: Config, device: torch.device) -> Pair:
     """Both models; ValueError for what cannot be loaded or does not go together."""
-    drafter, drafter_tokenizer = load_for_inference(
+    drafter, drafter_tokenizer = load_drafter(
         config.model_name_or_path,
         chat=config.is_instruct,
         dtype=config.dtype,

@@ -4,10 +4,17 @@ What comes out is what the run's final/ would be at that step: `from_pretrained`
 the next stage read it. With LoRA it is an adapter folder (scripts/merge_lora.py folds it in). States of
 any number of ranks and of sharded models are read; nothing in the run's folder is changed.
 
+--format pard writes a causal drafter (convert_ar.py --drafter causal) as the Llama or Qwen2 that it is, with
+the verifier's tokenizer, for vLLM and TensorRT-LLM, and prints how to serve it. Then it loads that folder
+with plain transformers and decodes --prompts_file with the verifier, in a loop as engines have it and in that
+of speculative_decode.py: acceptance must be the same in both. --run may be a checkpoint too.
+
 Run:
     python scripts/export_checkpoint.py --run runs/pretrain --output_dir models/at_latest
     python scripts/export_checkpoint.py --run runs/pretrain --step 5000 --dtype bfloat16 \\
         --output_dir models/at_5000
+    python scripts/export_checkpoint.py --run runs/drafter --format pard --output_dir models/drafter \\
+        --verifier models/SmolLM2-135M-Instruct --prompts_file heldout.jsonl --is_instruct --draft_length 8
 """
 
 from dataclasses import dataclass
@@ -26,21 +33,49 @@ class Config:
     output_dir: str = flag(help="New folder for the checkpoint.", writes="new folder")
     step: int | None = flag(None, help="Which step-N; default the latest.")
     dtype: str = flag("float32", help="Of the weights written.", choices=["float32", "bfloat16", "float16"])
+    format: str = flag(
+        "llada", help="llada, or pard: a causal drafter for engines.", choices=["llada", "pard"]
+    )
+
+    verifier: str | None = flag(
+        None, help="The model that the drafter drafts for.", needs="format=pard", reads="model"
+    )
+    prompts_file: str | None = flag(
+        None, help="Held-out prompts to measure acceptance on.", needs="format=pard", reads="path"
+    )
+    is_instruct: bool = flag(False, help="Use the verifier's chat template.", needs="format=pard")
+    max_samples: int = flag(20, help="Prompts to decode.", needs="format=pard", at_least=1)
+    max_new_tokens: int = flag(64, help="Tokens of an answer.", needs="format=pard", at_least=1)
+    draft_length: int = flag(8, help="Tokens of a draft.", needs="format=pard", at_least=1)
 
 
 if __name__ == "__main__":
     check_command_line(Config, __doc__)
 
-from llada.models.building import build_model, run_tokenizer
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llada.models.building import build_model, load_for_inference, run_tokenizer
 from llada.models.checkpoints import DTYPES
 from llada.models.saving import Origin, save_model
+from llada.speculative.pard import SERVE, try_drafter, write_drafter
 from llada.training.checkpoint import find_resume, load_weights, read_meta
 
 
 def main(argv: list[str] | None = None) -> None:
     """Exports one state."""
     config = parse(Config, argv, description=__doc__)
-    run, output_dir = Path(config.run), Path(config.output_dir)
+    if config.format == "pard":
+        export_drafter(config)
+        return
+    model, tokenizer, origin = trained(config)
+    save_model(model.to(DTYPES[config.dtype]), tokenizer, Path(config.output_dir), origin=origin)
+    print(f"{config.output_dir}: {origin.made_by.removeprefix('export_checkpoint.py ')}")
+
+
+def trained(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Origin]:
+    """The model of a run's state, its tokenizer, and how it came to be."""
+    run = Path(config.run)
     if not (run / "config.yaml").is_file():
         raise ValueError(f"--run {run}: no config.yaml there; give the --output_dir of a training run")
     state = run / f"step-{config.step}" if config.step is not None else find_resume(run, "auto")
@@ -55,9 +90,26 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = run_tokenizer(flags, chat=chat)
     meta = read_meta(state)
     made_by = f"export_checkpoint.py --run {run} --step {meta['step']}"
-    origin = Origin(made_by, flags.model_name_or_path, settings, meta.get("results", {}))
-    save_model(model.to(DTYPES[config.dtype]), tokenizer, output_dir, origin=origin)
-    print(f"{output_dir}: the weights of {state} (step {meta['step']})")
+    return model, tokenizer, Origin(made_by, flags.model_name_or_path, settings, meta.get("results", {}))
+
+
+def export_drafter(config: Config) -> None:
+    """Writes a causal drafter for engines, tries it, and says how to serve it."""
+    if config.verifier is None or config.prompts_file is None:
+        raise ValueError("--format pard needs --verifier and --prompts_file, to try the drafter on")
+    origin = Origin(f"export_checkpoint.py --run {config.run} --format pard", config.run)
+    if (Path(config.run) / "config.yaml").is_file():
+        model, _, origin = trained(config)
+        model = model.merge_and_unload() if isinstance(model, PeftModel) else model
+    else:
+        model, _ = load_for_inference(config.run, chat=False)
+    folder, mask_id = Path(config.output_dir), model.config.mask_token_id
+    write_drafter(model.to(DTYPES[config.dtype]), config.verifier, folder, origin=origin)
+    try_drafter(
+        folder, config.verifier, config.prompts_file, chat=config.is_instruct, limit=config.max_samples,
+        draft_length=config.draft_length, max_new_tokens=config.max_new_tokens,
+    )  # fmt: skip
+    print(SERVE.format(folder=folder, length=config.draft_length, mask_id=mask_id))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
 """A state of any step becomes the plain checkpoint that the run would have written there."""
 
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from conftest import load_script
+from llada.models.building import load_for_inference
+from llada.models.saving import save_model
+from speculation import make_verifier
 from test_stages import launch, pretrain_flags, sft_flags
 
 export = load_script("scripts/export_checkpoint.py").main
@@ -80,3 +84,50 @@ def test_what_is_not_there_is_named(model_dir, tmp_path):
     train_sft(sft_flags(tmp_path / "run", model_dir))
     with pytest.raises(ValueError, match="no such state there; it has step-3"):
         export(["--run", str(tmp_path / "run"), "--step", "7", "--output_dir", str(tmp_path / "out")])
+
+
+@pytest.fixture(scope="module")
+def drafter_dirs(tmp_path_factory):
+    """A verifier of a spare row, and a causal drafter of it that is not always right."""
+    folder = tmp_path_factory.mktemp("drafter")
+    tokenizer = load_script("scripts/train_tokenizer.py").train_tokenizer(["What is 2 + 3?"], vocab_size=300)
+    tokenizer.mask_token = None
+    verifier = make_verifier(len(tokenizer) + 4, eos_id=tokenizer.eos_token_id, dtype=torch.float32)
+    verifier.save_pretrained(folder / "verifier")
+    tokenizer.save_pretrained(folder / "verifier")
+    convert = load_script("scripts/convert_ar.py").main
+    out = ["--output_dir", str(folder / "drafter"), "--drafter", "causal", "--mask_token", "<|mdm_mask|>"]
+    convert(["--model_name_or_path", str(folder / "verifier"), *out])
+    model, tokenizer = load_for_inference(str(folder / "drafter"), chat=False)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            parameter += 0.05 * parameter.std() * torch.randn_like(parameter)
+    save_model(model, tokenizer, folder / "drafter")
+    return folder
+
+
+def test_a_drafter_for_engines_is_tried_before_it_is_served(drafter_dirs, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"What is {n}?"}) + "\n" for n in range(3)))
+    common = ["--run", str(drafter_dirs / "drafter"), "--format", "pard", "--prompts_file", str(prompts)]
+    common += ["--max_new_tokens", "16", "--draft_length", "4", "--output_dir"]
+    verifier = ["--verifier", str(drafter_dirs / "verifier")]
+    export([*common, str(tmp_path / "pard"), *verifier])
+    out = capsys.readouterr().out
+    lengths = re.findall(r"acceptance length ([\d.]+), by position (.*)", out)
+    assert len(lengths) == 2 and lengths[0] == lengths[1] and 1 < float(lengths[0][0]) < 5
+    assert '"num_speculative_tokens": 4' in out and "PARDDecodingConfig" in out
+    config = json.loads((tmp_path / "pard/config.json").read_text())
+    assert config["model_type"] == "llama" and f"mask_token_id={config['pard_token']}" in out
+    # and the folder is a drafter of speculative_decode.py
+    report = tmp_path / "report.json"
+    load_script("inference/speculative_decode.py").main(
+        ["--drafter", str(tmp_path / "pard"), *verifier, "--prompts_file", str(prompts),
+         "--draft_length", "4", "--max_new_tokens", "16", "--output_path", str(tmp_path / "o.jsonl"),
+         "--report_path", str(report)]
+    )  # fmt: skip
+    found = json.loads(report.read_text())
+    assert found["equal"] == 3 and f"{found['acceptance_length']:.3f}" == lengths[0][0]
+    with pytest.raises(ValueError, match="--format pard needs --verifier and --prompts_file"):
+        export([*common, str(tmp_path / "none")])

@@ -76,14 +76,16 @@ def convert(
     logit_shift: bool = False,
     causal: bool = False,
     mask_token: str | None = None,
+    mask_id: int | None = None,
 ) -> LLaDAModelLM:
     """The LLaDA model with the source's weights, shared in memory except for an embedding that had to grow.
 
     Adds the mask token (and padding, if the source has none) to `tokenizer` in place.
 
     Args:
-        causal: keep the causal form and the number of rows, for a drafter that engines run beside the source.
+        causal: keep the causal form and the number of rows, for a drafter that engines run with the source.
         mask_token: a token that serves as mask; default a new one.
+        mask_id: the row of the mask, where the source was trained with one.
 
     Raises:
         ValueError: no EOS, no such mask token, or no row for one in a causal drafter.
@@ -92,20 +94,30 @@ def convert(
     num_known = max(known.values()) + 1
     if mask_token is not None and mask_token not in known:
         raise ValueError(f"--mask_token {mask_token!r}: the tokenizer has no such token")
-    if causal and mask_token is None and num_known >= source.get_input_embeddings().num_embeddings:
+    if (
+        causal
+        and mask_token is None
+        and mask_id is None
+        and num_known >= source.get_input_embeddings().num_embeddings
+    ):
         raise ValueError(
             "--drafter causal: every row of the embedding belongs to a token; name one that no text holds "
             f"with --mask_token, for example {' or '.join(_unused(tokenizer)[:3]) or 'a reserved token'}"
         )
+    if mask_token is None and mask_id in known.values():
+        mask_token = tokenizer.convert_ids_to_tokens(mask_id)
     tokenizer.add_special_tokens({"mask_token": mask_token or SPECIAL_TOKENS["mask"]})
     config = llada_config(source, tokenizer, logit_shift=logit_shift or causal, causal=causal)
+    if mask_id is not None:
+        config.mask_token_id = mask_id
 
     weights = {}
     for name, weight in source.state_dict().items():
         if name == "lm_head.weight" and config.weight_tying:
             continue
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
-            weight = with_mean_rows(weight, config.embedding_size, num_known, config.mask_token_id)
+            new_mask = config.mask_token_id if mask_id is None else None
+            weight = with_mean_rows(weight, config.embedding_size, num_known, new_mask)
         weights[llada_name(name)] = weight
     model, report = LLaDAModelLM.from_pretrained(
         None, config=config, state_dict=weights, dtype=source.dtype, output_loading_info=True
@@ -242,7 +254,7 @@ def causal_name(name: str) -> str:
 
 
 @torch.no_grad()
-def with_mean_rows(weight: torch.Tensor, num_rows: int, num_known: int, mask_id: int) -> torch.Tensor:
+def with_mean_rows(weight: torch.Tensor, num_rows: int, num_known: int, mask_id: int | None) -> torch.Tensor:
     """[R, D] -> [E, D]: the mask's row, and every row past R, is the mean of the rows of the source's tokens.
 
     As a head row the mean gives the average logit: the new token is neither favoured nor ruled out.
@@ -250,5 +262,6 @@ def with_mean_rows(weight: torch.Tensor, num_rows: int, num_known: int, mask_id:
     mean = weight[:num_known].mean(0, dtype=torch.float32).to(weight.dtype)
     if num_rows > weight.shape[0]:
         weight = torch.cat([weight, mean.expand(num_rows - weight.shape[0], -1)])
-    weight[mask_id] = mean
+    if mask_id is not None:
+        weight[mask_id] = mean
     return weight
