@@ -103,11 +103,10 @@ class LLaDAAttention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Documents | None
     ) -> tuple[Tensor, Tensor | None]:
+        dropout = self.config.attention_dropout if self.training else 0.0
         if isinstance(mask, Documents):
-            dropout = self.config.attention_dropout if self.training else 0.0
             return document_attention(query, key, value, mask, scaling=self.scaling, dropout=dropout), None
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        dropout = self.config.attention_dropout if self.training else 0.0
         return kernel(self, query, key, value, mask, scaling=self.scaling, dropout=dropout, is_causal=False)
 
 
@@ -147,18 +146,11 @@ def make_attention_mask(
             f"attention_mask must cover all keys: shape ({batch}, {num_keys}), "
             f"not {tuple(attention_mask.shape)}"
         )
-    if attention_bias is not None and ("flex" in kernel or "flash" in kernel):
-        raise ValueError(
-            f"attn_implementation {kernel} cannot take a dense 4-D mask: flash kernels have no such "
-            "argument, flex attention would misread it; use sdpa or eager (or attention_pattern block_causal)"
-        )
+    is_block_causal = config.attention_pattern == "block_causal"
+    _check_kernel(kernel, has_bias=attention_bias is not None, is_block_causal=is_block_causal)
     sees = None
-    if config.attention_pattern == "block_causal":
+    if is_block_causal:
         sees = _block_causal(key_positions.expand(batch, -1), config.attention_block_size)
-    if sees is not None and "flash" in kernel:
-        raise ValueError(
-            f"attn_implementation {kernel} has no block-causal attention; use sdpa, eager or flex_attention"
-        )
     if document_borders is not None:
         if attention_mask is not None or cache is not None or "flash" in kernel:
             raise ValueError(
@@ -181,6 +173,18 @@ def make_attention_mask(
     return mask if attention_bias is None else _combine(attention_bias, mask, inputs_embeds.dtype, kernel)
 
 
+def _check_kernel(kernel: str, *, has_bias: bool, is_block_causal: bool) -> None:
+    if has_bias and ("flex" in kernel or "flash" in kernel):
+        raise ValueError(
+            f"attn_implementation {kernel} cannot take a dense 4-D mask: flash kernels have no such "
+            "argument, flex attention would misread it; use sdpa or eager (or attention_pattern block_causal)"
+        )
+    if is_block_causal and "flash" in kernel:
+        raise ValueError(
+            f"attn_implementation {kernel} has no block-causal attention; use sdpa, eager or flex_attention"
+        )
+
+
 def _block_causal(key_positions: Tensor, block_size: int) -> Callable[..., Tensor]:
     block = key_positions // block_size  # [B, K]
 
@@ -197,9 +201,8 @@ def _combine(bias: Tensor, mask: Tensor | None, dtype: torch.dtype, kernel: str)
     if kernel != "eager" and bias.dtype == torch.bool:
         return bias if mask is None else bias & mask
     # Eager attention adds its mask, so a boolean one would count as 0 and 1.
-    lowest = torch.finfo(dtype).min
     total = _additive(bias, dtype)
-    return total if mask is None else (total + _additive(mask, dtype)).clamp_min(lowest)
+    return total if mask is None else (total + _additive(mask, dtype)).clamp_min(torch.finfo(dtype).min)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -63,12 +63,9 @@ class WindowCache(Cache):
     @window.setter
     def window(self, window: tuple[int, int] | None) -> None:
         if window is not None:
-            start, end = int(window[0]), int(window[1])
-            if not 0 <= start < end <= self.get_seq_length():
-                raise ValueError(
-                    f"window ({start}, {end}) must lie within the {self.get_seq_length()} keys in the cache"
-                )
-            window = (start, end)
+            window, num_keys = (int(window[0]), int(window[1])), self.get_seq_length()
+            if not 0 <= window[0] < window[1] <= num_keys:
+                raise ValueError(f"window {window} must lie within the {num_keys} keys in the cache")
         for layer in self.layers:
             layer.window = window
 
@@ -114,30 +111,26 @@ class WindowCache(Cache):
         """Forgets the last `-tokens_to_remove` columns (transformers' convention: a negative count)."""
         super().crop(tokens_to_remove)
         if tokens_to_remove < 0:
-            self._apply_to_tables(lambda table: table[:, :tokens_to_remove])
+            self._change_tables(lambda table: table[:, :tokens_to_remove])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps these sequences of the batch, in this order (indices, or a boolean mask)."""
         super().batch_select_indices(indices)
-        self._apply_to_tables(lambda table: table[indices] if table.shape[0] > 1 else table)
+        self._change_tables(lambda table: table[indices] if len(table) > 1 else table)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """The same as `batch_select_indices`."""
-        self.batch_select_indices(beam_idx)
+    reorder_cache = batch_select_indices
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every sequence of the batch `repeats` times."""
         super().batch_repeat_interleave(repeats)
-        self._apply_to_tables(
-            lambda table: table.repeat_interleave(repeats, dim=0) if table.shape[0] > 1 else table
-        )
+        self._change_tables(lambda table: table.repeat_interleave(repeats, 0) if len(table) > 1 else table)
 
     def reset(self) -> None:
         """Empties the cache and takes the window away."""
         super().reset()
         self.window = self.positions = self.hidden = None
 
-    def _apply_to_tables(self, change: Callable[[Tensor], Tensor]) -> None:
+    def _change_tables(self, change: Callable[[Tensor], Tensor]) -> None:
         self.positions = None if self.positions is None else change(self.positions)
         self.hidden = None if self.hidden is None else change(self.hidden)
 
@@ -162,14 +155,12 @@ def window_of(replace_position: Tensor | tuple[int, int]) -> tuple[int, int]:
 
 def _put(table: Tensor | None, values: Tensor, span: tuple[int, int]) -> Tensor:
     """`table` with columns `span` set to `values`, lengthened if the span starts at its end."""
-    if table is None or span[0] == table.shape[1]:
-        if table is None:
-            return values
-        rows = max(table.shape[0], values.shape[0])
-        return torch.cat(
-            [table.expand(rows, *table.shape[1:]), values.expand(rows, *values.shape[1:])], dim=1
-        )
-    rows = max(table.shape[0], values.shape[0])
-    table = table.expand(rows, *table.shape[1:]).clone()
+    if table is None:
+        return values
+    batch = max(len(table), len(values))
+    table = table.expand(batch, *table.shape[1:])
+    if span[0] == table.shape[1]:
+        return torch.cat([table, values.expand(batch, *values.shape[1:])], dim=1)
+    table = table.clone()  # the caller may still hold the one before
     table[:, span[0] : span[1]] = values
     return table

@@ -53,13 +53,8 @@ class Decoding:
         keys: list[np.ndarray],
         on_step: OnStep | None,
     ) -> None:
-        self.model, self.settings, self.canvas, self.keys, self.on_step = (
-            model,
-            settings,
-            canvas,
-            keys,
-            on_step,
-        )
+        self.model, self.settings, self.canvas = model, settings, canvas
+        self.keys, self.on_step = keys, on_step
         config, self.device = model.config, canvas.tokens.device
         self.mask_id = config.mask_token_id
         self.end_ids = torch.tensor(config.end_ids, dtype=torch.long, device=self.device)
@@ -83,17 +78,15 @@ class Decoding:
                 if running and index * widths[name] < lengths[name]:
                     groups.setdefault((widths[name], steps[name]), []).append(name)
             for (width, num_steps), names in groups.items():
-                self._decode_block(self._block(index, width, names), num_steps)
+                self._decode_block(index, width, num_steps, names)
 
-    def _block(self, index: int, width: int, names: list[int]) -> Block:
+    def _decode_block(self, index: int, width: int, num_steps: int, names: list[int]) -> None:
         start = self.canvas.num_prompt + index * width
         visible = start + width
         if self.settings.method != "semi_autoregressive_origin":
             visible = self.canvas.num_prompt + max(self.canvas.ends[name] for name in names)
         rows = torch.tensor(names, device=self.device)
-        return Block(index=index, start=start, end=start + width, visible=visible, rows=rows, names=names)
-
-    def _decode_block(self, block: Block, num_steps: int) -> None:
+        block = Block(index=index, start=start, end=start + width, visible=visible, rows=rows, names=names)
         if self.settings.remdm != "none":
             self._decode_remdm(block, num_steps)
         elif self.settings.parallel_decoding != "none":
@@ -103,28 +96,21 @@ class Decoding:
 
     def _decode_scheduled(self, block: Block, num_steps: int) -> None:
         """The published schedule: every step decides a number of tokens known in advance."""
-        num_masked = block.width
+        num_masked, score = block.width, ORDERS[self.settings.remasking]
         for step, num_picks in enumerate(transfer_schedule(num_masked, num_steps)):
             if num_picks == 0 or not block.names:
                 return  # the schedule never grows, so all later steps decide nothing too
-            # a recorded forward is always asked for the whole block: one shape for all steps
-            num_columns = num_masked if self.recorder is None else block.width
-            masked = self._masked(block)
-            columns = masked.logical_not().long().argsort(dim=1, stable=True)[:, :num_columns]
-            picks = masked.gather(1, columns)
-            score = ORDERS[self.settings.remasking]
+            columns, valid = self._candidates(block, num_masked)
             if score is None:
-                columns, picks = columns[:, :num_masked], picks[:, :num_masked]
+                columns, valid = columns[:, :num_masked], valid[:, :num_masked]
                 order = self._uniform(block, step, ORDER_DRAW).gather(1, columns)
                 order = order.argsort(dim=1, descending=True, stable=True)[:, :num_picks]
-                columns = columns.gather(1, order)
-                picks = picks[:, :num_picks]
-            logits = self._logits(block, columns, step)
-            tokens = self._tokens(block, logits, columns, step)
+                columns, valid = columns.gather(1, order), valid[:, :num_picks]
+            logits, tokens = self._predict(block, columns, step)
+            picks = valid
             if score is not None:
-                picks = pick_top(order_scores(score, logits, tokens, self.last_ids), picks, num_picks)
-            self._write(block, columns, tokens, picks)
-            self._report(block, step, columns, tokens, picks, logits)
+                picks = pick_top(order_scores(score, logits, tokens, self.last_ids), valid, num_picks)
+            self._write(block, step, columns, tokens, picks, logits)
             num_masked -= num_picks
             looks = num_masked == 0 or self.device.type == "cpu" or (step + 1) % CHECK_EVERY == 0
             if self.can_stop and looks:
@@ -134,16 +120,11 @@ class Decoding:
         """Approximate: each step decides as many tokens as the model is sure of, at least one."""
         counts = [block.width] * len(block.names)  # masked columns of each sequence
         for step in range(block.width):
-            masked = self._masked(block)
-            num_columns = max(counts) if self.recorder is None else block.width
-            columns = masked.logical_not().long().argsort(dim=1, stable=True)[:, :num_columns]
-            valid = masked.gather(1, columns)
-            logits = self._logits(block, columns, step)
-            tokens = self._tokens(block, logits, columns, step)
+            columns, valid = self._candidates(block, max(counts))
+            logits, tokens = self._predict(block, columns, step)
             scores = order_scores(PROBABILITIES[self.settings.remasking], logits, tokens, self.last_ids)
             picks = self._parallel_picks(block, logits, columns, scores, valid)
-            self._write(block, columns, tokens, picks)
-            self._report(block, step, columns, tokens, picks, logits)
+            self._write(block, step, columns, tokens, picks, logits)
             counts = self._let_leave(block)
             if not counts:
                 return
@@ -168,19 +149,13 @@ class Decoding:
             num_stable = (block.num_stable.gather(1, columns) + 1) * is_near
             block.num_stable.scatter_(1, columns, num_stable)
         block.log_p.scatter_(1, wide, log_p)
-        return pick_klass(
-            scores,
-            block.num_stable.gather(1, columns),
-            valid,
-            threshold=settings.threshold,
-            num_stable=settings.klass_steps,
-        )
+        num_stable = block.num_stable.gather(1, columns)
+        return pick_klass(scores, num_stable, valid, settings.threshold, settings.klass_steps)
 
     def _decode_remdm(self, block: Block, num_steps: int) -> None:
         """Approximate: the block's own diffusion, in which decided tokens may become masks again."""
-        block.waits = torch.full(
-            (len(block.names), block.width), torch.inf, dtype=torch.float64, device=self.device
-        )
+        shape = (len(block.names), block.width)
+        block.waits = torch.full(shape, torch.inf, dtype=torch.float64, device=self.device)
         for step in range(num_steps):
             masked = self._masked(block)
             sigma = remdm_sigma(self.settings.remdm, self.settings.remdm_eta, step, num_steps, block.waits)
@@ -190,16 +165,13 @@ class Decoding:
             counts = unmask.sum(dim=1)
             num_columns = int(counts.max())
             if num_columns > 0 or self.settings.cache != "none":
-                num_columns = max(1, num_columns)
-                columns = unmask.logical_not().long().argsort(dim=1, stable=True)[:, :num_columns]
-                picks = torch.arange(num_columns, device=self.device) < counts[:, None]
-                logits = self._logits(block, columns, step)
-                tokens = self._tokens(block, logits, columns, step)
-                self._write(block, columns, tokens, picks)
+                columns = first_columns(unmask, max(1, num_columns))
+                picks = torch.arange(columns.shape[1], device=self.device) < counts[:, None]
+                logits, tokens = self._predict(block, columns, step)
                 seen = confidence(logits, tokens).double()
                 waits = torch.where(picks, seen, block.waits.gather(1, columns))
                 block.waits.scatter_(1, columns, waits)
-                self._report(block, step, columns, tokens, picks, logits, remask)
+                self._write(block, step, columns, tokens, picks, logits, remask)
             block.waits.masked_fill_(remask, torch.inf)
             span = self.canvas.tokens[block.rows, block.start : block.end]
             self.canvas.tokens[block.rows, block.start : block.end] = span.masked_fill(remask, self.mask_id)
@@ -208,6 +180,14 @@ class Decoding:
     def _masked(self, block: Block) -> Tensor:
         """[A, W] bool."""
         return self.canvas.tokens[block.rows, block.start : block.end] == self.mask_id
+
+    def _candidates(self, block: Block, num_masked: int) -> tuple[Tensor, Tensor]:
+        """Columns [A, R] of the block, masked ones first, and which of them are masked; R = `num_masked`."""
+        # a recorded forward is always asked for the whole block: one shape for all steps
+        num_columns = num_masked if self.recorder is None else block.width
+        masked = self._masked(block)
+        columns = first_columns(masked, num_columns)
+        return columns, masked.gather(1, columns)
 
     def _uniform(self, block: Block, step: int, draw: int) -> Tensor:
         keys = [self.keys[name] for name in block.names]
@@ -269,15 +249,14 @@ class Decoding:
         present = torch.zeros(len(block.names), num_outputs, dtype=torch.bool, device=self.device)
         return present.scatter_(1, tokens, True).index_fill_(1, self.exempt_ids, False)
 
-    def _tokens(self, block: Block, logits: Tensor, columns: Tensor, step: int) -> Tensor:
-        draws = None
+    def _predict(self, block: Block, columns: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Logits [A, R, E] of the block's columns, and a token [A, R] for each."""
+        logits, draws = self._logits(block, columns, step), None
         if self.settings.temperature > 0:
             draws = self._uniform(block, step, TOKEN_DRAW).gather(1, columns)
-        return choose_tokens(logits, draws, temperature=self.settings.temperature, mask_id=self.mask_id)
-
-    def _write(self, block: Block, columns: Tensor, tokens: Tensor, picks: Tensor) -> None:
-        at = (block.rows[:, None], columns + block.start)
-        self.canvas.tokens[at] = torch.where(picks, tokens, self.canvas.tokens[at])
+        return logits, choose_tokens(
+            logits, draws, temperature=self.settings.temperature, mask_id=self.mask_id
+        )
 
     def _let_leave(self, block: Block) -> list[int]:
         """Sequences at their end leave the run, those without masks the block; the others' masks are counted.
@@ -288,9 +267,8 @@ class Decoding:
         is_masked = answer == self.mask_id
         num_left = is_masked[:, -block.width :].sum(dim=1)
         has_ended = (torch.isin(answer, self.end_ids) & (is_masked.cumsum(dim=1) == 0)).any(dim=1)
-        num_left, has_ended = torch.stack(
-            [num_left, has_ended]
-        ).tolist()  # the step's one wait for the device
+        # the step's one wait for the device
+        num_left, has_ended = torch.stack([num_left, has_ended]).tolist()
         stays = []
         for name, count, ended in zip(block.names, num_left, has_ended, strict=True):
             self.is_running[name] = not (ended and self.can_stop)
@@ -298,7 +276,7 @@ class Decoding:
         block.select(stays)
         return [count for count, stay in zip(num_left, stays, strict=True) if stay]
 
-    def _report(
+    def _write(
         self,
         block: Block,
         step: int,
@@ -308,20 +286,26 @@ class Decoding:
         logits: Tensor,
         remasked: Tensor | None = None,
     ) -> None:
+        """Puts the picked tokens into the canvas, and reports them."""
+        at = (block.rows[:, None], columns + block.start)
+        self.canvas.tokens[at] = torch.where(picks, tokens, self.canvas.tokens[at])
         if self.on_step is None:
             return
-        confidences = confidence(logits, tokens)
-        offset = block.start - self.canvas.num_prompt
+        confidences, offset = confidence(logits, tokens), block.start - self.canvas.num_prompt
         for i, name in enumerate(block.names):
-            chosen = columns[i, picks[i]]
             self.on_step(
                 {
                     "row": name,
                     "block": block.index,
                     "step": step,
-                    "positions": (chosen + offset).tolist(),
+                    "positions": (columns[i, picks[i]] + offset).tolist(),
                     "token_ids": tokens[i, picks[i]].tolist(),
                     "confidences": confidences[i, picks[i]].tolist(),
                     "remasked": [] if remasked is None else (remasked[i].nonzero()[:, 0] + offset).tolist(),
                 }
             )
+
+
+def first_columns(wanted: Tensor, num_columns: int) -> Tensor:
+    """[A, num_columns] column numbers of `wanted` [A, W] bool: those that are, from the left, then others."""
+    return wanted.logical_not().long().argsort(dim=1, stable=True)[:, :num_columns]

@@ -41,10 +41,8 @@ def chunked_cross_entropy(
     the sum of the head's gradient over chunks are float32. The graph can be walked once only.
 
     Args:
-        hidden: [M, D] final hidden states of the chosen rows.
-        head_weight: [V, D].
-        targets: [M] long.
-        weights: [M] float32; a constant, no gradient flows into it.
+        hidden: [M, D] final hidden states of the chosen rows; head_weight: [V, D].
+        targets: [M] long; weights: [M] float32, constants.
         chunk_size: rows per chunk; `chunk_rows(V)` if None.
 
     Returns: loss (scalar float32) and nll ([M] float32, detached). With M = 0 the loss is 0 with zero
@@ -58,8 +56,23 @@ def chunked_cross_entropy(
             f"rows, targets and weights must have one entry per row, got {hidden.shape[0]}, "
             f"{targets.shape[0]} and {weights.shape[0]}"
         )
-    return _ChunkedCrossEntropy.apply(
-        hidden, head_weight, targets, weights.float(), *_settings(hidden, head_weight, chunk_size)
+    weights = weights.float()
+
+    def cross_entropy(logits: Tensor, chunk: slice, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
+        # In place throughout: a new buffer per operation costs a CPU more time than the arithmetic does.
+        target = targets[chunk, None]
+        logits -= logits.amax(dim=-1, keepdim=True)
+        log_p = logits.gather(1, target)
+        normaliser = logits.exp_().sum(dim=-1, keepdim=True)
+        nll = (normaliser.log() - log_p)[:, 0]
+        if not wants_grad:
+            return nll, None
+        weight = weights[chunk, None]
+        grad = logits.mul_(weight / normaliser)  # d nll / d logits = softmax - onehot
+        return nll, grad.scatter_add_(1, target, -weight)
+
+    return _ChunkedLoss.apply(
+        hidden, head_weight, cross_entropy, weights, chunk_size, torch.is_grad_enabled()
     )
 
 
@@ -69,145 +82,95 @@ def chunked_score(
     """Sum of any loss of the rows' logits, and the rows' own losses; as `chunked_cross_entropy` otherwise.
 
     Args:
-        hidden: [M, D] final hidden states of the chosen rows.
-        head_weight: [V, D].
         score: called once a chunk, in the order of the rows; nothing of it is kept but its gradient.
-
-    Returns: loss (scalar float32, its gradients formed already) and losses ([M] float32, detached).
     """
-    return _ChunkedScore.apply(hidden, head_weight, score, *_settings(hidden, head_weight, chunk_size))
+
+    def losses(logits: Tensor, chunk: slice, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
+        logits = logits.detach().requires_grad_(wants_grad)
+        with torch.set_grad_enabled(wants_grad):
+            found = score(logits, chunk)
+        if not found.requires_grad:  # not wanted, or no row of this chunk is scored
+            return found, None
+        return found.detach(), torch.autograd.grad(found, logits, torch.ones_like(found))[0]
+
+    return _ChunkedLoss.apply(hidden, head_weight, losses, None, chunk_size, torch.is_grad_enabled())
 
 
-def _settings(hidden: Tensor, head_weight: Tensor, chunk_size: int | None) -> tuple[torch.dtype, int, bool]:
-    """(dtype of the products, rows per chunk, are gradients wanted)."""
+ChunkLoss = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
+"""(logits [m, V] float32, to be overwritten; which rows; are gradients wanted) -> (losses [m], gradient)."""
+
+
+def _product_dtype(hidden: Tensor, head_weight: Tensor, differentiable: bool) -> torch.dtype:
     device_type = hidden.device.type
-    dtype = (
-        torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else head_weight.dtype
-    )
-    differentiable = torch.is_grad_enabled()
+    autocasts = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type) if autocasts else head_weight.dtype
     if differentiable and dtype == torch.float16:
-        dtype = torch.float32  # small weights would vanish here, before any loss scaling can reach them
-    return dtype, chunk_size or chunk_rows(head_weight.shape[0], device_type), differentiable
+        return torch.float32  # small weights would vanish here, before any loss scaling can reach them
+    return dtype
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
+    """(loss, losses of the rows) with the gradients formed on the way."""
+
     @staticmethod
     def forward(
         ctx: torch.autograd.function.FunctionCtx,
         hidden: Tensor,
         head_weight: Tensor,
-        targets: Tensor,
-        weights: Tensor,
-        dtype: torch.dtype,
-        chunk_size: int,
+        loss_of: ChunkLoss,
+        weights: Tensor | None,
+        chunk_size: int | None,
         differentiable: bool,
     ) -> tuple[Tensor, Tensor]:
-        wants_hidden = differentiable and ctx.needs_input_grad[0]
-        wants_weight = differentiable and ctx.needs_input_grad[1]
+        # `differentiable`: grad mode of the caller; in here it is off, and needs_input_grad ignores it
+        wants_hidden, wants_weight = (differentiable and needs for needs in ctx.needs_input_grad[:2])
         num_rows, vocab_size = hidden.shape[0], head_weight.shape[0]
-        nll = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
+        dtype = _product_dtype(hidden, head_weight, wants_hidden or wants_weight)
+        chunk_size = chunk_size or chunk_rows(vocab_size, hidden.device.type)
+        losses = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(head_weight, dtype=torch.float32) if wants_weight else None
-        # Logits, then exponentials, then gradients, all in this one place: a new buffer per chunk and per
-        # operation costs a CPU more time than the arithmetic does.
-        buffer = nll.new_empty(min(chunk_size, num_rows), vocab_size)
+        # Logits, exponentials and gradients of every chunk lie in this one place.
+        buffer = losses.new_empty(min(chunk_size, num_rows), vocab_size)
 
         with torch.autocast(hidden.device.type, enabled=False):  # the dtypes below are chosen by hand
             matrix = head_weight.to(dtype)
             for start in range(0, num_rows, chunk_size):
-                chunk = slice(start, start + chunk_size)
-                rows, target = hidden[chunk].to(dtype), targets[chunk, None]
-                logits = _product_into(buffer[: rows.shape[0]], rows, matrix)
-                logits -= logits.amax(dim=-1, keepdim=True)
-                log_p = logits.gather(1, target)
-                normaliser = logits.exp_().sum(dim=-1, keepdim=True)
-                nll[chunk] = (normaliser.log() - log_p)[:, 0]
-                if not (wants_hidden or wants_weight):
-                    continue
-                weight = weights[chunk, None]
-                grad_logits = logits.mul_(weight / normaliser)  # d nll / d logits = softmax - onehot
-                grad_logits = grad_logits.scatter_add_(1, target, -weight).to(dtype)
-                if wants_hidden:
-                    grad_hidden[chunk] = grad_logits @ matrix
-                if wants_weight and dtype == torch.float32:
-                    grad_weight.addmm_(grad_logits.t(), rows)  # without a second tensor of the head's size
-                elif wants_weight:
-                    grad_weight += grad_logits.t() @ rows
-
-        ctx.grads = (grad_hidden, grad_weight)
-        ctx.weight_dtype = head_weight.dtype
-        ctx.mark_non_differentiable(nll)
-        ctx.set_materialize_grads(False)
-        return (nll * weights).sum(), nll
-
-    @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad_loss: Tensor | None, _: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        return *_formed_gradients(ctx, grad_loss), None, None, None, None, None
-
-
-class _ChunkedScore(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        hidden: Tensor,
-        head_weight: Tensor,
-        score: Score,
-        dtype: torch.dtype,
-        chunk_size: int,
-        differentiable: bool,
-    ) -> tuple[Tensor, Tensor]:
-        wants_hidden = differentiable and ctx.needs_input_grad[0]
-        wants_weight = differentiable and ctx.needs_input_grad[1]
-        losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(head_weight, dtype=torch.float32) if wants_weight else None
-        with torch.autocast(hidden.device.type, enabled=False):
-            matrix = head_weight.to(dtype)
-            for start in range(0, hidden.shape[0], chunk_size):
-                chunk = slice(start, min(start + chunk_size, hidden.shape[0]))
+                chunk = slice(start, min(start + chunk_size, num_rows))
                 rows = hidden[chunk].to(dtype)
-                logits = F.linear(rows, matrix).float().requires_grad_(wants_hidden or wants_weight)
-                with torch.set_grad_enabled(logits.requires_grad):
-                    found = score(logits, chunk)
-                losses[chunk] = found.detach()
-                if not found.requires_grad:  # not wanted, or no row of this chunk is scored
+                logits = _product_into(buffer[: rows.shape[0]], rows, matrix)
+                losses[chunk], grad = loss_of(logits, chunk, wants_hidden or wants_weight)
+                if grad is None:
                     continue
-                grad_logits = torch.autograd.grad(found, logits, torch.ones_like(found))[0].to(dtype)
+                grad = grad.to(dtype)
                 if wants_hidden:
-                    grad_hidden[chunk] = grad_logits @ matrix
-                if wants_weight:
-                    grad_weight += grad_logits.t() @ rows
+                    grad_hidden[chunk] = grad @ matrix
+                if wants_weight and dtype == torch.float32:
+                    grad_weight.addmm_(grad.t(), rows)  # without a second tensor of the head's size
+                elif wants_weight:
+                    grad_weight += grad.t() @ rows
+
         ctx.grads = (grad_hidden, grad_weight)
         ctx.weight_dtype = head_weight.dtype
         ctx.mark_non_differentiable(losses)
         ctx.set_materialize_grads(False)
-        return losses.sum(), losses
+        return (losses if weights is None else losses * weights).sum(), losses
 
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, grad_loss: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        return *_formed_gradients(ctx, grad_loss), None, None, None, None
-
-
-def _formed_gradients(
-    ctx: torch.autograd.function.FunctionCtx, grad_loss: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients that the forward formed, of the hidden states and of the head."""
-    if ctx.grads is None:
-        raise RuntimeError("the chunked loss frees its gradients in the first backward pass")
-    # Scaled in place and dropped: for an 8B head a second copy would be 2 GB.
-    grad_hidden, grad_weight = ctx.grads
-    ctx.grads = None
-    if grad_loss is None:
-        return None, None
-    if grad_hidden is not None:
-        grad_hidden.mul_(grad_loss)
-    if grad_weight is not None:
-        grad_weight = grad_weight.mul_(grad_loss).to(ctx.weight_dtype)
-    return grad_hidden, grad_weight
+        if ctx.grads is None:
+            raise RuntimeError("the chunked loss frees its gradients in the first backward pass")
+        (grad_hidden, grad_weight), ctx.grads = ctx.grads, None
+        if grad_loss is None:
+            return (None,) * 6
+        # Scaled in place and dropped: for an 8B head a second copy would be 2 GB.
+        if grad_hidden is not None:
+            grad_hidden.mul_(grad_loss)
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(grad_loss).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _product_into(out: Tensor, rows: Tensor, matrix: Tensor) -> Tensor:
@@ -227,8 +190,7 @@ class LLaDAHead(nn.Linear):
         weights: Tensor | None = None,
         score: Score | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [..., V]; with `targets` the loss and nll of `chunked_cross_entropy` instead, with `score`
-        those of `chunked_score`."""
+        """Logits [..., V]; or (loss, losses) of `chunked_cross_entropy` or of `chunked_score`."""
         if score is not None:
             return chunked_score(hidden, self.weight, score)
         if targets is None:

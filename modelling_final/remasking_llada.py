@@ -154,7 +154,7 @@ def pick_entropy_bounded(scores: Tensor, entropies: Tensor, valid: Tensor, bound
 
 
 def pick_klass(
-    scores: Tensor, stable_steps: Tensor, valid: Tensor, *, threshold: float, num_stable: int
+    scores: Tensor, stable_steps: Tensor, valid: Tensor, threshold: float, num_stable: int
 ) -> Tensor:
     """Tokens with confidence >= threshold whose distribution stayed put for `num_stable` steps, or the best.
 

@@ -173,3 +173,17 @@ def test_a_score_sees_float32_logits_of_a_bfloat16_head():
     loss, _ = chunked_score(hidden, weight, score)
     loss.backward()
     assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+
+
+def test_nothing_is_formed_for_a_backward_that_cannot_come(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "modelling_final.loss_llada._product_dtype",
+        lambda hidden, head, grads: asked.append(grads) or head.dtype,
+    )
+    hidden, weight, targets, weights = problem()
+    chunked_cross_entropy(hidden, weight, targets, weights)
+    with torch.no_grad():
+        chunked_cross_entropy(hidden, weight, targets, weights)
+    chunked_cross_entropy(hidden.detach(), weight.detach(), targets, weights)
+    assert asked == [True, False, False]
