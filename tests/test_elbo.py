@@ -14,11 +14,11 @@ from llada.diffusion.bound_gradient import (
     draw_values,
     gradient_parts,
     make_draws,
-    mask_hash,
     plan_draws,
 )
 from llada.diffusion.likelihood import Request, score_answers
 from llada.diffusion.settings import LikelihoodSettings, MaskSettings
+from llada.policies.kto_reference import mask_hash
 from llada.training.loop import LossParts
 from tiny_llada import make_model
 

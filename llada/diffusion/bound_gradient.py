@@ -15,15 +15,12 @@ Shapes: N sequences, K draws, M masked rows of one forward, L positions.
 Source: VRPO (arXiv 2505.19223) for the shared masks; ELBO-KTO (arXiv 2510.23658) for the l-form.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from llada.diffusion.batches import Example, MaskedBatch, Noised, collate
@@ -114,12 +111,6 @@ def make_draws(
     return MaskedCopies(batches, torch.from_numpy(weights))
 
 
-def mask_hash(is_masked: np.ndarray) -> int:
-    """64 bits that name a mask: blake2b of its positions [T] as bits, first position lowest."""
-    bits = np.packbits(np.asarray(is_masked, dtype=bool), bitorder="little").tobytes()
-    return int.from_bytes(hashlib.blake2b(bits, digest_size=8).digest(), "little")
-
-
 @torch.no_grad()
 def draw_values(model: torch.nn.Module, chunks: Sequence[MaskedCopies]) -> Tensor:
     """[K, N] float64 on the CPU, in nats: what each draw adds to the estimate of each sequence.
@@ -188,10 +179,3 @@ def disable_dropout(model: torch.nn.Module) -> None:
     config = getattr(model, "config", None)
     if config is not None and getattr(config, "attention_dropout", 0.0):
         config.attention_dropout = 0.0
-
-
-def adapter_off(model: torch.nn.Module) -> AbstractContextManager[None]:
-    """Within the body the model computes without its LoRA adapters: the reference that costs no memory."""
-    bare = getattr(model, "module", model)  # DistributedDataParallel's wrapping
-    assert isinstance(bare, PeftModel), "only a model with adapters can serve as its own reference"
-    return bare.disable_adapter()

@@ -8,7 +8,7 @@ a lower bound of the full one, and the two are equal with k = all.
 R rows (positions), K known tokens a row, E columns of the student's head.
 """
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Protocol
 
 import torch
@@ -57,7 +57,9 @@ def categories(logits: Tensor, teacher: TeacherRows) -> tuple[Tensor, Tensor]:
     has_id = (ids >= 0) & (ids < num_columns)
     is_known = has_id & (teacher.log_probs > -torch.inf) & (known > -torch.inf)
     in_rest = torch.ones(log_q.shape[0], num_columns + 1, dtype=torch.bool, device=logits.device)
-    in_rest = in_rest.scatter_(1, ids.where(is_known, num_columns), False)[:, :-1]  # one column of nobody
+    in_rest = in_rest.scatter_(1, ids.where(is_known, num_columns), False)[
+        :, :-1
+    ]  # and one column of no token
     rest, has_rest = _log_sum(log_q.masked_fill(~in_rest, -torch.inf))
     log_q = torch.cat([known.masked_fill(~is_known, -torch.inf), rest[:, None]], dim=1)
 
@@ -164,68 +166,62 @@ def accepted_length(alpha: Tensor, starts_window: Tensor) -> Tensor:
     return alpha.new_ones(int(window[-1]) + 1).index_add(0, window, before * alpha)
 
 
+@dataclass
 class RowScore:
-    """The losses of a micro-batch's rows, chunk by chunk: a `score` of `LLaDAModelLM.forward`.
+    """The losses of M rows in order, chunk by chunk: a `score` of `LLaDAModelLM.forward`.
 
     Attributes:
-        alpha: [M] acceptance of each row, 0 without a teacher; filled as the chunks come.
-        matches: [M] bool, whether both models' most likely token is the same.
-    """
-
-    def __init__(
-        self,
-        objective: RowObjective,
-        *,
-        targets: Tensor,
-        weights: Tensor,
-        teacher: TeacherSource,
-        has_teacher: Tensor,
-        teacher_weights: Tensor,
-        starts_window: Tensor,
-        forbidden_ids: Tensor,
-        uses_streaks: bool,
-    ) -> None:
-        """Args, for M rows in order:
         targets: [M] long; weights: [M] float32, of the cross-entropy.
         teacher: gives the distributions of the rows that have one.
         has_teacher: [M] bool; teacher_weights: [M] float32, of the KL or LK loss, 0 without a teacher.
         starts_window: [M] bool, rows that are the first of their window.
         forbidden_ids: columns that are never an answer: the mask, and those of no token.
         uses_streaks: also multiply every row's weights with `streak_weights`.
-        """
-        self._objective, self._targets, self._weights = objective, targets, weights
-        self._teacher, self._has_teacher, self._teacher_weights = teacher, has_teacher, teacher_weights
-        self._starts_window, self._forbidden_ids = starts_window, forbidden_ids
-        self._uses_streaks, self._streak = uses_streaks, 1.0
-        self._num_before = torch.nn.functional.pad(has_teacher.long().cumsum(0), (1, 0)).tolist()
-        self.alpha = torch.zeros(targets.shape, device=targets.device)
-        self.matches = torch.zeros(targets.shape, dtype=torch.bool, device=targets.device)
+        alpha: [M] acceptance of each row, 0 without a teacher; filled as the chunks come.
+        matches: [M] bool, whether both models' most likely token is the same.
+    """
+
+    objective: RowObjective
+    _: KW_ONLY
+    targets: Tensor
+    weights: Tensor
+    teacher: TeacherSource
+    has_teacher: Tensor
+    teacher_weights: Tensor
+    starts_window: Tensor
+    forbidden_ids: Tensor
+    uses_streaks: bool
+
+    def __post_init__(self) -> None:
+        self.alpha = torch.zeros(self.targets.shape, device=self.targets.device)
+        self.matches = torch.zeros(self.targets.shape, dtype=torch.bool, device=self.targets.device)
+        # the teacher's rows before each row: it is asked for its own by their numbers
+        self._num_before = [0, *self.has_teacher.long().cumsum(0).tolist()]
+        self._streak = 1.0
 
     def __call__(self, logits: Tensor, chunk: slice) -> Tensor:
-        logits = logits.index_fill(-1, self._forbidden_ids, -torch.inf)
+        logits = logits.index_fill(-1, self.forbidden_ids, -torch.inf)
         losses = logits.new_zeros(logits.shape[0])
-        if self._objective.alpha:
-            nll = torch.nn.functional.cross_entropy(logits, self._targets[chunk], reduction="none")
-            losses = losses + self._objective.alpha * self._weights[chunk] * nll
+        if self.objective.alpha:
+            nll = torch.nn.functional.cross_entropy(logits, self.targets[chunk], reduction="none")
+            losses = losses + self.objective.alpha * self.weights[chunk] * nll
         first, last = self._num_before[chunk.start], self._num_before[chunk.stop]
         if last > first:
-            distance = self._distance(logits, chunk, self._teacher.take(first, last, logits.device))
-            losses = losses + self._objective.beta * self._teacher_weights[chunk] * distance
-        if self._uses_streaks:
-            weights, self._streak = streak_weights(
-                self.alpha[chunk], self._starts_window[chunk], self._streak
-            )
+            distance = self._distance(logits, chunk, self.teacher.take(first, last, logits.device))
+            losses = losses + self.objective.beta * self.teacher_weights[chunk] * distance
+        if self.uses_streaks:
+            weights, self._streak = streak_weights(self.alpha[chunk], self.starts_window[chunk], self._streak)
             losses = losses * weights
         return losses
 
     def _distance(self, logits: Tensor, chunk: slice, teacher: TeacherRows) -> Tensor:
         """[rows of the chunk] distance to the teacher, 0 for rows without; notes acceptance and matches."""
-        rows = self._has_teacher[chunk].nonzero()[:, 0]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._objective.beta != 0):
+        rows = self.has_teacher[chunk].nonzero()[:, 0]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.objective.beta != 0):
             log_p, log_q = categories(logits[rows], teacher)
             distance = log_p.new_zeros(rows.shape)
-            if self._objective.beta:
-                distance = self._objective.distance(log_p, log_q)
+            if self.objective.beta:
+                distance = self.objective.distance(log_p, log_q)
         best = log_p[:, :-1].argmax(-1)
         best = best if teacher.ids is None else teacher.ids.gather(1, best[:, None])[:, 0]
         self.alpha[chunk.start + rows] = acceptance(log_p, log_q).detach()

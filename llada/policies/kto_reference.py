@@ -12,6 +12,7 @@ Shapes: T answer tokens, K draws.
 Source: vaibhavjindal/elbo-kto precompute_bref.py (file format and seeds); arXiv 2510.23658.
 """
 
+import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,6 @@ from llada.data.messages import to_labelled
 from llada.data.records import read_records
 from llada.data.shards import describe_tokenizer
 from llada.diffusion.bound_estimator import MaskPlan
-from llada.diffusion.bound_gradient import mask_hash
 from llada.models.checkpoints import describe_checkpoint
 from llada.resumable import refuse_changes
 
@@ -183,6 +183,12 @@ def prefix_means(values: np.ndarray) -> np.ndarray:
     """[K, N] B^(1) .. B^(K) from b_1 .. b_K [K, N]."""
     # added one by one: where policy and reference are equal their difference is then 0 to the last bit
     return np.cumsum(values, axis=0) / np.arange(1, len(values) + 1)[:, None]
+
+
+def mask_hash(is_masked: np.ndarray) -> int:
+    """64 bits that name a mask: blake2b of its positions [T] as bits, first position lowest."""
+    bits = np.packbits(np.asarray(is_masked, dtype=bool), bitorder="little").tobytes()
+    return int.from_bytes(hashlib.blake2b(bits, digest_size=8).digest(), "little")
 
 
 def mask_checks(masks: np.ndarray, prompt_length: int) -> dict[str, list[Any]]:

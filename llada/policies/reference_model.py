@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from llada.diffusion.bound_gradient import adapter_off, disable_dropout, draw_values
+from llada.diffusion.bound_gradient import disable_dropout, draw_values
 from llada.models.building import has_fresh_adapter, start_model
 from llada.models.checkpoints import describe_checkpoint, load_model
 from llada.policies.answer_stream import AnswerStream
@@ -43,7 +43,8 @@ def make_reference(config: PolicyConfig, run: Run) -> Reference:
 
 @contextmanager
 def _without_adapter(policy: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    with adapter_off(policy):
+    bare = getattr(policy, "module", policy)  # DistributedDataParallel's wrapping
+    with bare.disable_adapter():
         yield policy
 
 
