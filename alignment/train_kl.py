@@ -3,7 +3,8 @@
 Reads the rows of alignment/precompute_teacher.py (with --loss_type ce also conversations, as SFT does).
 
 What is scored (--positions):
-    windows   [prompt, answer[:s], masks]: exactly what a drafter sees; the masks are scored
+    windows   [prompt, answer[:s], masks]: exactly what a drafter sees; the masks are scored. With
+              --keep_rate from every s at once, for causal drafters, at the cost of PARD's conditional drop
     masked    a random part of the answer is masked and scored, each token weighted with 1 / p
     answer    the same noise, and every token of the answer is scored, also the visible ones
 How (--loss_type):
@@ -28,9 +29,10 @@ The same command continues an interrupted run.
 """
 
 import logging
+import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -44,7 +46,7 @@ class Config(TrainConfig):
 
     fixed = (
         *TrainConfig.fixed, "positions", "loss_type", "alpha", "beta", "temperature", "temperature_squared",
-        "window_length", "window_weights", "window_decay",
+        "window_length", "window_weights", "window_decay", "keep_rate", "keep_min",
     )  # fmt: skip
 
     model_name_or_path: str = flag(help="Checkpoint to align.")
@@ -70,6 +72,15 @@ class Config(TrainConfig):
         choices=["uniform", "decay", "streak"],
     )
     window_decay: float = flag(4.0, help="With --window_weights decay.")
+    keep_rate: float | None = flag(
+        None,
+        help="For causal drafters: a window from every place of the answer in one forward, of which a share "
+        "max(rate^(k-1), --keep_min) keeps its k-th mask. PARD takes 0.7; 1 keeps all.",
+        above=0,
+        at_most=1,
+        needs="positions=windows",
+    )
+    keep_min: float = flag(0.2, help="Least share that --keep_rate keeps.", at_least=0, at_most=1)
     learning_rate: float = flag(2.5e-5, help="Peak learning rate.")
     weight_decay: float = flag(0.1, help="AdamW weight decay, on matrices only.")
     warmup_steps: int = flag(50, help="Steps of linear warm-up from 0.")
@@ -112,9 +123,8 @@ class Config(TrainConfig):
 
     def windows(self) -> "Windows":
         """The windows that the flags describe."""
-        if self.window_weights == "decay":
-            return Windows(self.window_length, self.window_decay)
-        return Windows(self.window_length)
+        decay = self.window_decay if self.window_weights == "decay" else math.inf
+        return Windows(self.window_length, decay, self.keep_rate, self.keep_min)
 
 
 if __name__ == "__main__":
@@ -136,6 +146,7 @@ from llada.run import Run, Sums, end_run, start_run
 from llada.training import dry_run as preflight
 from llada.training.loop import LossParts, fit, load_trainable
 from llada.training.rows_stage import validation_means
+from modelling_final import LLaDAConfig
 
 log = logging.getLogger("train_kl")
 
@@ -187,12 +198,14 @@ class Alignment:
     Attributes:
         forbidden_ids: the mask, and columns of the head that no token has.
         window_length: G, of the windows that acceptance is measured on; 0 for other rules.
+        has_whole_windows: tau needs all places of a window.
     """
 
     objective: RowObjective
     forbidden_ids: torch.Tensor
     uses_streaks: bool
     window_length: int
+    has_whole_windows: bool = True
 
     def score(self, batch: AlignedBatch, total_units: float) -> RowScore:
         """The losses of a micro-batch's rows, divided by the global number of units."""
@@ -211,9 +224,7 @@ class Alignment:
     def loss(self, model: torch.nn.Module, batch: AlignedBatch, total_units: float) -> LossParts:
         """A micro-batch's share of the loss, with acceptance and tau to be logged."""
         score = self.score(batch, total_units)
-        loss = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, rows=batch.rows, score=score
-        ).loss
+        loss = model(**batch.inputs, score=score).loss
         sums = self.sums(batch, score)
         if log.isEnabledFor(logging.DEBUG):  # float(loss) waits for the GPU
             log.debug("records %s: loss %.4g, %s", batch.record_ids, loss.item(), sums)
@@ -226,12 +237,21 @@ class Alignment:
             here = batch.has_teacher & (batch.places == k) if self.window_length else batch.has_teacher
             name = f"acceptance/{k}" if self.window_length else "acceptance"
             found[name] = (float(score.alpha[here].sum()), float(here.sum()))
-        if self.window_length:
+        if self.window_length and self.has_whole_windows:
             starts = batch.places == 1
             for name, values in (("tau", score.alpha), ("tau_greedy", score.matches.float())):
                 lengths = accepted_length(values, starts)
                 found[name] = (float(lengths.sum()), float(len(lengths) if batch.has_teacher.any() else 0))
         return found
+
+
+def refuse_sharing(model: LLaDAConfig) -> None:
+    """ValueError for a model whose windows cannot share a text: it would look into what comes after them."""
+    if (model.attention_pattern, model.attention_block_size, model.logit_shift) != ("block_causal", 1, True):
+        raise ValueError(
+            f"--keep_rate: attention_pattern {model.attention_pattern} sees the text behind a window; it is "
+            "for causal drafters (scripts/convert_ar.py --drafter causal)"
+        )
 
 
 def log_to_file(path: Path, level: str) -> None:
@@ -267,14 +287,17 @@ def main(argv: list[str] | None = None) -> None:
     data_dir = Path(config.output_dir, "data")  # for conversations that have to be tokenised
     rows = load_aligned(config.train_data_path, tokenizer, config, run, prepared=data_dir / "train")
     config.resolve(run, len(rows))
-    make_stream = partial(AlignmentStream, config=config, run=run, ids=ids, windows=config.windows())
-    stream = make_stream(rows, rule=config.positions)
+    if config.keep_rate is not None:
+        refuse_sharing(model.config)
+    make_stream = partial(AlignmentStream.over, config=config, run=run, ids=ids)
+    stream = make_stream(rows, rule=config.positions, windows=config.windows())
     spare = range(len(tokenizer), model.config.embedding_size)
     alignment = Alignment(
         config.objective(stream.has_teacher),
         torch.tensor([ids.mask, *spare]),
         uses_streaks=config.window_weights == "streak" and config.positions == "windows",
         window_length=config.window_length if config.positions == "windows" else 0,
+        has_whole_windows=config.keep_rate is None,
     )
     validate = None
     if config.eval_data_path is not None:
@@ -283,11 +306,11 @@ def main(argv: list[str] | None = None) -> None:
         )
         validate = partial(
             validation_numbers, alignment=alignment, config=config, run=run,
-            make_stream=partial(make_stream, held_out),
+            make_stream=partial(make_stream, held_out, windows=replace(config.windows(), keep_rate=None)),
         )  # fmt: skip
     fit(
         model, tokenizer, config, run, stream=stream, loss=alignment.loss, validate=validate,
-        data=f"{len(rows)} rows, {stream.num_tokens} tokens",
+        data=f"{len(rows)} rows, {stream.lengths.sum()} tokens",
     )  # fmt: skip
     end_run()
 
@@ -302,9 +325,10 @@ def validation_numbers(
 ) -> dict[str, float]:
     """The held-out loss under the run's own rule; acceptance and tau always on draft windows."""
     own, windows = make_stream(rule=config.positions), make_stream(rule="windows")
+    alignment = replace(alignment, has_whole_windows=True)
     found = validation_means(model, stream=own, config=config, run=run, loss=alignment.loss)
     if config.positions != "windows" and windows.has_teacher:
-        drafts = Alignment(alignment.objective, alignment.forbidden_ids, False, config.window_length)
+        drafts = replace(alignment, uses_streaks=False, window_length=config.window_length)
         on_windows = validation_means(model, stream=windows, config=config, run=run, loss=drafts.loss)
         found = {**on_windows, "eval_loss": found["eval_loss"]}
     return found

@@ -16,9 +16,10 @@ from llada.autoregressive.teacher_rows import Distributions, TeacherAnswer, Teac
 from llada.autoregressive.teacher_stream import AlignmentStream, Windows
 from llada.data.shards import load_rows, row_lengths, write_shards
 from llada.diffusion.distillation_losses import RowObjective
-from llada.diffusion.masking import mask_probability
+from llada.diffusion.masking import Stratum, mask_probability
 from llada.flags.parser import parse
 from llada.models.checkpoints import load_model
+from llada.models.saving import save_model
 from llada.models.tokens import load_tokenizer, special_ids
 from llada.run import Run, read_metrics
 from test_precompute_teacher import save_teacher
@@ -60,7 +61,7 @@ def make_stream(rows, model_dir, rule, *, window_length=4, decay=float("inf"), b
     )  # fmt: skip
     tokenizer = load_tokenizer(str(model_dir))
     ids = special_ids(load_model(str(model_dir)).config, tokenizer)
-    stream = AlignmentStream(rows, config, ALONE, ids, rule=rule, windows=Windows(window_length, decay))
+    stream = AlignmentStream.over(rows, config, ALONE, ids, rule=rule, windows=Windows(window_length, decay))
     return stream, ids
 
 
@@ -127,6 +128,84 @@ def test_windows_are_what_a_drafter_sees(rows_dir, model_dir):
             starts.setdefault(record_id, set()).add(first)
         assert batch.num_units == 4
     assert all(len(found) > 3 for found in starts.values())  # another window in every epoch
+
+
+def causal_model(model_dir):
+    """The tiny model in the form of a parallel drafter."""
+    model = load_model(str(model_dir)).eval()
+    model.config.attention_pattern, model.config.attention_block_size = "block_causal", 1
+    model.config.logit_shift = True
+    return model
+
+
+def all_windows(rows_dir, model_dir, keep_rate, keep_min=0.2, **options):
+    rows = load_rows(rows_dir / "train")
+    stream, ids = make_stream(rows, model_dir, "windows", **options)
+    stream.windows = Windows(4, 2.0, keep_rate, keep_min)
+    return rows, stream, ids
+
+
+def test_windows_that_share_a_text_are_windows_of_their_own(rows_dir, model_dir):
+    rows, stream, ids = all_windows(rows_dir, model_dir, 1.0)
+    model, objective = causal_model(model_dir), RowObjective(0.3, 0.7)
+    alignment = train_kl.Alignment(objective, torch.tensor([ids.mask]), True, 4)
+    shared = stream(0)[0]
+    parts = alignment.loss(model, shared, shared.num_units)
+    single, expected, places = make_stream(rows, model_dir, "windows", batch_size=1)[0], 0.0, []
+    single.windows = Windows(4, 2.0)
+    for record_id in shared.record_ids:
+        example = single.example_of(record_id, 0, 0)
+        num = int(example.maskable.sum())
+        for start in range(num):
+            item = single.hide(example, record_id, Fixed(), Stratum(start, num))
+            batch = single._collate([[item]])
+            found = alignment.loss(model, batch, len(shared.record_ids) * num)
+            expected += float(found.value)
+            places += batch.places.tolist()
+    assert shared.places.tolist() == places
+    assert float(parts.value) == pytest.approx(expected, rel=1e-5)
+
+
+class Fixed:
+    """A random generator whose every number is 0."""
+
+    def random(self):
+        return 0.0
+
+
+def test_a_falling_share_keeps_later_masks_and_stands_for_all(rows_dir, model_dir):
+    _, stream, _ = all_windows(rows_dir, model_dir, 0.5, 0.25)
+    whole = all_windows(rows_dir, model_dir, 1.0)[1]
+    kept, summed, num = np.zeros(4), np.zeros(4), np.zeros(4)
+    for step in range(60):
+        batch, other = stream(step)[0], whole(step)[0]
+        assert batch.record_ids == other.record_ids and batch.num_tokens < other.num_tokens
+        for k in range(4):
+            kept[k] += int((batch.places == k + 1).sum())
+            num[k] += int((other.places == k + 1).sum())
+            summed[k] += float(batch.weights[batch.places == k + 1].sum() / 4)
+    np.testing.assert_allclose(kept / num, [1, 0.5, 0.25, 0.25], rtol=0.06)
+    in_full = np.exp(-np.arange(4) / 2.0)
+    # later places are missing where the answer ends, in both alike
+    expected = sum(
+        np.array([float(b.weights[b.places == k].sum()) for k in range(1, 5)]) / 4
+        for b in (whole(step)[0] for step in range(60))
+    )
+    np.testing.assert_allclose(summed, expected, rtol=0.1)
+    assert (np.diff(expected) < 0).all() and expected[0] == pytest.approx(60 * in_full[0] / in_full.sum())
+
+
+def test_a_causal_drafter_trains_at_the_reduced_cost(model_dir, rows_dir, tmp_path):
+    drafter = tmp_path / "drafter"
+    save_model(causal_model(model_dir), load_tokenizer(str(model_dir), chat=True), drafter)
+    more = ["--eval_data_path", str(rows_dir / "validation"), "--keep_rate", "0.7", "--max_steps", "12"]
+    train_kl.main(flags(tmp_path / "run", drafter, rows_dir, *more))
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["eval_loss"] < results["eval_loss_before"] - 0.5
+    assert results["eval_tau"] > results["eval_tau_before"]  # on whole windows
+    assert all("tau" not in line for line in read_metrics(tmp_path / "run/metrics.jsonl"))
+    with pytest.raises(ValueError, match="--keep_rate: attention_pattern full sees the text behind"):
+        train_kl.main(flags(tmp_path / "no", model_dir, rows_dir, "--keep_rate", "0.7"))
 
 
 @pytest.mark.parametrize("rule", ["masked", "answer"])
