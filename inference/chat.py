@@ -162,7 +162,11 @@ class Chat:
             view = DenoisingView(self.tokenizer, settings.gen_length, ends, is_live=self.is_live)
         with closing(view) if view else nullcontext():
             output = self.model.generate(
-                [prompt], generation_config=settings, record_ids=[self.num_answers], on_step=view
+                [prompt],
+                generation_config=settings,
+                return_dict_in_generate=True,
+                record_ids=[self.num_answers],
+                on_step=view,
             )
         self.num_answers += 1  # the same question asked again at a temperature above 0 is another draw
         seconds = time.monotonic() - started

@@ -109,6 +109,7 @@ def answer_batches(
         output = model.generate(
             [prompt.token_ids for prompt in batch],
             generation_config=settings,
+            return_dict_in_generate=True,
             record_ids=[prompt.index for prompt in batch],
             return_trace=trace_file is not None,
         )

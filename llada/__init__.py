@@ -51,7 +51,7 @@ def generate(
     """
     is_one = isinstance(prompts, str)
     token_ids = [_token_ids(prompt, tokenizer, chat) for prompt in ([prompts] if is_one else prompts)]
-    output = model.generate(token_ids, **settings)
+    output = model.generate(token_ids, return_dict_in_generate=True, **settings)
     texts = tokenizer.batch_decode(output.completions, skip_special_tokens=True)
     return texts[0] if is_one else texts
 
@@ -79,7 +79,10 @@ def stream(
     def run() -> None:
         try:
             output = model.generate(
-                [_token_ids(prompt, tokenizer, chat)], generation_config=config, on_step=note
+                [_token_ids(prompt, tokenizer, chat)],
+                generation_config=config,
+                return_dict_in_generate=True,
+                on_step=note,
             )
             pieces.put(output.completions[0])
             pieces.put(None)

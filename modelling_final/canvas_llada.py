@@ -28,9 +28,7 @@ def read_prompts(input_ids: Prompts, attention_mask: Tensor | None, mask_id: int
                 f"attention_mask {tuple(attention_mask.shape)} must have the shape of input_ids "
                 f"{tuple(input_ids.shape)}"
             )
-        is_token = attention_mask.bool().cpu()
-        if (is_token[:, 1:] != is_token[:, :-1]).sum(dim=1).gt(1).any():
-            raise ValueError("attention_mask has padding inside a prompt; pad on the left or on the right")
+        is_token = attention_mask.bool().cpu()  # what is hidden inside a prompt is as if it were not there
         prompts = [row[kept].tolist() for row, kept in zip(input_ids.cpu(), is_token, strict=True)]
     elif attention_mask is not None:
         raise ValueError("attention_mask goes with a tensor; lists of token ids need none")
@@ -94,15 +92,14 @@ class Canvas:
         gen_lengths: list[int],
         suffixes: Sequence[Sequence[int]],
         model: nn.Module,
+        pad_id: int,
     ) -> "Canvas":
         ends = [length + len(suffix) for length, suffix in zip(gen_lengths, suffixes, strict=True)]
         num_prompt, num_answer = max(map(len, prompts)), max(ends)
-        config = model.config
-        pad_id = next((i for i in (config.pad_token_id, config.eos_token_id) if i is not None), 0)
         tokens = torch.full((len(prompts), num_prompt + num_answer), pad_id)
         keep = torch.zeros_like(tokens)
         for row, (prompt, length, suffix) in enumerate(zip(prompts, gen_lengths, suffixes, strict=True)):
-            whole = torch.tensor([*prompt, *[config.mask_token_id] * length, *suffix])
+            whole = torch.tensor([*prompt, *[model.config.mask_token_id] * length, *suffix])
             columns = slice(num_prompt - len(prompt), num_prompt + ends[row])
             tokens[row, columns], keep[row, columns] = whole, 1
         # true positions, so that rounding in the rotary tables does not depend on the padding either

@@ -42,6 +42,11 @@ OnStep = Callable[[dict[str, Any]], None]
 CHECK_EVERY = 8
 
 
+Stop = Callable[[Tensor, int, int], int | None]
+"""(prompt and answer so far [n], answer tokens among them, how many of these were looked at before) -> how
+many of them stay, or None to go on."""
+
+
 class Decoding:
     """One call of `generate`: the canvas, and the loop over it."""
 
@@ -51,20 +56,22 @@ class Decoding:
         settings: LLaDAGenerationConfig,
         canvas: Canvas,
         keys: list[np.ndarray],
-        on_step: OnStep | None,
+        *,
+        end_ids: list[int],
+        on_step: OnStep | None = None,
+        stop: Stop | None = None,
     ) -> None:
-        self.model, self.settings, self.canvas = model, settings, canvas
-        self.keys, self.on_step = keys, on_step
-        config, self.device = model.config, canvas.tokens.device
-        self.mask_id = config.mask_token_id
-        self.end_ids = torch.tensor(config.end_ids, dtype=torch.long, device=self.device)
-        self.eos_id = config.eos_token_id
-        self.can_stop = settings.early_stop and bool(config.end_ids)
-        self.last_ids = self.end_ids if settings.confidence_eos_eot_inf and config.end_ids else None
-        self.exempt_ids = torch.tensor([*config.end_ids, self.mask_id], device=self.device)
+        self.model, self.settings, self.canvas, self.keys = model, settings, canvas, keys
+        self.on_step, self.stop, self.device = on_step, stop, canvas.tokens.device
+        self.mask_id, self.eos_id = model.config.mask_token_id, model.config.eos_token_id
+        self.end_ids = torch.tensor(end_ids, dtype=torch.long, device=self.device)
+        self.can_stop = settings.early_stop and bool(end_ids)
+        self.last_ids = self.end_ids if settings.confidence_eos_eot_inf and end_ids else None
+        self.exempt_ids = torch.tensor([*end_ids, self.mask_id], device=self.device)
         self.steps = torch.zeros(len(keys), dtype=torch.long, device=self.device)
         self.recorder = Recorder(model) if settings.cuda_graphs else None
         self.is_running = [True] * len(keys)
+        self.cuts = list(canvas.gen_lengths)  # of each answer, what a stop lets stay
         self.forwards = 0
 
     def run(self) -> None:
@@ -79,6 +86,19 @@ class Decoding:
                     groups.setdefault((widths[name], steps[name]), []).append(name)
             for (width, num_steps), names in groups.items():
                 self._decode_block(index, width, num_steps, names)
+                if self.stop is not None:
+                    self._look_for_stops(names, index * width, (index + 1) * width)
+
+    def _look_for_stops(self, names: list[int], first: int, last: int) -> None:
+        """Lets sequences leave whose answer columns [first, last) fulfil a criterion of the caller's."""
+        canvas = self.canvas
+        for name in names:
+            row = canvas.tokens[name, : canvas.num_prompt + last]
+            if canvas.keep is not None:
+                row = row[canvas.keep[name, : canvas.num_prompt + last] == 1]
+            kept = self.stop(row, last, first)
+            if kept is not None:
+                self.is_running[name], self.cuts[name] = False, kept
 
     def _decode_block(self, index: int, width: int, num_steps: int, names: list[int]) -> None:
         start = self.canvas.num_prompt + index * width
@@ -255,7 +275,12 @@ class Decoding:
         if self.settings.temperature > 0:
             draws = self._uniform(block, step, TOKEN_DRAW).gather(1, columns)
         return logits, choose_tokens(
-            logits, draws, temperature=self.settings.temperature, mask_id=self.mask_id
+            logits,
+            draws,
+            temperature=self.settings.temperature,
+            mask_id=self.mask_id,
+            top_k=self.settings.top_k,
+            top_p=self.settings.top_p,
         )
 
     def _let_leave(self, block: Block) -> list[int]:

@@ -26,12 +26,24 @@ class GenerateSettings(SamplerSettings):
 
 
 DEFAULTS = {declared.name: declared.default for declared in fields(GenerateSettings)}
+# Names of transformers' own that mean something here; `use_cache` wishes for speed, never for other tokens.
+SHARED = (
+    "max_new_tokens", "max_length", "do_sample", "eos_token_id", "pad_token_id", "bos_token_id",
+    "stop_strings", "return_dict_in_generate", "use_cache", "transformers_version", "disable_compile",
+    "_from_model_config",
+)  # fmt: skip
+INSTEAD = {
+    "guidance_scale": "cfg_scale guides",
+    "cache_implementation": "see cache",
+    "num_beams": "num_return_sequences gives several answers, and an order has no beams",
+}
 
 
 class LLaDAGenerationConfig(GenerationConfig, GenerateSettings):
-    """Settings of LLaDA's sampler: those of `sampler_settings_llada.py`, and `num_return_sequences`.
+    """The sampler's settings, of `sampler_settings_llada.py`, and those it shares with transformers.
 
-    `max_new_tokens` is another name for `gen_length`.
+    `max_new_tokens` is another name for `gen_length`. `do_sample` True draws at temperature 1 where none is
+    given, False takes the most likely tokens whatever the temperature. `max_length` counts the prompt.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -42,6 +54,13 @@ class LLaDAGenerationConfig(GenerationConfig, GenerateSettings):
             raise ValueError(
                 f"max_new_tokens {length} and gen_length {kwargs['gen_length']}: give one of them"
             )
+        if kwargs.get("gen_length") is not None:
+            kwargs["max_length"] = None  # as in transformers, the answer's own length wins
+        do_sample = kwargs.pop("do_sample", None)
+        if do_sample and not kwargs.get("temperature"):
+            kwargs["temperature"] = 1.0
+        elif do_sample is False:
+            kwargs |= {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
         own = {}
         for name, default in DEFAULTS.items():
             value = kwargs.pop(name, None)  # other GenerationConfigs write None for "not set"
@@ -59,16 +78,28 @@ class LLaDAGenerationConfig(GenerationConfig, GenerateSettings):
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
         """Nothing: transformers' checks warn of beams and do_sample. See `check`."""
 
+    def refuse_unbuilt(self) -> None:
+        """ValueError for the first setting of transformers' that has no meaning here."""
+        usual = GenerationConfig._get_default_generation_params()
+        for name in sorted(GenerationConfig().to_dict().keys() - {*DEFAULTS, *SHARED}):
+            value = getattr(self, name, None)
+            if value not in (None, usual.get(name)):
+                raise ValueError(
+                    f"generate() with {name} {value!r} has no meaning for a diffusion sampler"
+                    f"{f'; {INSTEAD[name]}' if name in INSTEAD else ''}"
+                )
+
     def changed(self, **overrides: Any) -> "LLaDAGenerationConfig":
         """A copy with some settings replaced. ValueError for a name that does not exist."""
-        known = [*DEFAULTS, "max_new_tokens"]
+        values = self.to_dict()
+        known = {*DEFAULTS, *SHARED, *values}
         for name in overrides:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(DEFAULTS)}"
                 raise ValueError(f"generate() has no setting {name!r}; {hint}")
-        values = self.to_dict()
-        if "max_new_tokens" in overrides:
+        lengths = overrides.keys() & {"gen_length", "max_new_tokens"}
+        if "max_new_tokens" in lengths or (not lengths and (values | overrides).get("max_length")):
             values.pop("gen_length")
         return type(self)(**{**values, **overrides})
 

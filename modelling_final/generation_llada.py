@@ -21,14 +21,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
-from transformers.generation import GenerationMixin
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.generation import BaseStreamer, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
 from .canvas_llada import Canvas, Prompts, check_lengths, read_prompts
 from .decoding_llada import Decoding, OnStep
 from .generation_config_llada import LLaDAGenerationConfig
 from .remasking_llada import random_key
+from .stopping_llada import Stream, stop_of
 
 
 @dataclass
@@ -59,13 +60,28 @@ class LLaDAGenerationMixin(GenerationMixin):
 
     def generate(
         self,
-        input_ids: Prompts,
-        attention_mask: Tensor | None = None,
+        inputs: Prompts | None = None,
         generation_config: GenerationConfig | None = None,
-        **settings: Any,
-    ) -> LLaDAGenerateOutput:
-        """Answers to a batch of prompts; see `generate` in this file."""
-        return generate(self, input_ids, attention_mask, generation_config, **settings)
+        *,
+        input_ids: Prompts | None = None,
+        return_dict_in_generate: bool | None = None,
+        **arguments: Any,
+    ) -> Tensor | LLaDAGenerateOutput:
+        """As everywhere in transformers: [N, P + G] prompts and answers.
+
+        With `return_dict_in_generate`, all that `generate` in this file gives.
+
+        Args:
+            inputs: or `input_ids`: [B, P], or B lists of token ids; see `generate`, also for the others.
+        """
+        if (inputs is None) == (input_ids is None):
+            raise ValueError("generate() needs the prompts: give input_ids")
+        inputs = input_ids if inputs is None else inputs
+        output = generate(self, inputs, generation_config=generation_config, **arguments)
+        if return_dict_in_generate is None:
+            config = self.generation_config if generation_config is None else generation_config
+            return_dict_in_generate = config.return_dict_in_generate
+        return output if return_dict_in_generate else output.sequences
 
 
 @torch.no_grad()
@@ -80,6 +96,10 @@ def generate(
     suffixes: Sequence[Sequence[int]] | None = None,
     return_trace: bool = False,
     on_step: OnStep | None = None,
+    streamer: BaseStreamer | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    logits_processor: LogitsProcessorList | None = None,
     **overrides: Any,
 ) -> LLaDAGenerateOutput:
     """Answers to a batch of prompts; a prompt's answer does not depend on the rest of the batch.
@@ -87,7 +107,7 @@ def generate(
     Args:
         model: a LLaDAModelLM, put into eval mode for the call.
         input_ids: [B, P] long padded on either side, or B lists of token ids of any lengths.
-        attention_mask: [B, P], 1 = token, 0 = padding; None: no padding.
+        attention_mask: [B, P], 1 = token, 0 = padding or otherwise hidden: as if it were not there.
         generation_config: settings; default the model's own.
         record_ids: B numbers that, with the seed, key the random draws; default 0, 1, ... Give each prompt
             of a data set its own number and it gets the same answer in any batch.
@@ -97,16 +117,23 @@ def generate(
         return_trace: collect what every step decided.
         on_step: called with every entry of the trace as it happens: {"row", "block", "step", "positions"
             (in the answer), "token_ids", "confidences", "remasked" (positions, ReMDM)}.
-        overrides: settings that replace those of the config, by name.
+        streamer: of one prompt, gets its tokens, then the answer's from left to right as they are decided.
+        stopping_criteria: an answer ends with the first token behind which one is fulfilled; looked at when a
+            block is finished. The same with `stop_strings`, which need a `tokenizer`.
+        overrides: settings that replace those of the config, by name. With `do_sample` and no `seed`, that
+            comes from torch's generator, as the draws of transformers do.
 
     Raises:
         ValueError: a setting out of range or unknown, an empty prompt, a mask token in a prompt, or a prompt
             that with its answer is longer than the model's context.
     """
-    settings = _own(generation_config if generation_config is not None else model.generation_config)
+    if logits_processor:
+        raise ValueError("generate() with a logits_processor has no meaning for a diffusion sampler")
     if isinstance(gen_length, int):
         overrides["gen_length"], gen_length = gen_length, None
-    settings = settings.changed(**overrides)
+    named = None if generation_config is None else generation_config.eos_token_id
+    end_ids = _end_ids(model, overrides.pop("eos_token_id", named or "all"))
+    settings = _settings(model, generation_config, overrides, input_ids if gen_length is None else None)
 
     prompts = read_prompts(input_ids, attention_mask, model.config.mask_token_id)
     suffixes = [list(suffix) for suffix in suffixes] if suffixes is not None else [[] for _ in prompts]
@@ -118,18 +145,24 @@ def generate(
     if len(record_ids) != len(prompts):
         raise ValueError(f"record_ids has {len(record_ids)} entries for {len(prompts)} prompts")
 
-    candidates = range(settings.num_return_sequences)
-    keys = [random_key(settings.seed, record, c) for record in record_ids for c in candidates]
-    prompts = [prompt for prompt in prompts for _ in candidates]
-    lengths = [length for length in lengths for _ in candidates]
-    suffixes = [suffix for suffix in suffixes for _ in candidates]
-    canvas = Canvas.of(prompts, lengths, suffixes, model)
+    num = settings.num_return_sequences
+    keys = [random_key(settings.seed, record, c) for record in record_ids for c in range(num)]
+    prompts, lengths, suffixes = (
+        [x for x in rows for _ in range(num)] for rows in (prompts, lengths, suffixes)
+    )
+    ids = (settings.pad_token_id, model.config.pad_token_id, model.config.eos_token_id, 0)
+    canvas = Canvas.of(prompts, lengths, suffixes, model, pad_id=next(i for i in ids if i is not None))
 
     trace: list[dict[str, Any]] = []
-    report = on_step
-    if return_trace:
-        report = trace.append if on_step is None else lambda entry: (trace.append(entry), on_step(entry))
-    decoding = Decoding(model, settings, canvas, keys, report)
+    stream = None if streamer is None else Stream(streamer, prompts, settings, end_ids)
+    listeners = [trace.append if return_trace else None, stream and stream.note, on_step]
+    listeners = [listener for listener in listeners if listener is not None]
+    decoding = Decoding(
+        model, settings, canvas, keys,
+        end_ids=end_ids,
+        on_step=(lambda entry: [listener(entry) for listener in listeners]) if listeners else None,
+        stop=stop_of(stopping_criteria, settings.stop_strings, tokenizer),
+    )  # fmt: skip
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -137,8 +170,54 @@ def generate(
     finally:
         for module in training:
             module.training = True
-    width = input_ids.shape[1] if isinstance(input_ids, Tensor) else canvas.num_prompt
-    return _output(decoding, width, trace if return_trace else None)
+    given = canvas.tokens[:, : canvas.num_prompt]
+    if isinstance(input_ids, Tensor):
+        given = _left_padded(input_ids, attention_mask, canvas.pad_id).repeat_interleave(num, dim=0)
+    output = _output(decoding, given, trace if return_trace else None)
+    if stream is not None:
+        answer = output.sequences[0, given.shape[1] :]
+        stream.end(answer[: decoding.cuts[0]].tolist())
+    return output
+
+
+def _settings(
+    model: nn.Module,
+    generation_config: GenerationConfig | None,
+    overrides: dict[str, Any],
+    input_ids: Prompts | None,
+) -> LLaDAGenerationConfig:
+    """The settings of one call; `max_length` less the prompts, where it counts, becomes their gen_length."""
+    settings = _own(model.generation_config if generation_config is None else generation_config)
+    if overrides.get("do_sample") and "seed" not in overrides:
+        overrides["seed"] = int(torch.randint(2**31, ()))
+    total = overrides.get("max_length", settings.max_length)
+    if isinstance(input_ids, Tensor) and total and not {"gen_length", "max_new_tokens"} & overrides.keys():
+        width = input_ids.shape[1]
+        if total <= width:
+            raise ValueError(f"max_length {total} leaves no room behind prompts of {width} tokens")
+        overrides["gen_length"] = total - width
+    settings = settings.changed(**overrides)
+    settings.refuse_unbuilt()
+    return settings
+
+
+def _end_ids(model: nn.Module, named: int | list[int] | str | None) -> list[int]:
+    """Ids that end an answer: those named in a call; "all" = those of the model and its saved settings."""
+    if named == "all":
+        saved = model.generation_config.eos_token_id
+        named = [*model.config.end_ids, *([saved] if isinstance(saved, int) else saved or [])]
+    return sorted({named} if isinstance(named, int) else {int(i) for i in named or ()})
+
+
+def _left_padded(input_ids: Tensor, attention_mask: Tensor | None, pad_id: int) -> Tensor:
+    """The prompts as they were given, but padding on the right moved to the left, away from the answers."""
+    if attention_mask is None:
+        return input_ids
+    rows = []
+    for row, keep in zip(input_ids, attention_mask, strict=True):
+        num_behind = int(keep.flip(0).argmax())
+        rows.append(torch.cat([row.new_full((num_behind,), pad_id), row[: len(row) - num_behind]]))
+    return torch.stack(rows)
 
 
 def _own(config: GenerationConfig) -> LLaDAGenerationConfig:
@@ -147,21 +226,22 @@ def _own(config: GenerationConfig) -> LLaDAGenerationConfig:
     return LLaDAGenerationConfig.from_dict(config.to_dict())
 
 
-def _output(decoding: Decoding, width: int, trace: list[dict[str, Any]] | None) -> LLaDAGenerateOutput:
-    """The answers, cut at their end, behind prompts padded to `width` columns."""
+def _output(decoding: Decoding, given: Tensor, trace: list[dict[str, Any]] | None) -> LLaDAGenerateOutput:
+    """The answers, cut at their end, behind the prompts [N, P]."""
     canvas, settings = decoding.canvas, decoding.settings
-    prompts, answers = canvas.tokens[:, : canvas.num_prompt], canvas.tokens[:, canvas.num_prompt :]
+    answers = canvas.tokens[:, canvas.num_prompt :]
     columns = torch.arange(answers.shape[1], device=answers.device)
     is_answer = columns < torch.tensor(canvas.gen_lengths, device=answers.device)[:, None]
+    is_kept = columns < torch.tensor(decoding.cuts, device=answers.device)[:, None]
     num_decided = int((is_answer & (answers != decoding.mask_id)).sum())
-    before_end = (torch.isin(answers, decoding.end_ids).cumsum(dim=1) == 0) & is_answer
+    before_end = (torch.isin(answers, decoding.end_ids).cumsum(dim=1) == 0) & is_kept
     lengths = before_end.sum(dim=1)
     if decoding.can_stop:  # what was decided behind the end depends on when we looked, so none of it stays
         answers = answers.masked_fill(is_answer & (columns > lengths[:, None]), canvas.pad_id)
-    padding = prompts.new_full((len(prompts), width - canvas.num_prompt), canvas.pad_id)
+    answers = answers.masked_fill(is_answer & ~is_kept, canvas.pad_id)
     cut = zip(answers.tolist(), lengths.tolist(), strict=True)
     return LLaDAGenerateOutput(
-        sequences=torch.cat([padding, prompts, answers], dim=1),
+        sequences=torch.cat([given.to(answers.device), answers], dim=1),
         lengths=lengths,
         completions=[answer[:length] for answer, length in cut],
         steps=decoding.steps,

@@ -69,7 +69,15 @@ def penalise_repetition(logits: Tensor, present: Tensor, penalty: float) -> Tens
     return torch.where(present[:, None], penalised, logits)
 
 
-def choose_tokens(logits: Tensor, uniforms: Tensor | None, *, temperature: float, mask_id: int) -> Tensor:
+def choose_tokens(
+    logits: Tensor,
+    uniforms: Tensor | None,
+    *,
+    temperature: float,
+    mask_id: int,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Tensor:
     """Token ids [A, R]: the most likely ones, or draws from softmax(logits / temperature) in float64.
 
     A draw inverts the cumulative distribution at one uniform number. That is the distribution of the
@@ -79,19 +87,33 @@ def choose_tokens(logits: Tensor, uniforms: Tensor | None, *, temperature: float
     Args:
         logits: [A, R, E] float; left as they are.
         uniforms: [A, R] float64 in [0, 1); None at temperature 0.
+        top_k, top_p: cut the distribution as transformers does: first to k tokens, then to probability p.
     """
     before = logits[..., mask_id].clone()
     logits[..., mask_id] = -torch.inf
     if temperature == 0:
         tokens = logits.argmax(dim=-1)
     else:
-        cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
+        scaled = logits.double() / temperature
+        if top_k or top_p < 1:
+            scaled = keep_likeliest(scaled, top_k, top_p)
+        cumulative = scaled.softmax(dim=-1).cumsum(dim=-1)
         total = cumulative[..., -1:].contiguous()
         tokens = torch.searchsorted(cumulative, uniforms[..., None] * total, right=True)
         last = torch.searchsorted(cumulative, total)  # nothing beyond it has any probability
         tokens = torch.minimum(tokens, last)[..., 0]
     logits[..., mask_id] = before
     return tokens
+
+
+def keep_likeliest(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """[..., E] with -inf for all but the k likeliest tokens, and of these all but the fewest that reach p."""
+    ordered, tokens = logits.sort(dim=-1, descending=True, stable=True)
+    if top_k:
+        ordered[..., top_k:] = -torch.inf
+    shares = ordered.softmax(dim=-1)
+    ordered = ordered.masked_fill(shares.cumsum(dim=-1) - shares >= top_p, -torch.inf)
+    return torch.empty_like(logits).scatter_(-1, tokens, ordered)
 
 
 def order_scores(score: Order, logits: Tensor, tokens: Tensor, last_ids: Tensor | None) -> Tensor:

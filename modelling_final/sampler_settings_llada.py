@@ -42,6 +42,10 @@ class SamplerSettings:
     temperature: float = setting(
         0.0, "0: the most likely token; else draws from softmax(logits / temperature).", at_least=0
     )
+    top_k: int = setting(0, "Draw from the k most likely tokens only; 0: from all.", at_least=0)
+    top_p: float = setting(
+        1.0, "Draw from the fewest tokens that together have probability p.", above=0, at_most=1
+    )
     cfg_scale: float = setting(
         0.0,
         "Classifier-free guidance w in l_u + (1 + w)(l_c - l_u); above 0 the model also runs on the prompt "
@@ -107,6 +111,11 @@ class SamplerSettings:
         """ValueError for a setting out of range, or for settings that exclude each other."""
         for declared in fields(self):
             check_setting(declared, getattr(self, declared.name))
+        if self.temperature == 0 and (self.top_k > 0 or self.top_p < 1):
+            name = "top_k" if self.top_k > 0 else "top_p"
+            raise ValueError(
+                f"{name} {getattr(self, name)} cuts a distribution; it needs a temperature above 0"
+            )
         if self.parallel_decoding != "none" and self.remdm != "none":
             raise ValueError("parallel_decoding never takes a token back and remdm does: choose one of them")
         if self.parallel_decoding != "none" and self.remasking not in PROBABILITIES:

@@ -107,7 +107,9 @@ def test_the_reference_arm_is_the_published_algorithm(model):
     got = reference_sampler(model, settings)(PROMPTS)
     for prompt, answer in zip(PROMPTS, got, strict=True):
         assert answer == oracle.sample(model, prompt, gen_length=16, block_length=8, steps=6)
-    ours = model.generate(PROMPTS, generation_config=settings.changed(early_stop=False))
+    ours = model.generate(
+        PROMPTS, return_dict_in_generate=True, generation_config=settings.changed(early_stop=False)
+    )
     assert got == answers(ours, 16)
 
 

@@ -55,18 +55,18 @@ def padded(prompts, side, width):
 @pytest.mark.parametrize("mode", MODES)
 def test_batch_size_order_and_padding_change_nothing(model, mode):
     settings = {"gen_length": 16, "block_length": 8, **MODES[mode]}
-    together = model.generate(PROMPTS, **settings)
+    together = generate(model, PROMPTS, **settings)
     assert together.is_approximate == any(
         name in settings for name in ("parallel_decoding", "cache", "remdm")
     )
     for row, prompt in enumerate(PROMPTS):
-        alone = model.generate([prompt], record_ids=[row], **settings)
+        alone = generate(model, [prompt], record_ids=[row], **settings)
         assert answers(alone, 16)[0] == answers(together, 16)[row]
         assert int(alone.steps[0]) == int(together.steps[row]) or settings.get("remdm")
     order = [2, 0, 1]
     for side in ("left", "right"):
         batch = padded([PROMPTS[row] for row in order], side, width=9)
-        output = model.generate(**batch, record_ids=order, **settings)
+        output = generate(model, **batch, record_ids=order, **settings)
         assert output.sequences.shape == (3, 9 + 16)
         assert answers(output, 16) == [answers(together, 16)[row] for row in order]
         assert output.sequences[0, 9 - len(PROMPTS[2]) : 9].tolist() == PROMPTS[2]
@@ -77,15 +77,15 @@ def test_every_sequence_may_have_its_own_length(model, mode):
     settings = {"block_length": 4, **MODES[mode]}
     settings.pop("steps", None)
     lengths = [8, 16, 4]
-    output = model.generate(PROMPTS, gen_length=lengths, **settings)
+    output = generate(model, PROMPTS, gen_length=lengths, **settings)
     assert output.sequences.shape == (3, 7 + 16)
     for row, (prompt, length) in enumerate(zip(PROMPTS, lengths, strict=True)):
-        alone = model.generate([prompt], record_ids=[row], gen_length=length, **settings)
+        alone = generate(model, [prompt], record_ids=[row], gen_length=length, **settings)
         assert output.sequences[row, 7 : 7 + length].tolist() == answers(alone, length)[0]
-    whole = model.generate(PROMPTS, gen_length=lengths, method="fixed_length")
+    whole = generate(model, PROMPTS, gen_length=lengths, method="fixed_length")
     assert (
         whole.sequences[2, 7:11].tolist()
-        == answers(model.generate([PROMPTS[2]], gen_length=4, method="fixed_length"), 4)[0]
+        == answers(generate(model, [PROMPTS[2]], gen_length=4, method="fixed_length"), 4)[0]
     )
 
 
@@ -112,21 +112,23 @@ def test_parallel_rules_on_numbers_by_hand():
 
 
 def test_parallel_decoding_needs_fewer_steps_and_agrees_where_it_is_sure(model):
-    exact = model.generate(PROMPTS, gen_length=16, early_stop=False)
-    strict = model.generate(
-        PROMPTS, gen_length=16, early_stop=False, parallel_decoding="threshold", threshold=1.0
+    exact = generate(model, PROMPTS, gen_length=16, early_stop=False)
+    strict = generate(
+        model, PROMPTS, gen_length=16, early_stop=False, parallel_decoding="threshold", threshold=1.0
     )
     assert answers(strict, 16) == answers(exact, 16) and strict.forwards == 16
-    loose = model.generate(
-        PROMPTS, gen_length=16, early_stop=False, parallel_decoding="threshold", threshold=0.0
+    loose = generate(
+        model, PROMPTS, gen_length=16, early_stop=False, parallel_decoding="threshold", threshold=0.0
     )
     assert loose.forwards == 1 and loose.tokens_per_forward == 16.0
 
 
 def test_a_cache_refreshed_at_every_step_is_exact(model):
-    exact = model.generate(PROMPTS, gen_length=16, block_length=8)
+    exact = generate(model, PROMPTS, gen_length=16, block_length=8)
     for cache in ("prefix", "dual"):
-        output = model.generate(PROMPTS, gen_length=16, block_length=8, cache=cache, cache_refresh_interval=1)
+        output = generate(
+            model, PROMPTS, gen_length=16, block_length=8, cache=cache, cache_refresh_interval=1
+        )
         assert answers(output, 16) == answers(exact, 16)
 
 
@@ -141,14 +143,15 @@ def test_block_causal_models_have_an_exact_prefix_cache():
     model = peaked_model(attention_pattern="block_causal", attention_block_size=4).double()
     settings = {"gen_length": 16, "block_length": 4, "early_stop": False}
     prompts = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15, 16]]
-    exact = model.generate(prompts, **settings)
+    exact = generate(model, prompts, **settings)
     for cache in ("prefix", "dual"):
-        assert torch.equal(model.generate(prompts, cache=cache, **settings).sequences, exact.sequences)
+        assert torch.equal(generate(model, prompts, cache=cache, **settings).sequences, exact.sequences)
 
 
 @pytest.mark.parametrize("rule", ["cap", "rescale", "conf"])
 def test_remdm_takes_tokens_back_and_ends_without_masks(model, rule):
-    output = model.generate(
+    output = generate(
+        model,
         PROMPTS, gen_length=8, steps=24, remdm=rule, remdm_eta=0.5, temperature=1.0, early_stop=False,
         return_trace=True,
     )  # fmt: skip
@@ -162,20 +165,20 @@ def test_repetition_penalty_makes_repetition_less_likely(model):
     present = torch.tensor([[True, False, True, False]])
     assert penalise_repetition(logits, present, 2.0).tolist() == [[[1.0, 2.0, -4.0, -2.0]]]
     for row in range(3):
-        penalised = model.generate([PROMPTS[row]], gen_length=6, repetition_penalty=1e6, early_stop=False)
+        penalised = generate(model, [PROMPTS[row]], gen_length=6, repetition_penalty=1e6, early_stop=False)
         tokens = [token for token in answers(penalised, 6)[0] if token not in (EOS, EOT)]
         assert len(set(tokens)) == len(tokens) and not set(tokens) & set(PROMPTS[row])
-        favoured = model.generate([PROMPTS[row]], gen_length=6, repetition_penalty=1e-6, early_stop=False)
+        favoured = generate(model, [PROMPTS[row]], gen_length=6, repetition_penalty=1e-6, early_stop=False)
         assert set(answers(favoured, 6)[0]) <= set(PROMPTS[row])
 
 
 def test_eos_flags(model):
-    plain = model.generate(PROMPTS, gen_length=16, early_stop=False)
+    plain = generate(model, PROMPTS, gen_length=16, early_stop=False)
     assert EOS in plain.sequences[:, -16:]
-    assert EOS not in model.generate(PROMPTS, gen_length=16, logits_eos_inf=True).sequences[:, -16:]
+    assert EOS not in generate(model, PROMPTS, gen_length=16, logits_eos_inf=True).sequences[:, -16:]
     mask_id = model.config.mask_token_id
     settings = {"gen_length": 16, "confidence_eos_eot_inf": True, "early_stop": False}
-    trace = model.generate(PROMPTS[:1], return_trace=True, **settings).trace
+    trace = generate(model, PROMPTS[:1], return_trace=True, **settings).trace
     answer, num_last = torch.full((16,), mask_id), 0
     for entry in trace:
         logits = model(torch.cat([torch.tensor(PROMPTS[0]), answer])[None]).logits[0, -16:]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from modelling_final import graphs_llada
+from modelling_final.generation_llada import generate
 from peaked_llada import PROMPTS, answers, peaked_model
 from test_decoding_llada import MODES
 
@@ -40,30 +41,30 @@ def recordings(monkeypatch):
 @pytest.mark.parametrize("mode", MODES)
 def test_tokens_are_those_of_plain_forwards(model, recordings, mode):
     settings = {"gen_length": 16, "block_length": 8, **MODES[mode]}
-    plain = model.generate(PROMPTS, **settings)
+    plain = generate(model, PROMPTS, **settings)
     assert not recordings
-    recorded = model.generate(PROMPTS, **settings, cuda_graphs=True)
+    recorded = generate(model, PROMPTS, **settings, cuda_graphs=True)
     assert answers(recorded, 16) == answers(plain, 16)
     assert torch.equal(recorded.steps, plain.steps) and recorded.forwards == plain.forwards
 
 
 def test_one_recording_serves_all_blocks_without_a_cache(model, recordings):
-    model.generate(PROMPTS, gen_length=16, block_length=4, early_stop=False, cuda_graphs=True)
+    generate(model, PROMPTS, gen_length=16, block_length=4, early_stop=False, cuda_graphs=True)
     assert recordings == [15]  # the first of 16 forwards ran as it is
 
 
 def test_each_blocks_cache_has_its_own_recording(model, recordings):
     settings = {"gen_length": 16, "block_length": 8, "early_stop": False, "cuda_graphs": True}
-    model.generate(PROMPTS, cache="dual", **settings)
+    generate(model, PROMPTS, cache="dual", **settings)
     assert recordings == [6, 6]  # of 8 forwards one fills the cache and one runs as it is
 
 
 def test_shapes_that_come_once_are_not_recorded(model, recordings):
     settings = {"gen_length": 8, "block_length": 4, "steps": 2, "early_stop": False, "cuda_graphs": True}
-    model.generate(PROMPTS, method="semi_autoregressive_origin", **settings)
+    generate(model, PROMPTS, method="semi_autoregressive_origin", **settings)
     assert recordings == []
 
 
 def test_a_model_on_the_cpu_is_refused(model):
     with pytest.raises(ValueError, match="cuda_graphs needs a model on a GPU; this one is on cpu"):
-        model.generate(PROMPTS, gen_length=4, cuda_graphs=True)
+        generate(model, PROMPTS, gen_length=4, cuda_graphs=True)

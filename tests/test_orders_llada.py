@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from modelling_final import LLaDAGenerationConfig
+from modelling_final.generation_llada import generate
 from modelling_final.orders_llada import LOOKS_AT_DRAW, ORDERS, PROBABILITIES
 from modelling_final.remasking_llada import order_scores, pick_top
 from peaked_llada import EOS, PROMPTS, peaked_model
@@ -125,7 +126,7 @@ def test_generate_decides_what_scores_best(order, parallel):
             LLaDAGenerationConfig(**settings, parallel_decoding=parallel)
         return
     settings |= {"parallel_decoding": parallel, "threshold": 0.5, "early_stop": False}
-    trace = model.generate(PROMPTS[:1], return_trace=True, **settings).trace
+    trace = generate(model, PROMPTS[:1], return_trace=True, **settings).trace
     answer = [MASK] * 8
     for entry in trace:
         block = range(4 * entry["block"], 4 * entry["block"] + 4)
@@ -145,6 +146,6 @@ def test_early_stop_is_the_same_text_under_every_order():
     model = peaked_model().double()
     for order in ORDERS:
         settings = {"gen_length": 16, "block_length": 4, "remasking": order, "confidence_eos_eot_inf": True}
-        full = model.generate(PROMPTS, early_stop=False, **settings)
-        assert model.generate(PROMPTS, **settings).completions == full.completions
+        full = generate(model, PROMPTS, early_stop=False, **settings)
+        assert generate(model, PROMPTS, **settings).completions == full.completions
         assert EOS in full.sequences[:, -16:]

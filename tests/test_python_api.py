@@ -29,7 +29,7 @@ def test_generate_gives_the_text_of_the_models_answers(loaded):
     assert llada.generate(model, tokenizer, "two", **SETTINGS) == texts[1]
     plain = llada.generate(model, tokenizer, "one", chat=False, **SETTINGS)
     ids = tokenizer("one", add_special_tokens=False).input_ids
-    (answer,) = model.generate([ids], **SETTINGS).completions
+    (answer,) = model.generate([ids], return_dict_in_generate=True, **SETTINGS).completions
     assert plain == tokenizer.decode(answer, skip_special_tokens=True)
 
 

@@ -31,6 +31,8 @@ from modelling_final.orders_llada import LOOKS_AT_DRAW
 MIN_LOG_F = -20.0  # of an order term: below, its gradient is all noise
 
 UNSCORED = {
+    "top_k": 0,
+    "top_p": 1.0,
     "cfg_scale": 0.0,
     "repetition_penalty": 1.0,
     "logits_eos_inf": False,

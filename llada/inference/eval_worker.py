@@ -165,6 +165,7 @@ class EvalRank:
         output = self.model.generate(
             [list(prompt.token_ids) for prompt in batch.values()],
             generation_config=self.sampler(settings),
+            return_dict_in_generate=True,
             # the key names the request, so its draws are the same in any batch and on any rank
             record_ids=[int(key[:15], 16) for key in batch],
         )

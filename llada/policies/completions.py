@@ -85,6 +85,7 @@ class Sampler:
         output = self.model.generate(
             [prompt.token_ids for prompt in prompts],
             generation_config=self.settings,
+            return_dict_in_generate=True,
             record_ids=[prompt.index for prompt in prompts],
             return_trace=self.keep_trace,
             num_return_sequences=num_generations,

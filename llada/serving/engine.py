@@ -194,6 +194,7 @@ class Engine:
         output = self.model.generate(
             [job.prompt_ids for job in batch],
             generation_config=batch[0].settings,
+            return_dict_in_generate=True,
             gen_length=[job.settings.gen_length for job in batch],
             record_ids=[job.record_id for job in batch],
             on_step=on_step,

@@ -293,7 +293,12 @@ def answers_by(
                 order = keep.argsort(dim=1, descending=True, stable=True)
                 ids, keep = ids.gather(1, order), keep.gather(1, order)
             inputs = {"input_ids": ids, "attention_mask": keep}
-        output = model.generate(**inputs, generation_config=settings, record_ids=[p.index for p in batch])
+        output = model.generate(
+            **inputs,
+            generation_config=settings,
+            return_dict_in_generate=True,
+            record_ids=[p.index for p in batch],
+        )
         answers += output.completions
     return answers
 

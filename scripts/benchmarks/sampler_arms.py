@@ -65,7 +65,9 @@ def our_arm(model: LLaDAModelLM, settings: LLaDAGenerationConfig) -> Arm:
 
     def run(prompts: list[Prompt]) -> Answers:
         token_ids, names = [p.token_ids for p in prompts], [p.index for p in prompts]
-        output = model.generate(token_ids, generation_config=settings, record_ids=names)
+        output = model.generate(
+            token_ids, generation_config=settings, return_dict_in_generate=True, record_ids=names
+        )
         return Answers(output.completions, round(output.tokens_per_forward * int(output.steps.sum())))
 
     return run
