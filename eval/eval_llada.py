@@ -23,6 +23,7 @@ import difflib
 import functools
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import lm_eval
 import yaml
 from lm_eval._cli import HarnessCLI
 from lm_eval.config.evaluate_config import EvaluatorConfig
@@ -42,6 +44,8 @@ from llada.inference.eval_args import parse_model_args
 MODEL = "llada_dist"  # registered by the import of llada.inference.lm_eval_model
 PRESETS = Path(__file__).with_name("presets.yaml")
 TASKS = Path(__file__).with_name("tasks")
+LM_EVAL_TASKS = Path(lm_eval.__file__).with_name("tasks")
+TASK_FILES = (".yaml", ".py", "")
 NOT_FOUND = "Tasks not found: "  # how lm_eval's own error starts
 log = logging.getLogger("lm_eval.llada")
 
@@ -69,7 +73,44 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         _fill(arguments, read_preset(known.preset), f"--preset {known.preset}")
     if arguments.model in (None, MODEL):
         _prepare_model_args(arguments)
+    _check_tasks(arguments)
     return arguments
+
+
+def _task_names(arguments: argparse.Namespace) -> list[str]:
+    entries = [arguments.tasks] if isinstance(arguments.tasks, str) else arguments.tasks or []
+    return [name for entry in entries for name in entry.split(",")]
+
+
+def _check_tasks(arguments: argparse.Namespace) -> None:
+    """ValueError for a task whose name is no word of any task file.
+
+    lm_eval itself parses fourteen thousand files before it says so, and needs torch for it.
+    """
+    files, words = _task_words(arguments.include_path)
+    for name in _task_names(arguments):
+        if name not in words and "*" not in name and not Path(name).exists():
+            raise ValueError(_about_unknown_task(name, arguments.include_path, files))
+
+
+@functools.cache
+def _task_words(include_path: str | None) -> tuple[list[Path], set[str]]:
+    folders = [LM_EVAL_TASKS, *filter(None, [include_path])]
+    files = [Path(top, name) for folder in folders for top, _, names in os.walk(folder) for name in names]
+    files = [path for path in files if path.suffix in TASK_FILES]
+    words = {path.stem for path in files}
+    for path in files:
+        words.update(re.findall(r"[\w.+-]+", path.read_text(encoding="utf-8", errors="replace")))
+    return files, words
+
+
+def _about_unknown_task(name: str, include_path: str | None, files: Iterable[Path]) -> str:
+    known = dict.fromkeys((path.stem for path in files), "")
+    if include_path is None:
+        known = {path.stem: f" (with --include_path {TASKS})" for path in TASKS.glob("*.yaml")} | known
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]!r}{known[near[0]]}? " if near else ""
+    return f"--tasks {name}: unknown; {hint}all names: lm-eval ls tasks"
 
 
 def _fill(arguments: argparse.Namespace, values: dict[str, Any], where: str) -> None:
@@ -129,23 +170,12 @@ def _only_local_tasks(arguments: argparse.Namespace) -> AbstractContextManager:
     if arguments.include_path is None or not arguments.tasks:
         return nullcontext()
     local = TaskManager(include_path=arguments.include_path, include_defaults=False)
-    entries = [arguments.tasks] if isinstance(arguments.tasks, str) else arguments.tasks
-    tasks = [name for entry in entries for name in entry.split(",")]
-    if not all(local.match_tasks([task]) for task in tasks):
+    if not all(local.match_tasks([task]) for task in _task_names(arguments)):
         return nullcontext()
     # its command line has no flag for this
     return mock.patch.object(
         lm_eval.tasks, "TaskManager", functools.partial(TaskManager, include_defaults=False)
     )
-
-
-def _about_unknown_tasks(message: str, include_path: str | None) -> str:
-    name = message.removeprefix(NOT_FOUND)
-    ours = TaskManager(include_path=include_path or str(TASKS), include_defaults=False).all_tasks
-    hint = _did_you_mean(name, ours)
-    if include_path is None:
-        hint += f" (with --include_path {TASKS})"
-    return f"--tasks {name}: unknown; {hint}; lm_eval's own: lm-eval ls tasks"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -166,7 +196,10 @@ def main(argv: list[str] | None = None) -> None:
             except ValueError as error:
                 if not str(error).startswith(NOT_FOUND):
                     raise
-                raise ValueError(_about_unknown_tasks(str(error), arguments.include_path)) from error
+                name = str(error).removeprefix(NOT_FOUND)
+                raise ValueError(
+                    _about_unknown_task(name, arguments.include_path, TASKS.glob("*.yaml"))
+                ) from error
         if LLaDADist.latest is not None:
             LLaDADist.latest.worker.dismiss()
     end_run()

@@ -220,16 +220,82 @@ def test_rolling_likelihood_scores_every_token_once(lm):
     assert all(len(request.context) + len(request.answer) <= 9 for request in asked)
 
 
+def settings_of(lm, task, context=0, **model_args):
+    length, _, settings = lm(**model_args)._settings(task, context)
+    return length, *(settings[name] for name in ("gen_length", "steps", "block_length", "temperature"))
+
+
 def test_task_settings_yield_to_model_args(lm):
     sampling = {"do_sample": True, "temperature": 0.2, "max_gen_toks": 12, "until": "x"}
-    assert lm()._settings(sampling) == {"gen_length": 12, "steps": 12, "block_length": 12, "temperature": 0.2}
-    own = lm(gen_length=8, steps=4, block_length=4, temperature=0.0)._settings(sampling)
-    assert own == {"gen_length": 8, "steps": 4, "block_length": 4, "temperature": 0.0}
-    assert (
-        lm()._settings({"temperature": 0.2})["temperature"] == 0.0
-    )  # without do_sample, as lm_eval reads it
-    with pytest.raises(ValueError, match="gen_length 10 is not a multiple of block_length 4"):
-        lm(gen_length=10, block_length=4)._settings({})
+    assert settings_of(lm, sampling) == (12, 12, 12, 12, 0.2)
+    assert lm()._settings(sampling)[1] == ("x",)
+    own = {"gen_length": 8, "steps": 4, "block_length": 4, "temperature": 0.0}
+    assert settings_of(lm, sampling, **own) == (8, 8, 4, 4, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("task", "length", "temperature"),
+    [
+        ({"max_gen_toks": 12}, 12, 0.0),
+        ({"max_new_tokens": 12}, 12, 0.0),
+        ({"max_tokens": 12}, 12, 0.0),
+        ({"max_completion_tokens": 12}, 12, 0.0),
+        ({"max_gen_toks": 12, "max_tokens": 13}, 12, 0.0),
+        ({"max_length": 12}, 7, 0.0),  # with the prompt's 5
+        ({}, 256, 0.0),
+        ({"max_gen_toks": 12, "temperature": 0.2}, 12, 0.2),  # without do_sample: sampled
+        ({"max_gen_toks": 12, "temperature": 0.2, "do_sample": True}, 12, 0.2),
+        ({"max_gen_toks": 12, "temperature": 0.2, "do_sample": False}, 12, 0.0),
+        ({"max_gen_toks": 12, "temperature": 0.0}, 12, 0.0),
+    ],
+)
+def test_a_task_is_read_by_lm_evals_own_rules(lm, task, length, temperature):
+    found = settings_of(lm, task, context=5)
+    assert (found[0], found[-1]) == (length, temperature)
+
+
+def test_answers_fill_whole_blocks_and_are_cut(lm, caplog):
+    assert settings_of(lm, {}, gen_length=10, block_length=4) == (10, 12, 12, 4, 0.0)
+    assert settings_of(lm, {"max_gen_toks": 3}, block_length=32) == (3, 32, 32, 32, 0.0)
+    assert not caplog.records
+    # tasks of different lengths in one command
+    model = lm(block_length=8, steps=24)
+    assert [model._settings({"max_gen_toks": n})[2]["steps"] for n in (48, 24, 16, 10)] == [24, 24, 16, 16]
+    assert model._settings({"max_gen_toks": 40})[2] == {
+        **{"gen_length": 40, "steps": 25, "block_length": 8, "temperature": 0.0}
+    }
+    assert "steps=24 become 25 for an answer of 40 tokens" in caplog.text
+    with pytest.raises(ValueError, match="max_length 4 leaves no room behind 5 prompt tokens"):
+        model._settings({"max_length": 4}, 5)
+    texts = lm(gen_length=6, block_length=4, steps=2).generate_until(
+        [Instance("generate_until", {}, ("Question: 1 + 1", {"until": []}), n) for n in range(2)]
+    )
+    whole = lm(gen_length=8, block_length=4, steps=2).generate_until(
+        [Instance("generate_until", {}, ("Question: 1 + 1", {"until": []}), 0)]
+    )
+    assert texts[0] == texts[1] and whole[0].startswith(texts[0])
+
+
+GEMMA = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<model>"
+)
+SILENT = (
+    "{% for m in messages if m['role'] != 'system' %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<model>"
+)
+
+
+@pytest.mark.parametrize("template", [GEMMA, SILENT])
+def test_a_template_without_system_role_puts_its_text_into_the_first_user_turn(lm, template, caplog):
+    model = lm()
+    model.tokenizer.chat_template = template
+    turns = [("system", "Be brief. "), ("user", "1 + 1?"), ("assistant", "2"), ("user", "2 + 2?")]
+    history = [{"role": role, "content": content} for role, content in turns]
+    for _ in range(2):
+        text = model.apply_chat_template(history)
+        assert text == "<user>Be brief.\n\n1 + 1?<assistant>2<user>2 + 2?<model>"
+    assert caplog.text.count("no system role") == 1
+    assert model.apply_chat_template(history[1:]) == "<user>1 + 1?<assistant>2<user>2 + 2?<model>"
 
 
 def test_repeats_differ_only_where_tokens_are_drawn(lm):

@@ -3,6 +3,7 @@
 from typing import Any
 
 from llada.data.final_answer import code_blocks
+from llada.rewards.functions import program_of
 from llada.rewards.sandbox import on_all_cores, runs_through
 
 
@@ -23,16 +24,14 @@ def complete_function(resps: list[list[str]], docs: list[dict[str, Any]]) -> lis
 
 
 def extract_function(resps: list[list[str]], docs: list[dict[str, Any]]) -> list[list[str]]:
-    """Programs from chat answers: the block that defines the function, after the prompt's own imports."""
-    return [
-        [doc["prompt"].split("\ndef ")[0] + "\n" + _code(text, doc) for text in texts]
-        for texts, doc in zip(resps, docs, strict=True)
-    ]
+    """Programs from chat answers: what defines the function, after what the prompt has before it."""
+    return [[_program(text, doc) for text in texts] for texts, doc in zip(resps, docs, strict=True)]
 
 
-def _code(text: str, doc: dict[str, Any]) -> str:
-    blocks = code_blocks(text) or [text]
-    for block in blocks:
-        if f"def {doc['entry_point']}" in block:
-            return block
-    return doc["prompt"] + blocks[0]  # the body alone, to be put under the signature
+def _program(text: str, doc: dict[str, Any]) -> str:
+    program = program_of(text, doc["entry_point"])
+    if f"def {doc['entry_point']}" not in program:
+        return (
+            doc["prompt"] + [*code_blocks(text), text][0]
+        )  # the body alone, indented, goes under the signature
+    return ("\n" + doc["prompt"]).split("\ndef ")[0] + "\n" + program

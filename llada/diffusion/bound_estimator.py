@@ -152,6 +152,8 @@ def _reference(num_tokens: int, num_masks: int, random: np.random.Generator, bat
 NEIGHBOURS = ((-1,), (1,), (-2,), (2,), (-1, 1), (-2, -1), (1, 2))
 SHRINKAGE = 1.0  # of the tokens' own coefficients: one observation's worth
 SMALL_SAMPLE = 5  # draws spent on the fit, by which the error of few masks would be too small; measured
+# n / (n - 2.5) times the variance: 1.96 errors then reach as far as Student's t of n pairs. 8 masks: 4 pairs.
+FEW_PAIRS = 2.5
 MIN_DRAWS = 8  # fewer masks cannot carry a regression
 
 
@@ -178,7 +180,10 @@ def estimate(plan: MaskPlan, log_probs: np.ndarray) -> tuple[float, float]:
     num_draws = len(draws)
     if num_draws < 2:
         return value, math.nan
-    return value, float(np.sqrt(num_draws * draws.var(ddof=1)))
+    variance = num_draws * draws.var(ddof=1)
+    if plan.design == "complementary":
+        variance *= num_draws / max(num_draws - FEW_PAIRS, 0.05)
+    return value, float(np.sqrt(variance))
 
 
 def _features(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -35,11 +35,15 @@ NO_EFFECT = ("batch_size", "generate_batch_size", "device", "record_dir", "mask_
 
 
 class Generation(NamedTuple):
-    """A prompt to answer: its text, its token ids, stop strings, and the sampler's settings for it."""
+    """A prompt to answer: its text, its token ids, stop strings, the answer's length, the sampler's settings.
+
+    The settings' canvas may be longer than the answer, to hold whole blocks.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     until: tuple[str, ...]
+    length: int
     settings: dict[str, Any]
 
 
@@ -170,10 +174,11 @@ class EvalRank:
             record_ids=[int(key[:15], 16) for key in batch],
         )
         answers = output.sequences[:, -settings["gen_length"] :].tolist()
-        for (key, prompt), token_ids in zip(batch.items(), answers, strict=True):
+        for (key, prompt), canvas in zip(batch.items(), answers, strict=True):
+            token_ids = canvas[: prompt.length]
             end = next((i for i, token in enumerate(token_ids) if token in self.ids.ends), len(token_ids))
             text = self.tokenizer.decode(token_ids[:end], skip_special_tokens=True)
-            raw = self.tokenizer.decode(token_ids)
+            raw = self.tokenizer.decode(canvas)
             answer = cut_answer(text, prompt.until, starts_inside=opens_thought(prompt.text))
             yield key, answer, {"prompt": prompt.text, "raw": raw, "num_tokens": end}
 

@@ -9,11 +9,14 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
+from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 
 from llada.data.final_answer import opens_thought
@@ -24,7 +27,8 @@ from llada.models.tokens import load_tokenizer
 
 log = logging.getLogger("lm_eval.llada")
 ANSWER_AT_ONCE = "<think>\n\n</think>\n\n"
-TASK_SETTINGS = {"until", "do_sample", "temperature", "max_gen_toks"}
+TASK_SETTINGS = {"until", "do_sample", "temperature", "max_gen_toks", "max_length"}
+DEFAULT_TOKENS = 256  # lm_eval's own default
 
 
 @register_model("llada_dist")
@@ -84,12 +88,24 @@ class LLaDADist(TemplateLM):
         """The conversation as one string, ending where the assistant starts to speak."""
         if self.tokenizer.chat_template is None:
             self.tokenizer = load_tokenizer(self.args.model_path, chat=True)
-        return self.tokenizer.apply_chat_template(
-            chat_history,
+        render = partial(
+            self.tokenizer.apply_chat_template,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
+        if chat_history[0]["role"] == "system":
+            try:
+                text = render(chat_history)
+            except TemplateError:  # "System role not supported"
+                text = ""
+            if chat_history[0]["content"].strip() in text:
+                return text
+            self._warn_once("the chat template has no system role: its text goes into the first user turn")
+            system, first, *rest = chat_history
+            joined = f"{system['content'].strip()}\n\n{first['content']}"
+            chat_history = [{**first, "content": joined}, *rest]
+        return render(chat_history)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
         """Token ids. By default the tokenizer adds what it always adds, except a second BOS."""
@@ -172,14 +188,13 @@ class LLaDADist(TemplateLM):
         keys, prompts = [], []
         for request in requests:
             context, task_settings = request.args
-            settings = self._settings(task_settings)
-            until = task_settings.get("until") or []
-            until = (until,) if isinstance(until, str) else tuple(until)
             text = context
             if not self.args.use_thinking:
                 text += "\n</think>\n\n" if opens_thought(context) else ANSWER_AT_ONCE
-            token_ids = self._fit(self.tok_encode(text) or [self.prefix_token_id], settings["gen_length"])
-            prompt = Generation(text, token_ids, until, settings)
+            token_ids = self.tok_encode(text) or [self.prefix_token_id]
+            length, until, settings = self._settings(task_settings, len(token_ids))
+            token_ids = self._fit(token_ids, settings["gen_length"])
+            prompt = Generation(text, token_ids, until, length, settings)
             base = self.log.key("answer", prompt)
             # repeats of one prompt differ only where tokens are drawn
             repeat = seen[base] if settings["temperature"] > 0 else 0
@@ -191,25 +206,44 @@ class LLaDADist(TemplateLM):
         found = dict(zip(dict.fromkeys(keys), results, strict=True))
         return [found[key] for key in keys]
 
-    def _settings(self, task_settings: dict[str, Any]) -> dict[str, Any]:
-        """What a request asks of the sampler: --model_args first, then the task, then defaults."""
-        args = self.args
-        ignored = sorted(set(task_settings) - TASK_SETTINGS)
-        if ignored and str(ignored) not in self._warned:
-            self._warned.add(str(ignored))
-            log.warning("the task's generation_kwargs %s mean nothing to this sampler", ", ".join(ignored))
-        gen_length = args.gen_length or int(task_settings.get("max_gen_toks", 256))
-        temperature = args.temperature
-        if temperature is None:
-            temperature = task_settings.get("temperature") if task_settings.get("do_sample") else 0.0
+    def _settings(
+        self, task_settings: dict[str, Any], num_context: int = 0
+    ) -> tuple[int, tuple[str, ...], dict[str, Any]]:
+        """(tokens of the answer, its stop strings, the sampler's settings): --model_args, then the task.
+
+        What a task says is read by lm_eval's own rules. A canvas holds whole blocks: what lies behind the
+        answer's tokens is cut off again.
+        """
+        args, asked = self.args, normalize_gen_kwargs(task_settings, DEFAULT_TOKENS)
+        if ignored := sorted(set(asked) - TASK_SETTINGS):
+            self._warn_once(f"the task's generation_kwargs {', '.join(ignored)} mean nothing to this sampler")
+        # of transformers' making: the whole sequence, prompt and all
+        whole = asked.get("max_length")
+        length = args.gen_length or (asked["max_gen_toks"] if whole is None else whole - num_context)
+        if length < 1:
+            raise ValueError(
+                f"the task's max_length {whole} leaves no room behind {num_context} prompt tokens"
+            )
+        block = args.block_length or length
+        canvas = length + -length % block
+        steps = min(args.steps or canvas, canvas)
+        steps += -steps % (canvas // block)  # as many in every block
+        if steps not in (args.steps, canvas):
+            self._warn_once(f"steps={args.steps} become {steps} for an answer of {length} tokens")
+        temperature = asked.get("temperature", 0.0) if args.temperature is None else args.temperature
         settings = {
-            "gen_length": gen_length,
-            "steps": args.steps or gen_length,
-            "block_length": args.block_length or gen_length,
-            "temperature": float(temperature or 0.0),
+            "gen_length": canvas,
+            "steps": steps,
+            "block_length": block,
+            "temperature": float(temperature),
         }
-        self.worker.sampler(settings).steps_per_block(gen_length)  # a mistake is told before any work
-        return settings
+        self.worker.sampler(settings).steps_per_block(canvas)  # a mistake is told before any work
+        return length, tuple(asked["until"]), settings
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            log.warning("%s", message)
 
 
 def with_flags(model_args: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
