@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -127,66 +126,6 @@ def test_neither_micro_batches_nor_draws_at_once_matter(stage, model_dir, bref, 
         folders.append(folder)
     assert curve(folders[0]) == pytest.approx(curve(folders[1]), rel=1e-4)
     assert_same_weights(*map(weights, folders), rtol=1e-3, atol=1e-4)
-
-
-def torchrun(script, *flags):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*command, ROOT / script, *map(str, flags)], check=True, env=environment,
-                   capture_output=True, timeout=200)  # fmt: skip
-
-
-def test_two_ranks_are_one_process(model_dir, bref, tmp_path):
-    extra = ["--max_steps", 3, "--micro_batch_size", 1]
-    run(DPO, *dpo_flags(model_dir, tmp_path / "dpo1", *extra, "--use_lora", "--lora_r", 2))
-    torchrun(DPO, *dpo_flags(model_dir, tmp_path / "dpo2", *extra, "--use_lora", "--lora_r", 2))
-    assert curve(tmp_path / "dpo2") == pytest.approx(curve(tmp_path / "dpo1"), rel=1e-4)
-    one, two = (weights(tmp_path / name, "adapter_model") for name in ("dpo1", "dpo2"))
-    assert_same_weights(one, two, rtol=1e-3, atol=1e-4)
-    extra += ["--eval_dataset_path", bref]
-    run(KTO, *kto_flags(model_dir, bref, tmp_path / "kto1", *extra))
-    torchrun(KTO, *kto_flags(model_dir, bref, tmp_path / "kto2", *extra))  # --fsdp shards by default
-    for name in ("loss", "kl", "eval_loss", "eval_rewards/margins"):
-        found, expected = curve(tmp_path / "kto2", name), curve(tmp_path / "kto1", name)
-        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
-    assert_same_weights(weights(tmp_path / "kto1"), weights(tmp_path / "kto2"), rtol=1e-3, atol=1e-4)
-
-
-def kill_after(command, folder, steps):
-    """Starts the command and kills it without warning once it has logged some steps."""
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    deadline = time.monotonic() + 200
-    metrics = folder / "metrics.jsonl"
-    while time.monotonic() < deadline and process.poll() is None:
-        if metrics.exists() and metrics.read_bytes().count(b"\n") >= steps:
-            break
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
-    assert not (folder / "DONE").exists(), "the run ended before it could be killed"
-
-
-@pytest.mark.parametrize("stage", ["dpo", "kto"])
-def test_killed_and_resumed_equals_uninterrupted(stage, model_dir, bref, tmp_path):
-    def flags(folder):
-        if stage == "dpo":
-            return dpo_flags(model_dir, folder, "--max_steps", 60, "--save_interval", 4, "--lora_r", 2)
-        return kto_flags(model_dir, bref, folder, "--max_steps", 60, "--save_steps", 4, "--z0_mode", "ema")
-
-    script = {"dpo": DPO, "kto": KTO}[stage]
-    run(script, *flags(tmp_path / "whole"))
-    killed = tmp_path / "killed"
-    kill_after([sys.executable, str(ROOT / script), *map(str, flags(killed))], killed, 11)
-    run(script, *flags(killed))
-    names = ("loss", "rewards/chosen", "logps/rejected")
-    for name in names:
-        assert curve(killed, name) == curve(tmp_path / "whole", name)
-    assert len(curve(killed)) == 60
-    file = "adapter_model" if stage == "dpo" else "model"
-    assert_same_weights(weights(tmp_path / "whole", file), weights(killed, file))
 
 
 def test_bref_records(bref):

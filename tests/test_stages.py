@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -100,43 +97,6 @@ def test_data_sets_are_mixed_by_weight(model_dir, tmp_path):
     files = [str(SAMPLES / "sft.jsonl"), str(SAMPLES / "sft_multiturn.jsonl")]
     train_sft.main(sft_flags(tmp_path, model_dir, "--train_data_path", *files, "--data_weights", "3", "1"))
     assert (tmp_path / "DONE").exists()
-
-
-def launch(num_processes, script, flags):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(num_processes),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(ROOT / script), *flags], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-LORA = ("--use_lora", "--lora_r", "2", "--lora_alpha", "4")
-
-
-@pytest.mark.parametrize("shard", ["none", "full"])
-@pytest.mark.parametrize("extra", [(), LORA], ids=["weights", "lora"])
-def test_two_ranks_equal_one_process(extra, shard, model_dir, tmp_path):
-    # a large epsilon: Adam's first steps would blow up rounding in gradients that are nearly zero
-    extra += ("--adam_epsilon", "1e-2", "--max_steps", "20")
-    train_sft.main(sft_flags(tmp_path / "one", model_dir, "--micro_batch_size", "4", *extra))
-    launch(
-        2,
-        "sft_training/train_sft.py",
-        sft_flags(tmp_path / "two", model_dir, "--micro_batch_size", "1", "--shard", shard, *extra),
-    )
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-    name = "adapter_model.safetensors" if "--use_lora" in extra else "model.safetensors"
-    one, two = (load_file(tmp_path / run / "final" / name) for run in ("one", "two"))
-    for key in one:
-        torch.testing.assert_close(two[key], one[key], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

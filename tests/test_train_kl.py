@@ -1,9 +1,7 @@
 """Alignment: what each rule masks and scores, the loss written out, memory, training, resume, two ranks."""
 
 import json
-import os
 import subprocess
-import sys
 import tracemalloc
 
 import numpy as np
@@ -347,28 +345,6 @@ def test_a_resumed_run_is_bitwise_the_same(weights, model_dir, rows_dir, tmp_pat
     with pytest.raises(ValueError, match="window_weights"):
         (tmp_path / "cut/DONE").unlink()
         train_kl.main(flags(tmp_path / "cut", model_dir, rows_dir, *options, "--window_weights", "uniform"))
-
-
-@pytest.mark.parametrize("extra", [(), ("--use_lora", "--lora_r", "2")], ids=["weights", "lora"])
-def test_two_ranks_equal_one_process(extra, model_dir, rows_dir, tmp_path):
-    options = ("--loss_type", "hybrid", "--window_weights", "streak", "--adam_epsilon", "1e-2",
-               "--eval_data_path", str(rows_dir / "validation"), "--eval_limit", "5", *extra)  # fmt: skip
-    train_kl.main(flags(tmp_path / "one", model_dir, rows_dir, "--micro_batch_size", "4", *options))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(ROOT / "alignment/train_kl.py"),
-         *flags(tmp_path / "two", model_dir, rows_dir, "--micro_batch_size", "1", *options)],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (list(read_metrics(tmp_path / run / "metrics.jsonl")) for run in ("one", "two"))
-    for name in ("loss", "tau", "acceptance/2", "eval_loss", "eval_tau"):
-        expected = [entry[name] for entry in one if name in entry]
-        assert [entry[name] for entry in two if name in entry] == pytest.approx(expected, rel=1e-4)
-    name = "adapter_model.safetensors" if extra else "model.safetensors"
-    one, two = (final_weights(tmp_path / run, name) for run in ("one", "two"))
-    for key in one:
-        torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-5)
 
 
 def test_conversations_without_a_teacher(model_dir, tmp_path):

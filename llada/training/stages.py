@@ -73,14 +73,35 @@ STAGES = {
     "teacher": Stage("alignment/train_teacher.py", after=("tokenizer",), trains=True),
     "precompute_teacher": Stage("alignment/precompute_teacher.py", after=("sft", "teacher")),
     "alignment": Stage(
-        "alignment/train_kl.py", after=("precompute_teacher",), reads_checkpoint=True, trains=True
+        "alignment/train_kl.py",
+        after=("precompute_teacher",),
+        reads_checkpoint=True,
+        trains=True,
+        variants={
+            "lora": ("--use_lora", "--lora_r", "2", "--loss_type", "hybrid"),
+            "streak": ("--window_weights", "streak"),
+        },
     ),
     "speculative": Stage("inference/speculative_decode.py", after=("alignment",), reads_checkpoint=True),
     "preferences": Stage("rlhf/make_preferences.py", after=("sft",), reads_checkpoint=True),
     "dpo": Stage("rlhf/train_dpo.py", after=("sft",), reads_checkpoint=True, trains=True),
     "precompute_bref": Stage("rlhf/precompute_bref.py", after=("sft",), reads_checkpoint=True),
-    "kto": Stage("rlhf/train_elbo_kto.py", after=("precompute_bref",), reads_checkpoint=True, trains=True),
-    "grpo": Stage("rlhf/train_grpo.py", after=("sft",), reads_checkpoint=True, trains=True),
+    "kto": Stage(
+        "rlhf/train_elbo_kto.py",
+        after=("precompute_bref",),
+        reads_checkpoint=True,
+        trains=True,
+        variants={"ema": ("--z0_mode", "ema")},
+    ),
+    "grpo": Stage(
+        "rlhf/train_grpo.py",
+        after=("sft",),
+        reads_checkpoint=True,
+        trains=True,
+        variants={
+            "trajectory": ("--estimator", "trajectory", "--loss_type", "dapo", "--scale_rewards", "batch")
+        },
+    ),
     "inference": Stage("inference/generate.py", after=("sft",), reads_checkpoint=True),
     "eval": Stage("eval/eval_llada.py", after=("sft",), reads_checkpoint=True),
 }

@@ -1,0 +1,170 @@
+"""What holds for every stage of llada/training/stages.py: a new stage is tried here by its entry alone."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file
+
+from conftest import ROOT, load_script
+from llada.run import read_metrics
+from llada.training.stages import STAGES
+from processes import finish, kill_after, run_ranks, start
+
+TRAINED = {name: stage for name, stage in STAGES.items() if stage.trains}
+RUNS = [
+    pytest.param(name, flags, id=", ".join(filter(None, [name, variant])))
+    for name, stage in TRAINED.items()
+    for variant, flags in {"": (), **stage.variants}.items()
+]
+# Debug configs that start from scratch do so at this size: what is tried here does not depend on it.
+TINY = "{d_model: 16, n_layers: 2, n_heads: 2, n_kv_heads: 2, mlp_hidden_size: 24, rope_theta: 1e4}"
+# Of metrics.jsonl; all others are results, but that a reward of 0 may have either sign.
+CLOCKS = (
+    "time",
+    "tokens_per_second",
+    "tflops_per_second",
+    "mfu",
+    "peak_memory_gb",
+    "num_tokens",
+    "eval_accuracies",
+)
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory, worker_id_or_none) -> Path:
+    """A folder like the repository's, in which debug configs run; shared by all workers of a test run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if worker_id_or_none else base) / "debug"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            for name in ("data", "configs", "eval"):
+                (folder / name).symlink_to(ROOT / name)
+            (folder / "size.yaml").write_text(TINY)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def worker_id_or_none() -> str | None:
+    """The name of this xdist worker."""
+    return os.environ.get("PYTEST_XDIST_WORKER")
+
+
+@pytest.fixture
+def made(workplace, monkeypatch):
+    """made(name): the output of a stage's debug config, made now if it is not there yet."""
+    monkeypatch.chdir(workplace)
+
+    def make(name: str) -> Path:
+        stage = STAGES[name]
+        if not stage.debug_output.exists():
+            for before in stage.after:
+                make(before)
+            load_script(stage.script).main(["--config", stage.debug_config, *size_of(name)])
+        return stage.debug_output
+
+    def make_alone(name: str) -> Path:
+        with FileLock(f"{workplace}.lock"):
+            return make(name)
+
+    return make_alone
+
+
+@pytest.fixture
+def inputs(made):
+    """inputs(name): makes what the debug config of a stage reads."""
+    return lambda name: [made(before) for before in STAGES[name].after]
+
+
+def size_of(name: str) -> list[str]:
+    is_new = "config_name" in (ROOT / STAGES[name].debug_config).read_text()
+    return ["--config_name", "size.yaml"] if is_new else []
+
+
+def flags_of(name: str, folder: Path, *more: object) -> list[str]:
+    return [
+        "--config",
+        STAGES[name].debug_config,
+        *size_of(name),
+        "--output_dir",
+        str(folder),
+        *map(str, more),
+    ]
+
+
+def results(folder: Path) -> list[dict[str, float]]:
+    """The logged numbers that are not a matter of speed."""
+    return [
+        {k: v for k, v in entry.items() if k not in CLOCKS and not k.startswith("share_")}
+        for entry in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = (folder / "final").glob("*model.safetensors")
+    return load_file(file)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_debug_config_runs(name, made):
+    assert made(name).exists()
+    header = (ROOT / STAGES[name].debug_config).read_text().split("\n\n")[0]
+    assert f"python {STAGES[name].script} --config {STAGES[name].debug_config}" in header
+    for before in STAGES[name].after:
+        assert f"python {STAGES[before].script} --config {STAGES[before].debug_config}" in header
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINED if name != "teacher"])
+def test_a_dry_run_writes_nothing(name, inputs, tmp_path, monkeypatch, capsys):
+    inputs(name)
+    before = sorted(Path.cwd().rglob("*"))
+    for world_size in (1, 2):
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        load_script(STAGES[name].script).main(flags_of(name, tmp_path / "run", "--dry_run"))
+        assert "nothing was written" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists() and sorted(Path.cwd().rglob("*")) == before
+
+
+@pytest.mark.parametrize(("name", "variant"), RUNS)
+def test_killed_and_resumed_equals_uninterrupted(name, variant, inputs, tmp_path):
+    inputs(name)
+    script, whole, killed = STAGES[name].script, tmp_path / "whole", tmp_path / "killed"
+    more = [*variant, "--max_steps", 16, "--save_interval", 3, "--log_interval", 1]
+    load_script(script).main(flags_of(name, whole, *more))
+    log = tmp_path / "log"
+    kill_after(start(script, flags_of(name, killed, *more), log), killed, 8)
+    assert (killed / "latest").exists()
+    finish(start(script, flags_of(name, killed, *more), log), log)
+    assert results(killed) == results(whole)
+    assert [entry["step"] for entry in results(killed) if "loss" in entry] == list(range(1, 17))
+    one, other = weights(whole), weights(killed)
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    for file in whole.glob("completions.jsonl"):
+        assert (killed / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "shard"),
+    [
+        pytest.param(*run.values, shard, id=f"{run.id}, {shard}")
+        for run in RUNS
+        for shard in ("none", "full")
+        if run.values[0] != "teacher" or shard == "none"  # a teacher is trained whole
+    ],
+)
+def test_two_ranks_equal_one_process(name, variant, shard, inputs, tmp_path):
+    inputs(name)
+    script = STAGES[name].script
+    # a large epsilon: Adam's first steps would blow up rounding in gradients that are nearly zero
+    more = [*variant, "--max_steps", 4, "--log_interval", 1, "--adam_epsilon", 1e-2]
+    load_script(script).main(flags_of(name, tmp_path / "one", *more))
+    two = [*more, "--micro_batch_size", 1, "--shard", shard]
+    run_ranks(2, script, flags_of(name, tmp_path / "two", *two), tmp_path)
+    for one, other in zip(results(tmp_path / "one"), results(tmp_path / "two"), strict=True):
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-5)
+    one, other = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for key in one:
+        torch.testing.assert_close(other[key], one[key], rtol=1e-4, atol=1e-5)
