@@ -174,5 +174,10 @@ class GrpoConfig(LikelihoodFlags, SurrogateFlags, GroupFlags, ReferenceFlags, Po
     # Other terms, another loss, other advantages: another run.
     fixed = (
         *PolicyConfig.fixed,
-        *(field.name for group in (LikelihoodFlags, SurrogateFlags, GroupFlags) for field in fields(group)),
+        *(
+            field.name
+            for group in (LikelihoodFlags, SurrogateFlags, GroupFlags)
+            for field in fields(group)
+            if field.name not in ("rollout_batch_size", "max_dead_steps", "log_completions")
+        ),
     )
