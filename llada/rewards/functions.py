@@ -135,9 +135,9 @@ def sudoku(text: str, *, puzzle: Any, was_cut: bool | None = None) -> bool:
 
 
 @of_each
-def sudoku_cells(text: str, *, puzzle: Any, solution: Any) -> float:
+def sudoku_cells(text: str, *, puzzle: Any, solution: Any, was_cut: bool | None = None) -> float:
     """Share of the empty cells of `puzzle` that the final answer fills as `solution` does: d1's score."""
-    return verifiers.sudoku_cells(text, cells(puzzle), cells(solution))
+    return verifiers.sudoku_cells(text, cells(puzzle), cells(solution), was_cut=was_cut)
 
 
 @of_each
