@@ -78,6 +78,7 @@ class Sampler:
             [owner.record for owner in owners],
             where=[owner.where for owner in owners],
             completion_ids=[completion.answer for completion in completions],
+            num_forwards=[completion.steps for completion in completions],
             was_cut=[not completion.has_ended for completion in completions],
         )
         for i, completion in enumerate(completions):

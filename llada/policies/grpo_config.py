@@ -87,6 +87,12 @@ class LikelihoodFlags:
                 "--ratio_level token, --trajectory_shrink: the order of decisions belongs to whole steps; "
                 "give --order_term false"
             )
+        blocks = -(-settings.gen_length // settings.block_of(settings.gen_length))
+        if self.mask_plan == "block" and self.n_mc_samples > blocks:
+            raise ValueError(
+                f"--mask_plan block: {self.n_mc_samples} masks, each in another block, of which "
+                f"--gen_length and --block_length make {blocks}"
+            )
         if self.eos == "canvas" and settings.early_stop:
             raise ValueError("--eos canvas: an answer is sampled to its end only with --early_stop false")
 

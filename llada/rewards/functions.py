@@ -200,11 +200,20 @@ def _is_program(text: str) -> bool:
         return False
 
 
+@of_each
+def speed(text: str, *, completion_ids: Sequence[int], num_forwards: int) -> float:
+    """Tokens per forward: what --parallel_decoding threshold gains. Weigh it below the reward that it serves.
+
+    Source: LightningRL rl_reward.py.
+    """
+    return len(completion_ids) / max(1, num_forwards)
+
+
 BUILT_IN: dict[str, RewardFunction] = {
     reward.__name__: reward
     for reward in (
         *(reasoning_gym, reasoning_gym_partial, math, sudoku, sudoku_cells, countdown, countdown_graded),
-        *(code, format, reasoning_format),
+        *(code, format, reasoning_format, speed),
     )
 }
 # Of these an empty completion tells whether a record can be scored at all.
