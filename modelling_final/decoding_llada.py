@@ -72,6 +72,7 @@ class Decoding:
         self.recorder = Recorder(model) if settings.cuda_graphs else None
         self.is_running = [True] * len(keys)
         self.cuts = list(canvas.gen_lengths)  # of each answer, what a stop lets stay
+        self.scores: Tensor | None = None  # [N, G, E] the logits each token was decided from, if asked for
         self.forwards = 0
 
     def run(self) -> None:
@@ -314,6 +315,13 @@ class Decoding:
         """Puts the picked tokens into the canvas, and reports them."""
         at = (block.rows[:, None], columns + block.start)
         self.canvas.tokens[at] = torch.where(picks, tokens, self.canvas.tokens[at])
+        if self.settings.output_scores:
+            if self.scores is None:
+                shape = (len(self.keys), max(self.canvas.gen_lengths), logits.shape[-1])
+                self.scores = logits.new_zeros(shape)
+            sequence, place = picks.nonzero(as_tuple=True)
+            columns_picked = columns[sequence, place] + block.start - self.canvas.num_prompt
+            self.scores[block.rows[sequence], columns_picked] = logits[sequence, place]
         if self.on_step is None:
             return
         confidences, offset = confidence(logits, tokens), block.start - self.canvas.num_prompt

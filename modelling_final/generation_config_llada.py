@@ -29,8 +29,8 @@ DEFAULTS = {declared.name: declared.default for declared in fields(GenerateSetti
 # Names of transformers' own that mean something here; `use_cache` wishes for speed, never for other tokens.
 SHARED = (
     "max_new_tokens", "max_length", "do_sample", "eos_token_id", "pad_token_id", "bos_token_id",
-    "stop_strings", "return_dict_in_generate", "use_cache", "transformers_version", "disable_compile",
-    "_from_model_config",
+    "stop_strings", "return_dict_in_generate", "output_scores", "use_cache", "disable_compile",
+    "transformers_version", "_from_model_config",
 )  # fmt: skip
 INSTEAD = {
     "guidance_scale": "cfg_scale guides",

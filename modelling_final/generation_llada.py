@@ -44,6 +44,7 @@ class LLaDAGenerateOutput(ModelOutput):
     tokens_per_forward: float | None = None  # tokens decided, per sequence and forward
     is_approximate: bool | None = None  # whether a setting was on that may change the tokens
     trace: list[dict[str, Any]] | None = None  # one dict for each sequence and step; see `generate`
+    scores: tuple[Tensor, ...] | None = None  # G times [N, E], logits each token was decided from; 0 if none
 
 
 class LLaDAGenerationMixin(GenerationMixin):
@@ -249,4 +250,5 @@ def _output(decoding: Decoding, given: Tensor, trace: list[dict[str, Any]] | Non
         tokens_per_forward=num_decided / max(1, int(decoding.steps.sum())),
         is_approximate=settings.is_approximate,
         trace=trace,
+        scores=None if decoding.scores is None else decoding.scores.unbind(dim=1),
     )

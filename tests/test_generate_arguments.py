@@ -68,6 +68,16 @@ def test_the_cut_distribution_is_transformers_own():
         assert torch.equal(keep_likeliest(logits, top_k, top_p), expected), (top_k, top_p)
 
 
+def test_scores_are_the_logits_each_token_was_decided_from(model):
+    settings = {"max_new_tokens": 6, "eos_token_id": None, "return_dict_in_generate": True}
+    rich = model.generate(IDS, **settings, output_scores=True)
+    assert len(rich.scores) == 6 and rich.scores[0].shape == (1, model.config.embedding_size)
+    scores = torch.stack(rich.scores, dim=1)
+    scores[..., model.config.mask_token_id] = -torch.inf  # never chosen
+    assert torch.equal(scores.argmax(-1), rich.sequences[:, 4:])
+    assert model.generate(IDS, **settings).scores is None
+
+
 def test_named_ids_end_and_pad_an_answer(model):
     answer = model.generate(IDS, max_new_tokens=8, eos_token_id=None)[0, 4:].tolist()
     end = answer[3]

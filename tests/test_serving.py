@@ -55,8 +55,9 @@ def expected(server, text, gen_length=LENGTH, **settings):
     service = server.service
     prompt = render_prompt([{"role": "user", "content": text}], service.tokenizer, chat=True)
     output = service.engine.model.generate(
-        [prompt], generation_config=service.settings, gen_length=gen_length, record_ids=[0], **settings
-    )
+        [prompt], generation_config=service.settings, gen_length=gen_length, record_ids=[0],
+        return_dict_in_generate=True, **settings,
+    )  # fmt: skip
     return service.tokenizer.decode(output.completions[0], skip_special_tokens=True)
 
 
@@ -92,6 +93,7 @@ def test_completions_take_texts_token_ids_and_a_suffix(server, openai_client):
     output = service.engine.model.generate(
         [render_prompt("one", service.tokenizer, chat=False)], generation_config=service.settings,
         gen_length=[8], suffixes=[suffix], early_stop=False, logits_eos_inf=True,
+        return_dict_in_generate=True,
     )  # fmt: skip
     assert hole.choices[0].text == service.tokenizer.decode(output.completions[0], skip_special_tokens=True)
 

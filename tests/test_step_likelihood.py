@@ -126,7 +126,9 @@ def test_replay_gives_the_sampled_confidences_and_answers_bit_by_bit(name):
     model, settings = peaked_model(), settings_of(**SAMPLERS[name])
     mask_id = model.config.mask_token_id
     for prompt in PROMPTS:
-        output = model.generate([prompt], generation_config=settings, return_trace=True)
+        output = model.generate(
+            [prompt], generation_config=settings, return_trace=True, return_dict_in_generate=True
+        )
         states = replay(prompt, output.trace, settings, mask_id=mask_id)
         assert len(states) == len(output.trace) == int(output.steps)
         answer = np.full(6, mask_id)
@@ -147,7 +149,9 @@ def test_replay_gives_the_sampled_confidences_and_answers_bit_by_bit(name):
 def test_batched_states_score_as_they_do_alone():
     model, settings = peaked_model().double(), settings_of(steps=3)
     mask_id = model.config.mask_token_id
-    output = model.generate(PROMPTS, generation_config=settings, return_trace=True)
+    output = model.generate(
+        PROMPTS, generation_config=settings, return_trace=True, return_dict_in_generate=True
+    )
     states = []
     for row, prompt in enumerate(PROMPTS):
         trace = [entry for entry in output.trace if entry["row"] == row]

@@ -33,6 +33,21 @@ torch.save(found, adapter + "/found.pt")
 """
 
 
+PIPELINES = """
+import sys, torch
+from transformers import pipeline
+fill = pipeline("fill-mask", model=sys.argv[1], trust_remote_code=True)
+guesses = fill(f"12 + {fill.tokenizer.mask_token} = 3", top_k=2)
+assert len(guesses) == 2 and guesses[0]["score"] >= guesses[1]["score"]
+write = pipeline("text-generation", model=sys.argv[1], trust_remote_code=True)
+(greedy,), (again,) = (write("12 + 3", max_new_tokens=8, do_sample=False) for _ in range(2))
+assert greedy == again and greedy["generated_text"].startswith("12 + 3")
+assert [len(rows) for rows in write(["one", "two"], max_new_tokens=8, num_return_sequences=2)] == [2, 2]
+(reply,) = write([{"role": "user", "content": "12 + 3"}], max_new_tokens=8, temperature=0.7, do_sample=True)
+assert reply["generated_text"][-1]["role"] == "assistant"
+"""
+
+
 @pytest.fixture(scope="module", params=["untied", "tied"])
 def folders(request, tokenizer_dir, tmp_path_factory):
     """(a model folder, an adapter folder for it), saved as training saves them."""
@@ -76,6 +91,10 @@ def test_auto_classes_and_peft_give_the_same_logits(folders, tmp_path):
     for name in ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"):
         assert torch.equal(found[name], expected), name
     assert torch.equal(found["PeftModel"], adapted) and not torch.equal(adapted, expected)
+
+
+def test_pipelines_fill_masks_and_write(folders, tmp_path):
+    away(PIPELINES, folders[0], tmp_path=tmp_path)
 
 
 def test_what_a_folder_holds(folders):
