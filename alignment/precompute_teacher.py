@@ -28,11 +28,12 @@ from functools import partial
 from itertools import islice
 
 from llada.chat_client import ChatClient
+from llada.data.flags import ConversationFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
 
 
 @dataclass(kw_only=True)
-class Config:
+class Config(ConversationFlags):
     """Flags of this script."""
 
     input: list[str] = flag(help="Conversations, prompts, or records with logits: .json, .jsonl, ...")
@@ -110,23 +111,27 @@ from llada.autoregressive.teacher_rows import (
     fit_length,
 )
 from llada.autoregressive.teacher_server import ServerTeacher
-from llada.data.messages import to_messages, to_prompt
-from llada.data.records import files_of, read_records
+from llada.data.fields import as_turns
+from llada.data.files import files_of
+from llada.data.reading import Record, describe_losses, read
 from llada.data.shards import Columns, Item, describe_inputs, describe_tokenizer, read_manifest, write_shards
 from llada.models.tokens import load_tokenizer
 
 
-def questions(config: Config, paths: list[str], bar: tqdm) -> Iterator[Item]:
+def questions(config: Config, paths: list[str], bar: tqdm, counts: Counter) -> Iterator[Item]:
     """(file:line, Question) of these files; the answer is the last assistant turn."""
+
+    def question(record: Record) -> Question:
+        if config.teacher is None or config.responses == "generate":
+            return Question(record.where, as_turns(record.prompt(), "user"), None)
+        messages = record.messages()
+        while messages[-1]["role"] != "assistant":
+            messages.pop()
+        return Question(record.where, messages[:-1], messages[-1]["content"].strip())
+
     for path in paths:
-        for where, record in read_records(path, on_bytes=bar.update):
-            if config.teacher is None or config.responses == "generate":
-                yield where, Question(where, to_prompt(record, where), None)
-                continue
-            messages = to_messages(record, where)
-            while messages[-1]["role"] != "assistant":
-                messages.pop()
-            yield where, Question(where, messages[:-1], messages[-1]["content"].strip())
+        for where, _, found in read(path, config.reader(), question, counts, on_bytes=bar.update):
+            yield where, found
 
 
 def encode(
@@ -166,7 +171,7 @@ def from_files(config: Config, student: Student) -> None:
     teacher = AutoTokenizer.from_pretrained(config.teacher_tokenizer) if config.teacher_tokenizer else None
     file = TeacherFile(student, teacher, top_k=config.top_k)
 
-    def items(paths: list[str], bar: tqdm) -> Iterator[Item]:
+    def items(paths: list[str], bar: tqdm, _: Counter) -> Iterator[Item]:
         for path in paths:
             for where, record in read_teacher_records(path, bar.update):
                 yield where, file.answer(record, where)
@@ -228,7 +233,7 @@ def from_server(config: Config, student: Student) -> None:
 def write(
     config: Config,
     student: Student,
-    items: Callable[[list[str], tqdm], Iterator[Item]],
+    items: Callable[[list[str], tqdm, Counter], Iterator[Item]],
     answers_of: Callable[[list[Item]], Iterable[TeacherAnswer | None]],
     source: dict[str, object],
 ) -> None:
@@ -240,15 +245,17 @@ def write(
     settings = {name: getattr(config, name) for name in ("max_length", "long", "top_k", "limit")}
     settings["tokenizer"] = describe_tokenizer(student.tokenizer, with_template=False)
     for folder, paths in splits.items():
+        losses: Counter = Counter()
         size = sum(file.stat().st_size for path in paths for file in files_of(path))
         with tqdm(total=size, unit="B", unit_scale=True, desc=folder, delay=1) as bar:
             write_shards(
-                islice(items(paths, bar), config.limit),
+                islice(items(paths, bar, losses), config.limit),
                 lambda batch: encode(batch, answers_of(batch), config),
                 folder,
-                fingerprint={"kind": KIND, "inputs": describe_inputs(paths), **settings, **source},
+                fingerprint={"kind": KIND, "inputs": describe_inputs(paths, folder), **settings, **source},
                 shard_size=config.shard_size or (256 if config.top_k else 8),
                 overwrite=config.overwrite,
+                read_counts=losses,
                 on_shard=lambda counts: bar.set_postfix(rows=counts["rows"], refresh=False),
             )
         found = read_manifest(folder)["statistics"]
@@ -256,6 +263,7 @@ def write(
             f"{folder}: {found['records']} records in {found['rows']} rows ({found['dropped']} dropped, "
             f"{found['truncated']} truncated, {found['no_text']} without text), {found['answer_tokens']} "
             f"answer tokens, {found['teacher_positions']} of them with a distribution"
+            f"{describe_losses(losses, found['records'], lost=found['dropped'])}"
         )
 
 

@@ -15,12 +15,13 @@ The same command continues an interrupted run.
 from dataclasses import dataclass
 from functools import partial
 
+from llada.data.flags import ConversationFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.training.config import TrainConfig
 
 
 @dataclass(kw_only=True)
-class Config(TrainConfig):
+class Config(ConversationFlags, TrainConfig):
     """Flags of teacher training."""
 
     train_data_path: str = flag(help="Conversations: raw, or made by prepare_sft.py.")
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--dry_run looks at LLaDA checkpoints; a teacher of this size is tried out directly")
     train_on_rows(
         config,
-        ConversationRows(config.max_length),
+        ConversationRows(config.max_length, config.reader(), config.parse_special_tokens),
         lambda rows, *_: partial(example_of, rows),
         load=load_causal,
         stream_type=CausalStream,

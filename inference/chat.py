@@ -53,7 +53,8 @@ if __name__ == "__main__":
 from transformers import PreTrainedTokenizerBase
 
 from llada.data.chat import drops_system, render_prompt
-from llada.data.messages import Message, to_messages
+from llada.data.messages import Message
+from llada.data.reading import to_messages
 from llada.data.records import read_records
 from llada.inference.denoising_view import DenoisingView, clean
 from llada.models.building import load_for_inference

@@ -77,6 +77,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llada.data.final_answer import final_answer
 from llada.data.prompts import Prompt, read_asked_prompts
+from llada.data.reading import describe_losses
 from llada.diffusion.likelihood import Request, score_answers
 from llada.diffusion.settings import LikelihoodSettings, MaskSettings
 from llada.models.building import load_for_inference
@@ -225,8 +226,7 @@ def main(argv: list[str] | None = None) -> None:
         config, tokenizer, context=context, gen_length=config.gen_length, long=config.long_prompts
     )
     if run.is_main:
-        for what, count in counts.items():
-            print(f"{what}: {count}", flush=True)
+        print(f"{len(prompts)} prompts{describe_losses(counts, len(prompts) + counts.total())}", flush=True)
         if settings.is_approximate:
             print("approximate: other tokens than the published sampler's are possible", flush=True)
     made_with = {name: value for name, value in asdict(config).items() if name not in FREE}

@@ -14,12 +14,12 @@ Run:
 
 from dataclasses import dataclass
 
-from llada.data.flags import PrepareFlags
+from llada.data.flags import PrepareFlags, TextFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
 
 
 @dataclass(kw_only=True)
-class Config(PrepareFlags):
+class Config(PrepareFlags, TextFlags):
     """Flags of this script."""
 
     rows: str = flag(
@@ -44,7 +44,9 @@ from llada.models.tokens import load_tokenizer
 def main(argv: list[str] | None = None) -> None:
     """Writes the rows and prints what they hold."""
     config = parse(Config, argv, description=__doc__)
-    rows = CorpusRows(config.max_length, rows=config.rows, text_documents=config.text_documents)
+    rows = CorpusRows(
+        config.max_length, config.reader(), config.parse_special_tokens, config.rows, config.text_documents
+    )
     write_splits(config, rows, load_tokenizer(config.tokenizer))
 
 

@@ -22,12 +22,13 @@ The same command continues an interrupted run.
 from dataclasses import dataclass
 from functools import partial
 
+from llada.data.flags import TextFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.training.config import TrainConfig
 
 
 @dataclass(kw_only=True)
-class Config(TrainConfig):
+class Config(TextFlags, TrainConfig):
     """Flags of pretraining."""
 
     fixed = (
@@ -104,7 +105,12 @@ def main(argv: list[str] | None = None) -> None:
 
     train_on_rows(
         config,
-        CorpusRows(config.max_length, rows="documents" if config.packing else "joined"),
+        CorpusRows(
+            config.max_length,
+            config.reader(),
+            config.parse_special_tokens,
+            rows="documents" if config.packing else "joined",
+        ),
         example_of_rows,
         curriculum=Curriculum(
             config.start_length,

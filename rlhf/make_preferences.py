@@ -26,13 +26,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llada.data.flags import QuestionFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
 from llada.rewards.flags import RewardFlags
 
 
 @dataclass(kw_only=True)
-class Config(SamplerFlags, RewardFlags):
+class Config(QuestionFlags, SamplerFlags, RewardFlags):
     """Flags of the preference maker."""
 
     model_name_or_path: str = flag(help="Checkpoint or run folder, adapter folder, or hub name.")
@@ -60,6 +61,7 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 from llada.data.prompts import Prompt, read_prompts
+from llada.data.reading import describe_losses
 from llada.diffusion.masking import generator
 from llada.models.building import load_for_inference
 from llada.models.checkpoints import describe_checkpoint
@@ -184,6 +186,8 @@ def main(argv: list[str] | None = None) -> None:
         gen_length=config.gen_length,
         long=config.long_prompts,
         limit=config.max_samples,
+        reader=config.reader(),
+        parse_special=config.parse_special_tokens,
     )
     config.check_records(prompts)
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
@@ -205,8 +209,9 @@ def main(argv: list[str] | None = None) -> None:
     if run.is_main:
         log.read()
         summary = write(config, prompts, log, own)
-        for what, count in {**counts, **summary}.items():
+        for what, count in summary.items():
             print(f"{what}: {count}", flush=True)
+        print(describe_losses(counts, len(prompts) + counts.total()).strip("\n"), flush=True)
     end_run()
 
 

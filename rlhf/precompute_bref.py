@@ -24,11 +24,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from llada.data.flags import LabelledFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
 
 
 @dataclass(kw_only=True)
-class Config:
+class Config(LabelledFlags):
     """Flags of the reference values."""
 
     model_path: str = flag(help="Checkpoint of the reference: folder, run, adapter, or hub name.")
@@ -92,8 +93,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from llada.data.answers import Encoded, Encoding, Tokens, encode_answers, labelled_answers
-from llada.data.messages import Labelled
-from llada.data.records import Located, input_files, read_records
+from llada.data.reading import BAD, Labelled, describe_losses
+from llada.data.records import Located
 from llada.diffusion.bound_gradient import draw_values, make_draws
 from llada.diffusion.likelihood import Request
 from llada.models.checkpoints import load_model
@@ -112,8 +113,8 @@ from llada.resumable import ResumableJob, write_atomically
 from llada.run import autocast, barrier, end_run, start_processes, start_run
 
 
-def located_records(config: Config) -> Iterable[Located]:
-    """("file:line", record) of --split in order."""
+def source_of(config: Config) -> str | Iterable[Located]:
+    """--dataset, or the located records of --split where it names a data set of the hub."""
     path = Path(config.dataset)
     if not path.exists():
         try:
@@ -124,18 +125,7 @@ def located_records(config: Config) -> Iterable[Located]:
                 f"--dataset {config.dataset}: neither a file here nor given by the hub ({reason})"
             ) from error
         return ((f"{config.dataset}:{number}", row) for number, row in enumerate(rows, start=1))
-    if (path / "dataset_dict.json").is_file():
-        return read_records(path / config.split)
-    if path.is_dir() and not (path / "state.json").is_file():
-        # a folder as the hub lays it out: data/train-00000-of-00001.parquet, train/..., train.jsonl
-        files = [
-            file
-            for file in input_files(path)
-            if file.stem.split("-")[0] == config.split or file.parent.name == config.split
-        ]
-        if files:
-            return chain.from_iterable(map(read_records, files))
-    return read_records(path)
+    return config.dataset
 
 
 def describe(index: int, item: Labelled, found: Encoded, num_draws: int) -> dict[str, Any]:
@@ -211,14 +201,28 @@ def main(argv: list[str] | None = None) -> None:
     if config.dtype == "auto":
         config.dtype = "bfloat16" if run.device.type == "cuda" else "float32"
     tokenizer = load_tokenizer(config.tokenizer_name or config.model_path, chat=True)
-    items = labelled_answers(located_records(config), max_samples=config.max_samples)
-    encoding = Encoding(tokenizer, config.eos, config.apply_chat_template, config.max_length, config.long)
-    encoded = encode_answers([(where, item.prompt, item.completion) for where, item in items], encoding)
+    reader, losses = config.reader(), Counter()
+    items = labelled_answers(
+        source_of(config), reader, losses, split=config.split, max_samples=config.max_samples
+    )
+    encoding = Encoding(
+        tokenizer, config.eos, config.apply_chat_template, config.max_length, config.long,
+        config.parse_special_tokens,
+    )  # fmt: skip
+    encoded = encode_answers(
+        [(where, item.prompt, item.completion) for where, item in items],
+        encoding,
+        losses if reader.drops_bad else None,
+    )
+    usable = [n for n, found in enumerate(encoded) if found.outcome != "bad"]
+    items, encoded = [items[n] for n in usable], [encoded[n] for n in usable]
     model = load_model(config.model_path, dtype=config.weights_dtype, device=run.device).eval()
     ids = special_ids(model.config, tokenizer)
     check_mask_token(config, ids.mask, tokenizer)
     flags = (config.eos, config.apply_chat_template, config.dtype, config.weights_dtype)
     settings = fingerprint(config.model_path, tokenizer, BrefSettings(config.max_length, ids.mask, *flags))
+    if config.parse_special_tokens:
+        settings["parse_special_tokens"] = True
     parts = f"{config.output_file}.parts"
     job = ResumableJob(parts, {**settings, "draws": k_vals[-1]}, rank=run.rank, world_size=run.world_size)
     tokens = [found.tokens for found in encoded]
@@ -241,7 +245,8 @@ def main(argv: list[str] | None = None) -> None:
         write_atomically(Path(config.output_file), "".join(lines))
         shutil.rmtree(parts)
         counts = Counter(found.outcome for found in encoded)
-        print(f"{len(lines)} records -> {config.output_file}, answers {dict(counts)}", flush=True)
+        lost = describe_losses(losses, len(lines) + losses[BAD], lost=counts["dropped"])
+        print(f"{len(lines)} records -> {config.output_file}, answers {dict(counts)}{lost}", flush=True)
     end_run()
 
 

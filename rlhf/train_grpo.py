@@ -33,23 +33,24 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from llada.data.flags import QuestionFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
-from llada.policies.config import OlderFlags
-from llada.policies.grpo_config import GrpoConfig
-from llada.policies.recipes import RecipeFlags
+from llada.policies.config import GrpoConfig, OlderFlags
 from llada.rewards.flags import RewardFlags
 
 
 @dataclass(kw_only=True)
-class Config(RewardFlags, SamplerFlags, OlderFlags, RecipeFlags, GrpoConfig):
+class Config(QuestionFlags, RewardFlags, SamplerFlags, OlderFlags, GrpoConfig):
     """Flags of GRPO."""
 
-    stage = "rlhf/train_grpo.py"
-
+    # What decides a rollout, its advantages, or its loss.
     fixed = (
-        *GrpoConfig.fixed, "reward_funcs", "reward_weights", "gen_length", "block_length", "steps",
-        "temperature", "remasking", "method", "apply_chat_template",
+        *GrpoConfig.fixed, "estimator", "num_generations", "num_iterations", "n_mc_samples", "mask_plan",
+        "l_sampling", "eos", "trajectory_steps", "order_term", "p_mask_prompt", "beta", "epsilon",
+        "epsilon_high", "loss_type", "scale_rewards", "advantages", "negative_weight", "reward_funcs",
+        "reward_weights", "gen_length", "block_length", "steps", "temperature", "remasking", "method",
+        "apply_chat_template",
     )  # fmt: skip
 
     train_data_path: str = flag(
@@ -63,7 +64,6 @@ class Config(RewardFlags, SamplerFlags, OlderFlags, RecipeFlags, GrpoConfig):
     long_prompts: str = flag(
         "error", help="Prompts beyond --max_length less the answer.", choices=["error", "drop"]
     )
-    input_key: str | None = flag(None, help="Field of the prompt, where it is not found by itself.")
     resume_from_checkpoint: str = flag(
         "auto",
         help="auto = continue --output_dir if it holds a state; none; or a folder.",
@@ -105,10 +105,8 @@ class Config(RewardFlags, SamplerFlags, OlderFlags, RecipeFlags, GrpoConfig):
         for name in ("stop_accuracy", "patience"):
             if getattr(self, name) and self.eval_data_path is None:
                 raise ValueError(f"--{name} needs --eval_data_path")
-        settings = sampler_settings(self)
-        self.check_likelihood(settings)
         if self.estimator == "trajectory":
-            check_settings(settings, order=self.order_term)
+            check_settings(sampler_settings(self))
 
     def resolve(self, run: "Run", num_records: int) -> None:
         """`num_records` completions are an epoch; --num_iterations steps learn from each."""
@@ -125,14 +123,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llada.data.prompts import Prompt, prompt_file, read_prompts
+from llada.data.reading import describe_losses
 from llada.diffusion.sampler_likelihood import check_settings
 from llada.models.checkpoints import load_config
 from llada.policies.completions import Sampler
 from llada.policies.grpo import grpo_loss
+from llada.policies.likelihood_terms import TermBuilder
 from llada.policies.reference_model import make_reference
 from llada.policies.rollouts import RolloutStream, sums_of_known
 from llada.policies.stage import PolicyStage
-from llada.policies.term_builder import TermBuilder
 from llada.rewards.scoring import Reward
 from llada.run import Run, described_run, means_over_ranks
 from llada.training.dry_run import Rows
@@ -151,7 +150,8 @@ def prompts_in(
         context=min(config.max_length, context),
         gen_length=config.gen_length,
         long=config.long_prompts,
-        key=config.input_key,
+        reader=config.reader(),
+        parse_special=config.parse_special_tokens,
         limit=limit,
     )
     config.check_records(found[0])
@@ -177,10 +177,7 @@ def make_validation(
     """
     mine = prompts[run.rank :: run.world_size]
     greedy = replace(
-        sampler,
-        keep_trace=False,
-        keep_canvas=False,
-        settings=sampler.settings.changed(temperature=0.0, num_return_sequences=1),
+        sampler, keep_trace=False, settings=sampler.settings.changed(temperature=0.0, num_return_sequences=1)
     )
 
     def validate(_: torch.nn.Module) -> dict[str, float]:
@@ -212,13 +209,12 @@ def make_stream(
             batch_size=config.rollout_batch_size,
             chat=config.apply_chat_template,
             keep_trace=config.estimator == "trajectory",
-            keep_canvas=config.eos == "canvas",
         ),
         prompts=prompts,
-        terms_of=TermBuilder(config, settings, stage.ids),
+        terms_of=TermBuilder(config, settings, stage.ids, config.seed, config.micro_batch_size),
         config=config,
         run=stage.run,
-        reference=make_reference(config, stage.run) if config.beta and config.kl_to == "reference" else None,
+        reference=make_reference(config, stage.run) if config.beta else None,
     )
 
 
@@ -235,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     path = prompt_file(config.train_data_path, Path(config.output_dir, "data"), stage.run)
     prompts, counts = prompts_in(config, path, stage.tokenizer, limit=config.max_samples)
     if stage.run.is_main:
-        print(f"{len(prompts)} prompts {dict(counts) or ''}", flush=True)
+        print(f"{len(prompts)} prompts{describe_losses(counts, len(prompts) + counts.total())}", flush=True)
     stage.load(len(prompts) * config.num_generations)
     stream = make_stream(config, stage, prompts, rewards)
     validate = None

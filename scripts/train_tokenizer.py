@@ -31,7 +31,7 @@ if __name__ == "__main__":
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from llada.data.messages import to_messages
+from llada.data.reading import to_messages
 from llada.data.records import read_records
 from llada.models.tokens import CHAT_TEMPLATE, SPECIAL_TOKENS
 

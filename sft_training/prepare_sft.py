@@ -13,12 +13,12 @@ Run:
 
 from dataclasses import dataclass
 
-from llada.data.flags import PrepareFlags
+from llada.data.flags import ConversationFlags, PrepareFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
 
 
 @dataclass(kw_only=True)
-class Config(PrepareFlags):
+class Config(PrepareFlags, ConversationFlags):
     """Flags of this script."""
 
     turns: str = flag(
@@ -44,7 +44,9 @@ from llada.models.tokens import load_tokenizer
 def main(argv: list[str] | None = None) -> None:
     """Writes the rows and prints what they hold."""
     config = parse(Config, argv, description=__doc__)
-    rows = ConversationRows(config.max_length, turns=config.turns, long=config.long)
+    rows = ConversationRows(
+        config.max_length, config.reader(), config.parse_special_tokens, turns=config.turns, long=config.long
+    )
     write_splits(config, rows, load_tokenizer(config.tokenizer, chat=True))
 
 

@@ -21,12 +21,13 @@ its global batch with EOS tokens that count as answer.
 from dataclasses import dataclass
 from functools import partial
 
+from llada.data.flags import ConversationFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.training.config import TrainConfig
 
 
 @dataclass(kw_only=True)
-class Config(TrainConfig):
+class Config(ConversationFlags, TrainConfig):
     """Flags of SFT."""
 
     fixed = (*TrainConfig.fixed, "eos_padding", "full_padding_probability")
@@ -98,7 +99,13 @@ def main(argv: list[str] | None = None) -> None:
 
     train_on_rows(
         config,
-        ConversationRows(config.max_length, turns=config.turns, long=config.long),
+        ConversationRows(
+            config.max_length,
+            config.reader(),
+            config.parse_special_tokens,
+            turns=config.turns,
+            long=config.long,
+        ),
         example_of_rows,
         weights=config.data_weights,
         fills_rows=config.eos_padding,

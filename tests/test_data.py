@@ -110,7 +110,7 @@ def test_bad_corpora(plain, tmp_path, content, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"text": "a"}', "a.jsonl:1: no conversation in fields ['text']; accepted: conversations"),
+        ('{"text": "a"}', "a.jsonl:1: no conversation in fields ['text']; accepted: messages, conv"),
         ('{"prompt": "a", "completion": ""}', "a.jsonl:1: empty answer: every assistant turn needs text"),
         ('{"prompt": "a", "completion": "<|mdm_mask|>"}', "a.jsonl:1: the text contains the mask token"),
         ('{"prompt": "a", "completion": "\\ud800"}', "a.jsonl:1: '\\ud800' is half a character (surrogate)"),

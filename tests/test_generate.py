@@ -196,7 +196,7 @@ def test_trace_has_every_step(run, prompts, tmp_path):
         ("", "bad.jsonl: holds no records"),
         ('{"prompt": "a"}\n{"prompt": \n', "bad.jsonl:2: malformed JSON"),
         ('{"prompt": ""}\n', "bad.jsonl:1: empty prompt"),
-        ('{"text": "a"}\n{"nothing": 1}\n', "bad.jsonl:2: no conversation"),
+        ('{"text": "a"}\n{"nothing": 1}\n', "bad.jsonl:2: no prompt in fields"),
         ('{"prompt": "a <|mdm_mask|>"}\n', "bad.jsonl:1: .*mask token"),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, '
          '{"role": "user", "content": "c"}]}\n', "bad.jsonl:1: .* 3 messages needs --is_instruct"),

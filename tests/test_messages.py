@@ -3,7 +3,7 @@
 import pytest
 
 from chat_samples import PARIS, TWO_TURNS
-from llada.data.messages import to_messages, to_prompt
+from llada.data.reading import to_messages, to_prompt
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,10 @@ EMPTY = "empty answer: every assistant turn needs text"
     [
         (
             {"text": "a"},
-            "no conversation in fields ['text']; accepted: conversations, messages, prompt + completion, "
-            "instruction + output, user + assistant, question + answer",
+            "no conversation in fields ['text']; accepted: messages, conversations, prompt + completion, "
+            "instruction + output, question + answer, query + response, problem + solution, "
+            "user + assistant, input + output, inputs + targets; or name the fields with --prompt_key and "
+            "--answer_key",
         ),
         ({"prompt": "a"}, "'prompt' needs 'completion' beside it; fields are ['prompt']"),
         ({"prompt": "a", "completion": ""}, EMPTY),
@@ -72,17 +74,20 @@ EMPTY = "empty answer: every assistant turn needs text"
         ),
         (
             {"messages": [{"role": "robot", "content": "a"}]},
-            "unknown role 'robot'; use one of system, user, assistant, human, gpt",
+            "unknown role 'robot'; use one of system, developer, user, human, prompter, assistant, gpt, ",
         ),
         (
             {"messages": [{"role": "user"}]},
             "a message needs 'role' and 'content' (or 'from' and 'value'), got {'role': 'user'}",
         ),
-        ({"messages": [{"role": "user", "content": ["a"]}]}, "'content' must be a string, got ['a']"),
+        (
+            {"messages": [{"role": "user", "content": ["a"]}]},
+            "'content' must be a string or a list of parts, got ['a']",
+        ),
         ({"messages": ["a"]}, "'messages' must hold {'role', 'content'} messages, got 'a'"),
         ({"prompt": "a", "completion": 4}, "'completion' must be a string or a list of messages, got 4"),
         ({"prompt": "a", "completion": PARIS[:1]}, "'completion' must hold assistant messages only, got "),
-        ({"question": "a", "answer": 4}, "'answer' must be a string, got 4"),
+        ({"question": "a", "answer": True}, "'answer' must be a string, got True"),
     ],
 )
 def test_bad_records_are_named(record, message):

@@ -21,6 +21,7 @@ from llada.autoregressive.teacher_rows import (
     as_columns,
     fit_length,
 )
+from llada.data.reading import to_messages
 from llada.data.shards import load_rows, read_manifest
 from llada.models.tokens import load_tokenizer
 from test_vocabulary import bytes_only
@@ -120,7 +121,7 @@ def test_another_vocabulary_is_aligned_by_bytes(tokenizer_dir, tmp_path):
         model = AutoModelForCausalLM.from_pretrained(teacher_dir)
         answer = student.table.decode(tokens)
         record = [json.loads(line) for line in (SAMPLES / "sft.jsonl").read_text().splitlines()][i]
-        question = precompute.to_messages(record, "x")
+        question = to_messages(record, "x")
         prompt = "\n".join(m["content"] for m in question[:-1]) + "\n"
         ids = tokenizer(prompt + answer.decode(), add_special_tokens=False).input_ids
         first = len(tokenizer(prompt, add_special_tokens=False).input_ids)

@@ -1,13 +1,14 @@
 """Preference records: every accepted form, what is refused, and where an answer ends."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from llada.data.answers import Encoding, encode_answers, labelled_answers, load_pairs
-from llada.data.messages import PAIR_KEYS, to_labelled, to_pair
-from llada.data.records import read_records
+from llada.data.fields import Reader
+from llada.data.reading import to_labelled, to_pair
 from llada.models.tokens import load_tokenizer
 
 USER = [{"role": "user", "content": "2 + 2?"}]
@@ -42,7 +43,7 @@ def test_plain_pairs():
     assert to_pair({"prompt": "a", "chosen": "b", "rejected": "c"}, "f:1") == ("a", "b", "c")
     found = to_pair({"chosen": "The sky is blue.", "rejected": "The sky is green."}, "f:1")
     assert found == ("The sky is", " blue.", " green.")
-    keys = {"prompt": "question", "chosen": "yes", "rejected": "no"}
+    keys = Reader(prompt_key="question", chosen_key="yes", rejected_key="no")
     assert to_pair({"question": "a", "yes": "b", "no": "c"}, "f:1", keys) == ("a", "b", "c")
 
 
@@ -153,10 +154,10 @@ def test_files_of_pairs_are_counted(tokenizer, tmp_path):
     ]
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    pairs, counts = load_pairs([str(file)], encoding(tokenizer, long="drop"), keys=PAIR_KEYS)
+    pairs, counts = load_pairs([str(file)], encoding(tokenizer, long="drop"), Reader())
     assert dict(counts) == {"kept": 1, "truncated": 0, "dropped": 1, "equal": 1}
     assert len(pairs) == 1
-    _, counts = load_pairs([str(file)], encoding(tokenizer, long="drop"), keys=PAIR_KEYS, max_samples=1)
+    _, counts = load_pairs([str(file)], encoding(tokenizer, long="drop"), Reader(), max_samples=1)
     assert counts["kept"] == 1 and counts["equal"] == 0
-    found = labelled_answers(read_records(str(file)), max_samples=3)
+    found = labelled_answers(str(file), Reader(), Counter(), max_samples=3)
     assert [item.label for _, item in found] == [True, False, True]

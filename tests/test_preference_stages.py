@@ -230,7 +230,7 @@ def test_published_records_are_accepted(model_dir, bref, tmp_path):
     # rows of 4096 tokens are slow here: the fill is the same but for its length
     script = load_script(KTO)
     settings = sys.modules["llada.policies.kto_reference"].PUBLISHED
-    assert settings == {"eos": "padded", "max_length": 4096}
+    assert settings == {"eos": "padded", "max_length": 4096, "parse_special_tokens": True}
     settings["max_length"] = 256
     try:
         extra += ["--batch_size", 2]

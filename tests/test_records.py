@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from llada.data.records import files_of, read_records
+from llada.data.files import files_of
+from llada.data.records import read_records
 
 
 def records(path, **options):
@@ -112,8 +113,7 @@ def test_jsonl_is_streamed(tmp_path):
 def test_malformed_json_line(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"text": "a"}\n{"text": "b"\n')
     assert message(path) == (
-        f"{path}:2: malformed JSON: Expecting ',' delimiter at column 13; "
-        "a .jsonl file holds one JSON object a line"
+        f"{path}:2: malformed JSON: Expecting ',' delimiter, but the file ends there, at line 3, column 1"
     )
     path = write(tmp_path / "b.jsonl", '["text"]\n')
     assert message(path) == f'{path}:1: expected a JSON object {{...}}, got ["text"]'
@@ -158,10 +158,11 @@ def test_not_utf8(tmp_path, name, options):
 
 def test_missing_file_or_folder(tmp_path):
     assert message(tmp_path / "absent") == f"{tmp_path / 'absent'}: no such file or folder"
-    kinds = ".jsonl, .json, .txt, .parquet or a folder written by datasets.save_to_disk"
+    kinds = ".jsonl, .ndjson, .json, .txt, .csv, .tsv, .parquet (also .gz, .bz2, .xz, .zst) or a folder "
+    kinds += "written by datasets.save_to_disk"
     assert message(tmp_path) == f"{tmp_path}: no data files in this folder; expected {kinds}"
-    path = write(tmp_path / "a.csv", "a,b\n")
-    assert message(path) == f"{path}: cannot read .csv files; use {kinds}"
+    path = write(tmp_path / "a.doc", "a,b\n")
+    assert message(path) == f"{path}: cannot read .doc files; use {kinds}"
     path = write(tmp_path / "a.parquet", "not parquet")
     assert message(path).startswith(f"{path}: not a Parquet file")
 

@@ -32,9 +32,11 @@ from llada.autoregressive.teacher_rows import (
     from_logits,
 )
 from llada.autoregressive.vocabulary import OTHER, ROLE_OF_SPELLING, TokenBytes, VocabMap
-from llada.data.chat import encode_texts, render_prompt
-from llada.data.messages import to_prompt
-from llada.data.records import JsonStream, OnBytes, input_files, read_records
+from llada.data.chat import render_prompt
+from llada.data.files import OnBytes, input_files, kind_of
+from llada.data.reading import to_prompt
+from llada.data.records import JsonStream, read_records
+from llada.data.template import encode_texts
 
 MAX_SPARE = 512  # output columns that models have beyond their tokenizer's ids (LLaDA 115, Qwen2.5 271)
 _SPELLED = re.compile("|".join(map(re.escape, sorted(ROLE_OF_SPELLING, key=len, reverse=True))))
@@ -61,7 +63,7 @@ class _Row:
 def read_teacher_records(path: str | Path, on_bytes: OnBytes) -> Iterator[tuple[str, dict[str, Any]]]:
     """("file:line", record) with `logits` as arrays; a JSON file is streamed, number row by number row."""
     for file in input_files(path):
-        if file.suffix != ".json":
+        if kind_of(file) != ".json":
             for where, record in read_records(file, on_bytes=on_bytes):
                 if isinstance(record.get("logits"), list):
                     record["logits"] = [_as_row(element, where) for element in record["logits"]]
@@ -146,7 +148,7 @@ class TeacherFile:
                 return match[0] if i is None else table.tokens[i]
 
             text = _SPELLED.sub(ours, prompt)
-            return render_prompt(text, self._student.tokenizer, chat=False)
+            return render_prompt(text, self._student.tokenizer, chat=False, parse_special=True)
         return render_prompt(to_prompt({"prompt": prompt}, where), self._student.tokenizer, chat=True)
 
     def _num_rows(self, record: dict[str, Any], where: str) -> int:

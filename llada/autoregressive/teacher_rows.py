@@ -26,8 +26,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llada.autoregressive.vocabulary import OTHER, TokenBytes, VocabMap, align_texts
-from llada.data.chat import encode_texts, refuse_mask_token
+from llada.data.chat import refuse_mask_token
 from llada.data.shards import Columns
+from llada.data.template import encode_texts
 from llada.diffusion.distillation_losses import TeacherRows
 
 KIND = "teacher"

@@ -10,8 +10,9 @@ Where an answer ends is a policy, because the likelihood of an answer depends on
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -21,14 +22,16 @@ from llada.data.chat import (
     Row,
     Segment,
     encode_rows,
-    encode_texts,
     fit,
     refuse_mask_token,
-    render_template,
+    render_opened,
     split_conversation,
 )
-from llada.data.messages import Labelled, Pair, Text, to_labelled, to_pair
-from llada.data.records import Located, read_records
+from llada.data.fields import Reader, as_turns
+from llada.data.messages import Text
+from llada.data.reading import SPELLED, Labelled, Record, note_bad, read
+from llada.data.records import Located
+from llada.data.template import HELD, encode_texts, hold, hold_text
 
 EOS = ("one", "filled", "none", "padded")
 _BATCH = 256
@@ -43,6 +46,7 @@ class Encoding:
         chat: plain texts become a user's and an assistant's turn; messages always use the chat template.
         max_length: of prompt and answer together.
         long: what to do with a longer answer: stop, leave it out, or cut its end.
+        parse_special: special tokens that a text spells are these tokens, instead of text.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -50,6 +54,7 @@ class Encoding:
     chat: bool
     max_length: int
     long: str
+    parse_special: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Tokens:
 class Encoded(NamedTuple):
     """A prompt and an answer as the length limit left them.
 
-    tokens: None where nothing of the answer is left. outcome: kept, truncated or dropped.
+    tokens: None where nothing of the answer is left. outcome: kept, truncated, dropped, or bad.
     prompt_length, text_length: tokens of the prompt, and of both together before any cut.
     """
 
@@ -76,33 +81,64 @@ class Encoded(NamedTuple):
     text_length: int
 
 
-def encode_answers(items: Sequence[tuple[str, Text, Text]], encoding: Encoding) -> list[Encoded]:
-    """The tokens of each ("file:line", prompt, answer)."""
+def encode_answers(
+    items: Sequence[tuple[str, Text, Text]], encoding: Encoding, counts: Counter | None = None
+) -> list[Encoded]:
+    """The tokens of each ("file:line", prompt, answer).
+
+    Args:
+        counts: given, what cannot be encoded is counted there (`note_bad`) and gets the outcome "bad".
+    """
     found: list[Encoded] = []
     for start in range(0, len(items), _BATCH):
-        batch = items[start : start + _BATCH]
+        batch = [
+            (where, _usable(where, prompt, answer, encoding, counts))
+            for where, prompt, answer in items[start : start + _BATCH]
+        ]
         encode = _encode_joined if encoding.eos == "padded" else encode_rows
-        rows = encode([_segments(*item, encoding) for item in batch], encoding.tokenizer)
-        for (where, _, _), row in zip(batch, rows, strict=True):
+        rows = iter(encode([segments for _, segments in batch if segments], encoding.tokenizer))
+        for where, segments in batch:
+            if segments is None:
+                found.append(Encoded(None, "bad", 0, 0))
+                continue
+            row = next(rows)
             refuse_mask_token(row["input_ids"], encoding.tokenizer, where)
             found.append(_fitted(_ended(row, encoding), where, encoding))
     return found
 
 
-def _segments(where: str, prompt: Text, answer: Text, encoding: Encoding) -> list[Segment]:
-    """Pieces of the prompt and then the answer, each tokenised on its own unless joined later."""
-    if isinstance(prompt, str) and not encoding.chat:
-        return [(prompt, False), (answer, True)]
-    if isinstance(prompt, str):
-        prompt, answer = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": answer}]
-    if encoding.eos == "padded":
-        header = render_template(prompt, encoding.tokenizer, header=True)
-        return [(header, False), (answer[0]["content"], True)]
+def _usable(
+    where: str, prompt: Text, answer: Text, encoding: Encoding, counts: Counter | None
+) -> list[Segment] | None:
     try:
-        (row,) = split_conversation([*prompt, *answer], encoding.tokenizer, turns="last")
+        segments = _segments(prompt, answer, encoding)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    return row
+        if counts is None:
+            raise ValueError(f"{where}: {error}") from error
+        note_bad(counts, f"{where}: {error}")
+        return None
+    if counts is not None and any(HELD in text for text, _ in segments):
+        counts[SPELLED] += 1
+    return segments
+
+
+def _segments(prompt: Text, answer: Text, encoding: Encoding) -> list[Segment]:
+    """Pieces of the prompt and then the answer, each tokenised on its own unless joined later."""
+    tokenizer = encoding.tokenizer
+    if isinstance(prompt, str) and not encoding.chat:
+        texts = [prompt, answer]
+        if not encoding.parse_special:
+            texts = [hold_text(text, tokenizer) for text in texts]
+        return [(texts[0], False), (texts[1], True)]
+    prompt, answer = as_turns(prompt, "user"), as_turns(answer, "assistant")
+    if encoding.eos != "padded":
+        (row,) = split_conversation(
+            [*prompt, *answer], tokenizer, turns="last", parse_special=encoding.parse_special
+        )
+        return row
+    if not encoding.parse_special:
+        prompt, answer = hold(prompt, tokenizer), hold(answer, tokenizer)
+    return [(render_opened(prompt, tokenizer), False), (answer[0]["content"], True)]
 
 
 def _encode_joined(rows: Sequence[Sequence[Segment]], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
@@ -142,25 +178,25 @@ def _fitted(row: Row, where: str, encoding: Encoding) -> Encoded:
 
 
 def load_pairs(
-    paths: Sequence[str], encoding: Encoding, *, keys: Mapping[str, str], max_samples: int | None = None
+    paths: Sequence[str], encoding: Encoding, reader: Reader, *, max_samples: int | None = None
 ) -> tuple[list[tuple[Tokens, Tokens]], Counter]:
     """(chosen, rejected) of every usable pair in order, and counts of kept, truncated, dropped and equal.
 
-    A pair is dropped if one of its answers is, or if both are the same tokens.
+    A pair is dropped if one of its answers is, or if both are the same tokens. The counts also tell, in
+    words, what was skipped and what could not be used, see `read`.
     """
-    located: list[tuple[str, Pair]] = []
-    for path in paths:
-        for where, record in read_records(path):
-            if max_samples is not None and len(located) == max_samples:
-                break
-            located.append((where, to_pair(record, where, keys)))
-    sides = [
-        encode_answers([(where, pair.prompt, answer(pair)) for where, pair in located], encoding)
-        for answer in (lambda pair: pair.chosen, lambda pair: pair.rejected)
-    ]
     counts: Counter = Counter(kept=0, truncated=0, dropped=0, equal=0)
+    located = chain.from_iterable(read(path, reader, Record.pair, counts) for path in paths)
+    located = list(islice(((where, pair) for where, _, pair in located), max_samples))
+    both = encode_answers(
+        [(where, pair.prompt, side) for where, pair in located for side in (pair.chosen, pair.rejected)],
+        encoding,
+        counts if reader.drops_bad else None,
+    )
     pairs = []
-    for chosen, rejected in zip(*sides, strict=True):
+    for chosen, rejected in zip(both[::2], both[1::2], strict=True):
+        if "bad" in (chosen.outcome, rejected.outcome):
+            continue
         if chosen.tokens is None or rejected.tokens is None:
             counts["dropped"] += 1
         elif np.array_equal(chosen.tokens.answer, rejected.tokens.answer):
@@ -172,12 +208,18 @@ def load_pairs(
 
 
 def labelled_answers(
-    records: Iterable[Located], *, max_samples: int | None = None
+    source: str | Iterable[Located],
+    reader: Reader,
+    counts: Counter,
+    *,
+    split: str = "train",
+    max_samples: int | None = None,
 ) -> list[tuple[str, Labelled]]:
-    """("file:line", answer) of located records in order; a pair gives two, the chosen one first."""
-    found: list[tuple[str, Labelled]] = []
-    for where, record in records:
-        found += [(where, labelled) for labelled in to_labelled(record, where)]
-        if max_samples is not None and len(found) >= max_samples:
-            return found[:max_samples]
-    return found
+    """("file:line", answer) of the records in order; a pair gives two, the chosen one first.
+
+    Args:
+        source, split, counts: see `read`.
+    """
+    records = read(source, reader, Record.labelled, counts, split=split)
+    answers = ((where, labelled) for where, _, found in records for labelled in found)
+    return list(islice(answers, max_samples))

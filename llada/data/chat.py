@@ -1,16 +1,18 @@
-"""The chat template, and which tokens are the answers.
+"""Conversations as tokens: which of them are the answers.
 
 A conversation is tokenised in segments: the prompt up to an assistant turn, that turn's answer, what follows
-up to the next one, ... A sampler sees the same segments (`render_prompt` builds prompts from them), so no
-token straddles the border of prompt and answer, and no answer token is lost to a wrongly counted prompt.
+up to the next one, ... A sampler sees the same segments (`render_prompt` makes them of a prompt), so no token
+straddles the border of prompt and answer, and no answer token is lost to a wrongly counted prompt.
+
+An answer is what the template writes of the turn's content, and the special token that ends the turn.
 """
 
 from collections.abc import Sequence
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from llada.data.messages import Message
+from llada.data.template import Span, encode_texts, hold, hold_text, spans_of, style_of
 
 Row = dict[str, list]
 Segment = tuple[str, bool]
@@ -20,80 +22,109 @@ TURNS = ("all", "last", "split")
 LONG = ("error", "drop", "truncate")
 
 
-def render_template(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, header: bool) -> str:
-    """What the tokenizer's chat template makes; `header` asks for the assistant's header at the end."""
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; use an instruct model's, or "
-            "plain prompts"
-        )
-    try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=header)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template refuses this conversation: {error}") from error
-
-
-def _answer(prompt: str, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What the template renders for the last message after `prompt`, end-of-turn token included.
-
-    Templates differ in what comes next: nothing, an EOS, or (as published for LLaDA) always another assistant
-    header. So the end is found from the content: the special token behind it closes the turn. None if the
-    template does not render the content unchanged after this prompt.
-    """
-    full = render_template(messages, tokenizer, header=False)
-    content = messages[-1]["content"].strip()
-    answer = full.removeprefix(prompt)
-    start = 0 if answer.startswith(content) else answer.find(content)
-    if start < 0 or not full.startswith(prompt):
-        return None
-    end = start + len(content)
-    rest = answer[end:].lstrip()
-    specials = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    closing = max((token for token in specials if rest.startswith(token)), key=len, default=None)
-    return answer[:end] if closing is None else answer[: len(answer) - len(rest) + len(closing)]
-
-
-def _prompt_pieces(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The prompt for the answer that follows `messages`: prompt, answer, prompt, answer, ..., prompt.
-
-    A single text if the template rewrites earlier turns when a turn is added (some drop their thoughts).
-    """
-    whole = render_template(messages, tokenizer, header=True)
-    pieces: list[str] = []
-    done = ""
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = render_template(messages[:i], tokenizer, header=True)
-        answer = _answer(prompt, messages[: i + 1], tokenizer)
-        if answer is None or not prompt.startswith(done):
-            return [whole]
-        pieces += [prompt[len(done) :], answer]
-        done = prompt + answer
-    return [*pieces, whole[len(done) :]] if whole.startswith(done) else [whole]
-
-
 def split_conversation(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, turns: str = "all"
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    turns: str = "all",
+    parse_special: bool = False,
 ) -> list[list[Segment]]:
-    """The rows of a conversation as lists of (text, is it learned); see `encode_conversation`."""
+    """The rows of a conversation as lists of (text, is it learned).
+
+    Args:
+        messages: as from `to_messages`; an answer whose `learn` is False is context.
+        turns: "all": one row, every assistant turn is learned. "last": one row, only the last one.
+            "split": a row for each assistant turn with its history as the prompt (LLaDA GUIDELINES.md, SFT).
+        parse_special: special tokens that the contents spell are these tokens, instead of text.
+
+    Raises:
+        ValueError: the contents spell the mask token, or the template cannot be used this way.
+    """
     if turns not in TURNS:
         raise ValueError(f"--turns {turns!r}: use one of {', '.join(TURNS)}")
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    rows: list[list[Segment]] = []
-    for i in answers if turns == "split" else answers[-1:]:
-        pieces = _prompt_pieces(messages[:i], tokenizer)
-        answer = _answer("".join(pieces), messages[: i + 1], tokenizer)
-        if answer is None:
-            raise ValueError("the chat template does not render the answer unchanged after its prompt")
-        if turns == "all" and len(pieces) < 2 * len(answers) - 1:
-            raise ValueError(
-                "the chat template rewrites earlier turns when a turn is added, so they cannot be learned in "
-                "one row: use --turns split"
-            )
-        learned = [turns == "all" and place % 2 == 1 for place in range(len(pieces))]
-        rows.append([*zip(pieces, learned, strict=True), (answer, True)])
-    return rows
+    messages = list(messages) if parse_special else hold(messages, tokenizer)
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("learn", True)]
+    if turns == "split":
+        return [_segments(messages[: i + 1], {i}, tokenizer) for i in answers]
+    learned = set(answers) if turns == "all" else {answers[-1]}
+    return [_segments(messages[: answers[-1] + 1], learned, tokenizer)]
+
+
+def _segments(
+    messages: Sequence[Message], learned: set[int], tokenizer: PreTrainedTokenizerBase
+) -> list[Segment]:
+    """The segments of a row that ends with an answer."""
+    whole, spans = spans_of(messages, tokenizer)
+    last = len(messages) - 1
+    if any(spans[i] is None for i in learned - {last}):
+        raise ValueError(
+            "the chat template rewrites earlier turns when a turn is added, so they cannot be learned in "
+            "one row: use --turns split"
+        )
+    if spans[last] is None:
+        return _behind_prompt(messages, tokenizer)
+    return _cut(whole, spans, messages, learned, tokenizer)[
+        :-1
+    ]  # what comes after the last answer is left out
+
+
+def _cut(
+    whole: str,
+    spans: Sequence[Span | None],
+    messages: Sequence[Message],
+    learned: set[int],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Segment]:
+    """What the template writes, cut at the borders of answers: prompt, answer, prompt, ..., the rest."""
+    style = style_of(tokenizer)
+    segments: list[Segment] = []
+    done = 0
+    for i, span in enumerate(spans):
+        if span is None or messages[i]["role"] != "assistant":
+            continue
+        start, end = span
+        start -= len(style.gap) if whole[done:start].endswith(style.gap) else 0
+        # what a generation prompt has already is never generated
+        start += len(style.opens_thought) if whole[start:end].startswith(style.opens_thought) else 0
+        rest = whole[end:].lstrip()
+        if style.closing and rest.startswith(style.closing):
+            end = len(whole) - len(rest) + len(style.closing)
+        segments += [(whole[done:start], False), (whole[start:end], i in learned)]
+        done = end
+    return [*segments, (whole[done:], False)]
+
+
+def _behind_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+    """The row of an answer whose thought the template leaves out: it stands behind the generation prompt.
+
+    Raises:
+        ValueError: the template changes more than that.
+    """
+    style, content = style_of(tokenizer), messages[-1]["content"]
+    _, closing, answer = content.partition("</think>")
+    shorter = {**messages[-1], "content": answer.strip()}
+    if not closing or not style.has_header or spans_of([*messages[:-1], shorter], tokenizer)[1][-1] is None:
+        raise ValueError("the chat template does not render the answer unchanged after its prompt")
+    content = content.lstrip()
+    if style.opens_thought and content.startswith("<think>"):
+        content = content.removeprefix("<think>").removeprefix(style.opens_thought.removeprefix("<think>"))
+    return [*_prompt_segments(messages[:-1], tokenizer), (content + (style.closing or ""), True)]
+
+
+def _prompt_segments(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+    """What stands in front of an answer to these messages, cut at the borders of earlier answers."""
+    if style_of(tokenizer).has_header:
+        whole, spans = spans_of(messages, tokenizer, header=True)
+        return _cut(whole, spans, messages, set(), tokenizer)
+    # Without a generation prompt the header is what the template writes in front of a given answer.
+    messages = [*messages, {"role": "assistant", "content": "It is."}]
+    whole, spans = spans_of(messages, tokenizer)
+    return _cut(whole, spans, messages, set(), tokenizer)[:-2]
+
+
+def render_opened(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
+    """What stands in front of an answer to these messages, as one text."""
+    return "".join(text for text, _ in _prompt_segments(messages, tokenizer))
 
 
 def encode_rows(rows: Sequence[Sequence[Segment]], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
@@ -135,17 +166,6 @@ def fit(row: Row, where: str, max_length: int, long: str) -> tuple[str, Row | No
     return "dropped", None
 
 
-def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of each text, nothing added; a longer text than the model reads gives no warning."""
-    backend = tokenizer.backend_tokenizer
-    # Left behind by earlier calls. Only then: another thread's encoding forbids to change the tokenizer.
-    if backend.padding is not None:
-        backend.no_padding()
-    if backend.truncation is not None:
-        backend.no_truncation()
-    return [found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-
 def encode_conversation(
     messages: Sequence[Message],
     tokenizer: PreTrainedTokenizerBase,
@@ -153,27 +173,17 @@ def encode_conversation(
     turns: str = "all",
     where: str = "conversation",
 ) -> list[Row]:
-    """The training rows of a conversation: `{"input_ids", "in_answer"}`; tokens in an answer are learned.
+    """The training rows of a conversation: `{"input_ids", "in_answer"}`; see `split_conversation`.
 
-    An answer is the turn's content and its end-of-turn token; one EOS follows the last answer and is learned.
-    What comes after the last answer is left out.
+    One EOS follows the last answer and is learned.
 
     Args:
-        messages: as from `to_messages`.
-        turns: "all": one row, every assistant turn is learned. "last": one row, only the last one.
-            "split": a row for each assistant turn with its history as the prompt (LLaDA GUIDELINES.md, SFT).
         where: what to call the conversation in an error.
-
-    Raises:
-        ValueError: the text holds the mask token, or the chat template cannot be used this way.
     """
     try:
-        rows = encode_rows(split_conversation(messages, tokenizer, turns=turns), tokenizer)
+        return encode_rows(split_conversation(messages, tokenizer, turns=turns), tokenizer)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    for row in rows:
-        refuse_mask_token(row["input_ids"], tokenizer, where)
-    return rows
 
 
 def refuse_mask_token(input_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, where: str) -> None:
@@ -187,7 +197,11 @@ def refuse_mask_token(input_ids: Sequence[int], tokenizer: PreTrainedTokenizerBa
 
 
 def render_prompt(
-    prompt: str | Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, chat: bool
+    prompt: str | Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat: bool,
+    parse_special: bool = False,
 ) -> list[int]:
     """Token ids to put in front of the answer, exactly those that training puts there.
 
@@ -195,19 +209,24 @@ def render_prompt(
         prompt: a text, or messages ending with the user's turn.
         chat: render with the chat template, header of the answer included (a text becomes a user turn).
             Without it the text is continued as it stands.
+        parse_special: special tokens that the prompt spells are these tokens, instead of text.
 
     Raises:
         ValueError: messages without `chat`, a tokenizer without template, or the mask token in the prompt.
     """
-    if chat:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        pieces = _prompt_pieces(messages, tokenizer)
-    elif isinstance(prompt, str):
-        pieces = [prompt]
-    else:
+    if not chat and not isinstance(prompt, str):
         raise ValueError(
             f"messages need the chat template; a plain prompt must be a string, got {prompt!r:.60}"
         )
+    try:
+        if chat:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            messages = messages if parse_special else hold(messages, tokenizer)
+            pieces = [text for text, _ in _prompt_segments(messages, tokenizer)]
+        else:
+            pieces = [prompt if parse_special else hold_text(prompt, tokenizer)]
+    except ValueError as error:
+        raise ValueError(f"prompt: {error}") from error
     input_ids = [token_id for ids in encode_texts(pieces, tokenizer) for token_id in ids]
     refuse_mask_token(input_ids, tokenizer, "prompt")
     return input_ids
@@ -215,5 +234,4 @@ def render_prompt(
 
 def drops_system(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template leaves system messages out."""
-    probe = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
-    return "be brief" not in render_template(probe, tokenizer, header=True)
+    return style_of(tokenizer).drops_system

@@ -1,17 +1,78 @@
 """Flags that several scripts share about data. Nothing slow is imported: see llada/flags.py."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+from llada.data.fields import Reader
 from llada.flags.declaration import flag
 
 SHARD_SIZE = 10_000
 
 
 @dataclass(kw_only=True)
+class RecordFlags:
+    """Flags of whoever reads records. A field that is not named is found: see data/README.md."""
+
+    bad_records: str = flag(
+        "error",
+        help="A record that cannot be used: stop and name it, or drop it, count it, and name the first ten.",
+        choices=["error", "drop"],
+    )
+    parse_special_tokens: bool = flag(
+        False, help="Special tokens that a text spells out are these tokens, instead of text."
+    )
+
+    def reader(self) -> Reader:
+        """How records are read."""
+        named = {field.name: getattr(self, field.name, field.default) for field in fields(Reader)}
+        return Reader(**{**named, "drops_bad": self.bad_records == "drop"})
+
+
+@dataclass(kw_only=True)
+class TextFlags(RecordFlags):
+    """Flags of whoever reads documents."""
+
+    text_key: str | None = flag(None, help="Field of the document; default text.")
+
+
+@dataclass(kw_only=True)
+class QuestionFlags(RecordFlags):
+    """Flags of whoever reads questions."""
+
+    prompt_key: str | None = flag(None, help="Field of the prompt, a text or messages.")
+    messages_key: str | None = flag(None, help="Field of the conversation.")
+    system_key: str | None = flag(None, help="Field of the system message.")
+    transcript: bool = flag(
+        False, help='Texts of the form "\\n\\nHuman: ...\\n\\nAssistant: ..." are conversations.'
+    )
+
+
+@dataclass(kw_only=True)
+class ConversationFlags(QuestionFlags):
+    """Flags of whoever reads questions with their answer."""
+
+    answer_key: str | None = flag(None, help="Field of the answer, a text or messages.")
+
+
+@dataclass(kw_only=True)
+class PairFlags(QuestionFlags):
+    """Flags of whoever reads two answers to a question."""
+
+    chosen_key: str | None = flag(None, help="Field of the preferred answer.")
+    rejected_key: str | None = flag(None, help="Field of the other answer.")
+
+
+@dataclass(kw_only=True)
+class LabelledFlags(ConversationFlags, PairFlags):
+    """Flags of whoever reads labelled answers; a pair counts as two."""
+
+    label_key: str | None = flag(None, help="Field that says whether the answer is desirable.")
+
+
+@dataclass(kw_only=True)
 class PrepareFlags:
     """Flags that prepare_corpus.py and prepare_sft.py share."""
 
-    input: list[str] = flag(help="Files or folders: .jsonl, .json, .txt, .parquet, HF dataset folder.")
+    input: list[str] = flag(help="Files or folders (their kinds: data/README.md).")
     tokenizer: str = flag(help="Folder of the tokenizer, or of the checkpoint to be trained.")
     output_dir: str = flag(help="Folder for train/ and validation/.")
     max_length: int = flag(4096, help="Longest row in tokens.")
@@ -31,7 +92,7 @@ class PrepareFlags:
 
 
 @dataclass(kw_only=True)
-class PromptFlags:
+class PromptFlags(QuestionFlags):
     """Flags of the scripts that answer a prompt, or a file of them."""
 
     prompt: str | None = flag(None, help="A prompt; its answer goes to the terminal.")

@@ -1,232 +1,169 @@
-"""Record formats of conversations and preferences: a record -> messages, or an error that names file:line."""
+"""One turn of a conversation, from every public spelling of it.
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+A message is {"role": system | user | assistant | tool, "content": text}, and where there is something to say
 
-Message = dict[str, str]
+    tool_calls   of an assistant's turn: [{"type", "function": {"name", "arguments"}}], as templates take them
+    learn        False: an assistant's turn that is context only (`weight: 0`)
+    tools        on the first message: the conversation's tools, which the chat template renders
+
+A thought is a part of the content: <think>, the thought, </think>, a blank line, the answer.
+"""
+
+import json
+import re
+from typing import Any
+
+Message = dict[str, Any]
 Text = str | list[Message]
 """A plain text, or messages for the chat template."""
 
-
-class Pair(NamedTuple):
-    """Two answers to one prompt, the first preferred. All three are texts, or all three are messages."""
-
-    prompt: Text
-    chosen: Text
-    rejected: Text
-
-
-class Labelled(NamedTuple):
-    """One answer to a prompt and whether it is desirable."""
-
-    prompt: Text
-    completion: Text
-    label: bool
+ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
+    "bard": "assistant", "bot": "assistant", "model": "assistant",
+    "function_call": "assistant", "tool_call": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool",
+}  # fmt: skip
+CALLS = ("function_call", "tool_call")  # roles, and types of a content part, whose text is a call
+THOUGHTS = ("reasoning_content", "thinking", "reasoning", "thought")
+WEIGHTS = ("weight", "loss_weight")
 
 
-PAIR_KEYS: Mapping[str, str] = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
-
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
-MESSAGE_FIELDS = ("conversations", "messages")
-# A question's field and its answer's. `prompt` and `completion` may also be lists of messages.
-PAIRS = (
-    ("prompt", "completion"),
-    ("instruction", "output"),
-    ("user", "assistant"),
-    ("question", "answer"),
-)
-ACCEPTED = "conversations, messages, " + ", ".join(f"{prompt} + {answer}" for prompt, answer in PAIRS)
-
-
-def to_messages(record: dict[str, Any], where: str) -> list[Message]:
-    """The conversation of a record as [{"role", "content"}], with at least one non-empty assistant turn.
-
-    Accepted: `conversations` or `messages` (role/content, or ShareGPT's from/value), `prompt` + `completion`
-    (texts or lists of messages), `instruction` (+ `input`) + `output`, `user` + `assistant`, `question` +
-    `answer`; the pairs may come with a `system` text.
+def read_messages(value: Any, where: str, field: str) -> list[Message]:
+    """The messages of a field: a list of them, a single one, or JSON text of a list.
 
     Raises:
-        ValueError: `where` and what is wrong: no such field, unknown role, no or an empty answer.
+        ValueError: `where`, and what cannot be read.
     """
-    messages = _messages_of(record, where, needs_answer=True)
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    if not answers:
-        raise ValueError(f"{where}: the conversation has no assistant turn, so there is nothing to learn")
-    if not all(answer.strip() for answer in answers):
-        raise ValueError(f"{where}: empty answer: every assistant turn needs text")
-    return messages
-
-
-def to_prompt(record: dict[str, Any], where: str) -> list[Message]:
-    """The messages of a record up to its last user turn: what a model is asked, without any answer to it.
-
-    Accepts what `to_messages` accepts, and the question's field of a pair alone, for example `prompt`.
-    """
-    messages = _messages_of(record, where, needs_answer=False)
-    while messages and messages[-1]["role"] != "user":
-        messages.pop()
-    if not messages:
-        raise ValueError(f"{where}: the conversation has no user turn")
-    return messages
-
-
-def to_pair(record: dict[str, Any], where: str, keys: Mapping[str, str] = PAIR_KEYS) -> Pair:
-    """The two answers of a record `prompt`, `chosen`, `rejected` (TRL's preference format).
-
-    Texts, or lists of messages. Without a prompt it is what chosen and rejected begin with: equal messages,
-    or equal text up to the last space. Lists that repeat the prompt's turns are taken the same way.
-
-    Args:
-        keys: the fields' names in this data, by ours.
-
-    Raises:
-        ValueError: `where` and what is wrong.
-    """
-    prompt, chosen, rejected = (record.get(keys[name]) for name in PAIR_KEYS)
-    if chosen is None or rejected is None:
-        raise ValueError(
-            f"{where}: a preference needs {keys['chosen']!r} and {keys['rejected']!r}; fields are "
-            f"{sorted(record)}"
-        )
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if prompt is None:
-            start = _common_text(chosen, rejected)
-            return Pair(chosen[:start], chosen[start:], rejected[start:])
-        if isinstance(prompt, str):
-            return Pair(prompt, chosen, rejected)
-        turns = _turns(prompt, where, keys["prompt"])
-        return Pair(turns, _answer_turn(chosen), _answer_turn(rejected))
-    sides = [_turns(value, where, keys[name]) for name, value in (("chosen", chosen), ("rejected", rejected))]
-    if sides[0][0]["role"] != "assistant":  # whole conversations
-        shared = 0
-        while shared < min(map(len, sides)) and sides[0][shared] == sides[1][shared]:
-            shared += 1
-        # equal answers share their last turn too, and it still is an answer
-        shared = min(shared, len(sides[0]) - 1, len(sides[1]) - 1)
-        turns, sides = sides[0][:shared], [side[shared:] for side in sides]
-    elif prompt is None:
-        raise ValueError(f"{where}: no {keys['prompt']!r}, and the answers begin with an assistant turn")
-    else:
-        turns = (
-            [{"role": "user", "content": prompt}]
-            if isinstance(prompt, str)
-            else _turns(prompt, where, keys["prompt"])
-        )
-    for name, side in zip(("chosen", "rejected"), sides, strict=True):
-        _single_answer(side, where, keys[name])
-    return Pair(_ordered(turns, where), *sides)
-
-
-def to_labelled(record: dict[str, Any], where: str) -> list[Labelled]:
-    """The answers of a record `prompt`, `completion`, `label` (TRL's unpaired format); a pair gives two.
-
-    Raises:
-        ValueError: `where` and what is wrong.
-    """
-    if record.get("completion") is None and record.get("chosen") is not None:
-        pair = to_pair(record, where)
-        return [Labelled(pair.prompt, pair.chosen, True), Labelled(pair.prompt, pair.rejected, False)]
-    missing = [name for name in ("prompt", "completion", "label") if record.get(name) is None]
-    if missing:
-        raise ValueError(f"{where}: no {missing[0]!r} (or 'chosen' and 'rejected') in {sorted(record)}")
-    prompt, completion, label = record["prompt"], record["completion"], record["label"]
-    if label not in (True, False):  # also 1 and 0
-        raise ValueError(f"{where}: 'label' must be true (desirable) or false, got {label!r:.60}")
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return [Labelled(prompt, completion, bool(label))]
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    answer = _answer_turn(completion) if isinstance(completion, str) else completion
-    answer = _single_answer(_turns(answer, where, "completion"), where, "completion")
-    return [Labelled(_ordered(_turns(turns, where, "prompt"), where), answer, bool(label))]
-
-
-def _answer_turn(text: str) -> list[Message]:
-    return [{"role": "assistant", "content": text}]
-
-
-def _turns(value: Any, where: str, field: str) -> list[Message]:
+    if isinstance(value, str) and value.lstrip().startswith("["):  # a column of a CSV or Parquet file
+        value = _from_json(value, where, field)
+    if isinstance(value, dict):
+        value = [value]
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{where}: {field!r} must be a string or a list of messages, got {value!r:.60}")
+        raise ValueError(f"{where}: {field!r} must be a non-empty list of messages, got {value!r:.60}")
     return [_message(item, where, field) for item in value]
 
 
-def _single_answer(turns: list[Message], where: str, field: str) -> list[Message]:
-    if [turn["role"] for turn in turns] != ["assistant"]:
-        roles = [turn["role"] for turn in turns]
-        raise ValueError(f"{where}: {field!r} must be one assistant turn after the prompt, has roles {roles}")
-    return turns
+def with_thought(thought: str, answer: str, where: str) -> str:
+    """An answer with its thought in front. ValueError if the answer tells another one itself."""
+    if answer.lstrip().startswith("<think>"):
+        written = answer.partition("</think>")[0].lstrip().removeprefix("<think>")
+        if written.strip() != thought.strip():
+            raise ValueError(f"{where}: the answer has a thought of its own beside {thought!r:.60}")
+        return answer
+    stripped = thought.strip("\n")
+    return f"<think>\n{stripped}\n</think>\n\n{answer}" if stripped.strip() else answer
 
 
-def _common_text(one: str, other: str) -> int:
-    """Length of the prefix that two texts share, without the space that ends it."""
-    length = 0
-    while length < min(len(one), len(other)) and one[length] == other[length]:
-        length += 1
-    return length - 1 if length and one[length - 1] == " " else length
+def read_weight(record: dict[str, Any], where: str) -> bool | None:
+    """Whether something is to be learned, by its `weight`; None if it does not say."""
+    for name in WEIGHTS:
+        if record.get(name) is not None:
+            if record[name] not in (0, 1):
+                raise ValueError(f"{where}: {name!r} must be 0 or 1, got {record[name]!r:.60}")
+            return bool(record[name])
+    return None
 
 
-def _messages_of(record: dict[str, Any], where: str, *, needs_answer: bool) -> list[Message]:
-    for field in MESSAGE_FIELDS:
-        if record.get(field) is not None:
-            return _checked(record[field], where, field)
-    for prompt, answer in PAIRS:
-        if record.get(prompt) is None:
-            continue
-        if record.get(answer) is None and needs_answer:
-            raise ValueError(f"{where}: {prompt!r} needs {answer!r} beside it; fields are {sorted(record)}")
-        messages = _side(record, prompt, "user", where)
-        if prompt == "instruction" and record.get("input"):
-            messages[0]["content"] += "\n\n" + _text(record["input"], where, "input")
-        if record.get("system"):
-            messages.insert(0, {"role": "system", "content": _text(record["system"], where, "system")})
-        if record.get(answer) is not None:
-            messages += _side(record, answer, "assistant", where)
-        return _ordered(messages, where)
-    raise ValueError(f"{where}: no conversation in fields {sorted(record)}; accepted: {ACCEPTED}")
+def read_tools(value: Any, where: str) -> list[Any]:
+    """A record's `tools`: a list, or JSON text of one; empty where there are none."""
+    if isinstance(value, str) and value.strip():
+        value = _from_json(value, where, "tools")
+    if value and not isinstance(value, list):
+        raise ValueError(f"{where}: 'tools' must be a list, got {value!r:.60}")
+    return value or []
 
 
-def _side(record: dict[str, Any], field: str, role: str, where: str) -> list[Message]:
-    value = record[field]
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    if field not in ("prompt", "completion"):
-        raise ValueError(f"{where}: {field!r} must be a string, got {value!r:.60}")
-    if not isinstance(value, list):
-        raise ValueError(f"{where}: {field!r} must be a string or a list of messages, got {value!r:.60}")
-    messages = [_message(item, where, field) for item in value]
-    if field == "completion" and any(message["role"] != "assistant" for message in messages):
-        raise ValueError(f"{where}: 'completion' must hold assistant messages only, got {value!r:.60}")
-    return messages
-
-
-def _checked(value: Any, where: str, field: str) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{where}: {field!r} must be a non-empty list of messages, got {value!r:.60}")
-    return _ordered([_message(item, where, field) for item in value], where)
-
-
-def _ordered(messages: list[Message], where: str) -> list[Message]:
-    first = next((message["role"] for message in messages if message["role"] != "system"), None)
-    if first != "user":
-        raise ValueError(f"{where}: a conversation must begin with a user turn (after any system message)")
-    return messages
+def valid(text: str, where: str) -> str:
+    """`text`, if it can be written as UTF-8 (JSON can spell half a character) and holds no mark of ours."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: {text[error.start]!r} is half a character (surrogate)") from error
+    if found := re.search("[\ufdd0-\ufdef]", text):
+        raise ValueError(f"{where}: U+{ord(found[0]):04X} is no character; remove it")
+    return text
 
 
 def _message(item: Any, where: str, field: str) -> Message:
     if not isinstance(item, dict):
         raise ValueError(f"{where}: {field!r} must hold {{'role', 'content'}} messages, got {item!r:.60}")
-    role_field, text_field = ("role", "content") if "role" in item else ("from", "value")
-    if item.get(role_field) is None or item.get(text_field) is None:
+    given = item.get("role", item.get("from"))
+    content = item.get("content", item.get("value"))
+    calls = [_call(call, where) for call in item.get("tool_calls") or []]
+    if isinstance(item.get("function_call"), dict):  # OpenAI's older spelling
+        calls.append(_call(item["function_call"], where))
+    if given is None or (content is None and not calls):
         raise ValueError(
             f"{where}: a message needs 'role' and 'content' (or 'from' and 'value'), got {item!r:.60}"
         )
-    role = item[role_field]
-    if role not in ROLES:
-        raise ValueError(f"{where}: unknown role {role!r}; use one of {', '.join(ROLES)}")
-    return {"role": ROLES[role], "content": _text(item[text_field], where, text_field)}
+    if not isinstance(given, str) or given.lower() not in ROLES:
+        raise ValueError(f"{where}: unknown role {given!r:.60}; use one of {', '.join(ROLES)}")
+    role = ROLES[given.lower()]
+    text, thoughts = _parts(content, calls, role, where)
+    if given.lower() in CALLS:
+        calls, text = [*calls, *_calls(text, where)], ""
+    thoughts += [item[name] for name in THOUGHTS if item.get(name)]
+    message: Message = {"role": role, "content": valid(text, where)}
+    if thoughts:
+        if role != "assistant" or not all(isinstance(thought, str) for thought in thoughts):
+            raise ValueError(f"{where}: a thought must be a text of an assistant's turn, got {item!r:.60}")
+        message["content"] = with_thought("\n".join(dict.fromkeys(thoughts)), text, where)
+    if calls:
+        message["tool_calls"] = calls
+    is_learned = False if item.get("learn") is False else read_weight(item, where)
+    if is_learned is False and role == "assistant":
+        message["learn"] = False
+    if is_learned and role != "assistant":
+        raise ValueError(f"{where}: a {given} turn has weight 1, and only an assistant's turns are learned")
+    if role == "tool":  # some templates name the tool that answers
+        message |= {name: item[name] for name in ("name", "tool_call_id") if item.get(name)}
+    if item.get("tools"):
+        message["tools"] = read_tools(item["tools"], where)
+    return message
 
 
-def _text(value: Any, where: str, field: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: {field!r} must be a string, got {value!r:.60}")
-    return value
+def _parts(content: Any, calls: list[Any], role: str, where: str) -> tuple[str, list[str]]:
+    """(the text, the thoughts) of a content: a text or a list of parts; its calls go to `calls`."""
+    if isinstance(content, str) or content is None:
+        return content or "", []
+    if isinstance(content, dict) and role == "tool":  # what a tool gave back
+        return json.dumps(content, ensure_ascii=False), []
+    texts, thoughts = [], []
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise ValueError(f"{where}: 'content' must be a string or a list of parts, got {content!r:.60}")
+    for part in content:
+        kind = part.get("type")
+        values = [part[name] for name in ("text", "value", kind) if isinstance(part.get(name), str)]
+        if not values or kind not in ("text", "input_text", "output_text", *THOUGHTS, *CALLS):
+            raise ValueError(f"{where}: a content part of type {kind!r} cannot be read: {part!r:.60}")
+        if kind in CALLS:
+            calls += _calls(values[0], where)
+        else:
+            (thoughts if kind in THOUGHTS else texts).append(values[0])
+    return "".join(texts), thoughts
+
+
+def _calls(text: str, where: str) -> list[dict[str, Any]]:
+    value = _from_json(text, where, "function_call")
+    return [_call(call, where) for call in (value if isinstance(value, list) else [value])]
+
+
+def _call(value: Any, where: str) -> dict[str, Any]:
+    """A tool call as chat templates take it; its arguments as an object."""
+    function = value.get("function", value) if isinstance(value, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(f"{where}: a tool call needs 'name' and 'arguments', got {value!r:.60}")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        arguments = _from_json(arguments or "{}", where, "arguments")
+    call = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    return call | ({"id": value["id"]} if value.get("id") else {})
+
+
+def _from_json(text: str, where: str, field: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{where}: {field!r} is not JSON: {error}") from error

@@ -1,6 +1,7 @@
 """Rows of tokens on disk, made once: preparing scripts write them, training stages load or make them."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,8 +11,8 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from llada.data.files import files_of
 from llada.data.flags import SHARD_SIZE, PrepareFlags
-from llada.data.records import files_of
 from llada.data.rows import CHUNK_SIZE, EVERYTHING, Rows
 from llada.data.shards import (
     describe_inputs,
@@ -46,6 +47,7 @@ def prepare(
     shard_size: int = SHARD_SIZE,
     num_proc: int = 1,
     overwrite: bool = False,
+    if_changed: bool = False,
 ) -> Dataset:
     """The rows of these files, prepared in `output_dir`; what is there already is not made again.
 
@@ -53,7 +55,7 @@ def prepare(
         paths: files and folders, as in `read_records`.
         rows: what is made of their records.
         hash_range: keep the records whose hash in [0, 1) lies in this range, see `rows.items`.
-        shard_size, num_proc, overwrite: see `write_shards`.
+        shard_size, num_proc, overwrite, if_changed: see `write_shards`.
     """
     settings = {
         "kind": rows.kind,
@@ -66,22 +68,25 @@ def prepare(
         if isinstance(value, int) and value < 1:
             raise ValueError(f"--{name} {value} must be at least 1")
     size = sum(file.stat().st_size for path in paths for file in files_of(path))
+    read_counts: Counter = Counter()
     # delay: what is already there opens in less than a second and needs no bar
     with tqdm(total=size, unit="B", unit_scale=True, desc=Path(output_dir).name, delay=1) as bar:
         return write_shards(
-            rows.items(paths, hash_range=hash_range, on_bytes=bar.update),
+            rows.items(paths, read_counts, hash_range=hash_range, on_bytes=bar.update),
             partial(rows.encode, tokenizer=tokenizer),
             output_dir,
-            fingerprint={**settings, "inputs": describe_inputs(paths)},
+            fingerprint={**settings, "inputs": describe_inputs(paths, output_dir)},
             shard_size=shard_size,
             join=rows.join,
             chunk_size=CHUNK_SIZE,
             num_proc=num_proc,
             overwrite=overwrite,
+            if_changed=if_changed,
             on_shard=lambda counts: bar.set_postfix(
                 records=counts["records"], tokens=counts["tokens"], refresh=False
             ),
             summarise=rows.summarise,
+            read_counts=read_counts,
         )
 
 
@@ -92,6 +97,7 @@ def load(
     *,
     prepared: str | Path,
     run: Run,
+    run_folder: str | Path | None = None,
     weights: Sequence[float] | None = None,
     seed: int = 0,
 ) -> Dataset:
@@ -100,11 +106,14 @@ def load(
     Args:
         rows: what is made of raw records; prepared rows keep their settings.
         prepared: folder for what has to be prepared; of several data sets, number i goes to `prepared/i`.
+        run_folder: of a training: as long as it holds no state, its rows are made anew for corrected records.
         weights: share of each data set, see `interleave`; None takes every row of each once.
 
     Raises:
         ValueError: prepared rows come from another tokenizer or are longer than `max_length`.
     """
+    states = ("latest", "final", "best")
+    has_state = run_folder is None or any(Path(run_folder, name).exists() for name in states)
     parts = []
     for i, path in enumerate(paths):
         if is_usable(path, rows, tokenizer):
@@ -112,7 +121,9 @@ def load(
             continue
         with first_rank_first(run):
             folder = Path(prepared, str(i)) if rows.kind == "conversations" else prepared
-            parts.append(prepare([path], rows, tokenizer, folder))
+            parts.append(prepare([path], rows, tokenizer, folder, if_changed=not has_state))
+        if run.is_main:  # what was dropped is told at every start
+            print(f"{path}: {rows.describe(read_manifest(folder)['statistics'])}", flush=True)
     return interleave(parts, weights, seed) if weights else datasets.concatenate_datasets(parts)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from llada.data.chat import render_prompt
+from llada.data.fields import Reader, as_turns
 from llada.data.flags import PromptFlags
-from llada.data.messages import Text, to_prompt
-from llada.data.records import read_records
+from llada.data.messages import Text
+from llada.data.reading import Record, read
 from llada.run import Run, first_rank_first
 
 
@@ -24,18 +25,13 @@ class Prompt:
     token_ids: list[int]
     record: dict[str, Any]  # all fields, for rewards and for the output
     prompt: Text = ""  # a text, or messages where the chat template is used
+    shown: Text = ""  # the same as the record has it, for the output
     where: str = "--prompt"  # "file:line"
 
     @property
     def name(self) -> Any:
         """The record's own id, else its number."""
         return self.record.get("id", self.index)
-
-    @property
-    def shown(self) -> Any:
-        """The prompt as the record gives it, for the output."""
-        fields = ("prompt", "text", "question", "messages")
-        return next((self.record[name] for name in fields if name in self.record), self.record)
 
 
 def read_asked_prompts(
@@ -45,7 +41,7 @@ def read_asked_prompts(
     flags.check_source()
     return read_prompts(
         flags.prompts_file, tokenizer, text=flags.prompt, chat=flags.is_instruct, limit=flags.max_samples,
-        **limits,
+        reader=flags.reader(), parse_special=flags.parse_special_tokens, **limits,
     )  # fmt: skip
 
 
@@ -59,9 +55,10 @@ def read_prompts(
     gen_length: int = 0,
     long: str = "error",
     limit: int | None = None,
-    key: str | None = None,
+    reader: Reader | None = None,
+    parse_special: bool = False,
 ) -> tuple[list[Prompt], Counter]:
-    """The prompts of a file, and how many were dropped or truncated.
+    """The prompts of a file, and what was dropped, truncated or skipped, counted in words.
 
     Args:
         chat: through the chat template.
@@ -70,59 +67,57 @@ def read_prompts(
         gen_length: tokens of the answer.
         long: what to do with longer ones: `error`, `drop`, or `truncate`, which keeps their end.
         limit: only the first so many records.
-        key: field of the prompt; default those of data/README.md.
+        reader: how records are read.
+        parse_special: special tokens that a prompt spells are these tokens, instead of text.
 
     Raises:
         ValueError: `file:line` and what is wrong with a record.
     """
+    reader = reader or Reader()
     room = math.inf if context is None else context - gen_length
     if room < 1:
         raise ValueError(f"--gen_length {gen_length} leaves no room in a context of {context} tokens")
-    records = [("--prompt", {"prompt": text})] if path is None else read_records(path, text_documents="line")
-    prompts, counts = [], Counter()
-    for index, (where, record) in enumerate(records):
+    counts: Counter = Counter()
+
+    def encode(record: Record) -> Prompt:
+        asked = record.prompt()
+        prompt = as_turns(asked, "user") if chat else asked
+        if not chat and not isinstance(prompt, str):
+            if len(prompt) > 1:
+                raise record.error(f"a conversation of {len(prompt)} messages needs --is_instruct")
+            prompt = prompt[0]["content"]
+        try:
+            token_ids = render_prompt(prompt, tokenizer, chat=chat, parse_special=parse_special)
+        except ValueError as error:
+            raise record.error(str(error)) from error
+        if not token_ids:
+            raise record.error("empty prompt")
+        return Prompt(0, token_ids, {}, prompt, asked, record.where)
+
+    if path is None:
+        given = {"prompt": text}
+        found = iter([("--prompt", given, encode(Record(given, "--prompt")))])
+    else:
+        found = read(path, reader, encode, counts, text_documents="line")
+    prompts = []
+    for index, (where, record, prompt) in enumerate(found):
         if limit is not None and index >= limit:
             break
-        if key is not None:
-            if key not in record:
-                raise ValueError(f"{where}: no field {key!r}; fields are {sorted(record)}")
-            record = {**record, "prompt": record[key]}
-        prompt, token_ids = _encoded(record, where, tokenizer, chat=chat)
-        if len(token_ids) > room:
+        prompt = replace(prompt, index=index, record=record)
+        if len(prompt.token_ids) > room:
             if long == "error":
                 raise ValueError(
-                    f"{where}: {len(token_ids)} prompt tokens where {room} fit beside --gen_length "
+                    f"{where}: {len(prompt.token_ids)} prompt tokens where {room} fit beside --gen_length "
                     f"{gen_length}; see --long_prompts"
                 )
             counts[f"long prompts, {long}"] += 1
             if long == "drop":
                 continue
-            token_ids = token_ids[-room:]
-        prompts.append(Prompt(index, token_ids, record, prompt, where))
+            prompt = replace(prompt, token_ids=prompt.token_ids[-room:])
+        prompts.append(prompt)
     if not prompts:
         raise ValueError(f"{path}: no prompt is left; {dict(counts)}")
     return prompts, counts
-
-
-def _encoded(
-    record: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool
-) -> tuple[Text, list[int]]:
-    """A record's prompt, and its token ids as training puts them in front of an answer."""
-    if "text" in record:
-        prompt: Any = record["text"]
-    else:
-        prompt = to_prompt(record, where)
-        if not chat and len(prompt) > 1:
-            raise ValueError(f"{where}: a conversation of {len(prompt)} messages needs --is_instruct")
-        if not chat:
-            prompt = prompt[0]["content"]
-    try:
-        token_ids = render_prompt(prompt, tokenizer, chat=chat)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    if not token_ids:
-        raise ValueError(f"{where}: empty prompt")
-    return prompt, token_ids
 
 
 def prompt_file(path: str, folder: Path, run: Run) -> str:

@@ -1,6 +1,6 @@
 """Rows of tokens: documents for pretraining, conversations for SFT.
 
-Each kind reads records, encodes them a shard at a time, and says which of its settings decide the result:
+Each kind reads records, encodes them a chunk at a time, and says which of its settings decide the result:
 
     CorpusRows        input_ids: documents, each closed by EOS, joined and cut every `max_length` tokens
     ConversationRows  input_ids; in_answer: the tokens that are learned (answers, end-of-turn tokens, one EOS)
@@ -8,8 +8,8 @@ Each kind reads records, encodes them a shard at a time, and says which of its s
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,79 +19,120 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from llada.data.chat import (
-    LONG,
-    TURNS,
-    drops_system,
-    encode_rows,
-    encode_texts,
-    fit,
-    refuse_mask_token,
-    split_conversation,
-)
-from llada.data.messages import to_messages
-from llada.data.records import OnBytes, read_records
+from llada.data.chat import LONG, TURNS, encode_rows, fit, refuse_mask_token, split_conversation
+from llada.data.fields import Reader
+from llada.data.files import OnBytes
+from llada.data.messages import Message
+from llada.data.reading import SPELLED, Record, describe_losses, note_bad, read
 from llada.data.shards import Columns, Item, join_columns
+from llada.data.template import HELD, encode_texts, hold_text, style_of
 
-ROWS = ("joined", "documents")
 EVERYTHING = (0.0, 1.0)
 CHUNK_SIZE = 256  # texts a tokenizer call: enough for its threads, little enough memory for long documents
+_DESCRIBED = {
+    "records", "rows", "tokens", "empty", "unigram_entropy",
+    "answer_tokens", "dropped", "truncated", "system_left_out",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class CorpusRows:
-    """Rows of `{"text"}` documents.
+class Rows:
+    """What the two kinds have in common.
 
     Attributes:
-        max_length: tokens a row; of joined rows only the last of a shard is shorter.
+        max_length: longest row in tokens.
+        reader: how records are read.
+        parse_special: special tokens that a text spells are these tokens, instead of text.
+    """
+
+    max_length: int
+    reader: Reader = Reader()
+    parse_special: bool = False
+    kind: ClassVar[str]
+    with_template: ClassVar[bool]
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the rows, beside tokenizer and records."""
+        named = {name: value for name, value in asdict(self.reader).items() if value}
+        return {**named, **({"parse_special_tokens": True} if self.parse_special else {})}
+
+    def items(
+        self,
+        paths: Sequence[str | Path],
+        counts: Counter,
+        *,
+        hash_range: tuple[float, float] = EVERYTHING,
+        on_bytes: OnBytes | None = None,
+    ) -> Iterator[Item]:
+        """("file:line", what is encoded) of the records whose hash lies in the range.
+
+        Args:
+            counts: gets what was skipped or dropped, see `read`.
+        """
+        documents = getattr(self, "text_documents", "blank_line")
+        for path in paths:
+            found = read(path, self.reader, self.convert, counts, text_documents=documents, on_bytes=on_bytes)
+            yield from ((where, item) for where, _, item in found if _in_range(self.key(item), hash_range))
+
+    def usable(
+        self, items: list[Item], make: Callable[[Any], Any], counts: Counter
+    ) -> Iterator[tuple[str, Any]]:
+        """("file:line", what is made of an item), without what cannot be used if the reader drops it."""
+        for where, item in items:
+            try:
+                yield where, make(item)
+            except ValueError as error:
+                message = f"{where}: {error}"
+                if not self.reader.drops_bad:
+                    raise ValueError(message) from error
+                note_bad(counts, message)
+
+    def losses(self, counts: dict[str, Any]) -> str:
+        """Lines about what did not come through."""
+        other = {name: n for name, n in counts.items() if name not in _DESCRIBED}
+        return describe_losses(other, counts["records"], lost=counts.get("dropped", 0))
+
+
+@dataclass(frozen=True)
+class CorpusRows(Rows):
+    """Rows of documents; of joined rows only the last of a shard is shorter than `max_length`.
+
+    Attributes:
         rows: "joined" = all documents one after the other; "documents" = each in a row of its own, and a
             longer one in several.
         text_documents: what a document is in a .txt file, see `read_records`.
     """
 
-    max_length: int
     rows: str = "joined"
     text_documents: str = "blank_line"
     kind: ClassVar[str] = "corpus"
     with_template: ClassVar[bool] = False
 
+    convert = staticmethod(Record.document)
+
     def settings(self) -> dict[str, Any]:
-        """What decides the rows, beside tokenizer and records."""
         cut = {"rows": self.rows} if self.rows != "joined" else {}
-        return {"max_length": self.max_length, "text_documents": self.text_documents, **cut}
+        own = {"max_length": self.max_length, "text_documents": self.text_documents, **cut}
+        return own | super().settings()
 
-    def items(
-        self,
-        paths: Sequence[str | Path],
-        *,
-        hash_range: tuple[float, float] = EVERYTHING,
-        on_bytes: OnBytes | None = None,
-    ) -> Iterator[Item]:
-        """("file:line", text) of the documents whose hash lies in the range.
-
-        The hash depends on the text alone, so a document and its copies are on the same side of a split.
-        """
-        for path in paths:
-            for where, record in read_records(path, text_documents=self.text_documents, on_bytes=on_bytes):
-                text = record.get("text")
-                if not isinstance(text, str):
-                    raise ValueError(
-                        f"{where}: a document needs a string field 'text', fields are {sorted(record)}"
-                        + ("; conversations go through prepare_sft.py" if "text" not in record else "")
-                    )
-                if _in_range(text, hash_range):
-                    yield where, text
+    def key(self, text: str) -> str:
+        """What decides the side of a split: the text alone, so a document and its copies stay together."""
+        return text
 
     def encode(self, items: list[Item], *, tokenizer: PreTrainedTokenizerBase) -> tuple[Columns, Counter]:
         """The tokens of each document, and counts of records, empty documents and tokens."""
+        counts = Counter(records=len(items))
+        make = (lambda text: text) if self.parse_special else (lambda text: hold_text(text, tokenizer))
+        found = list(self.usable(items, make, counts))
         documents: list[list[int]] = []
-        texts = [_valid(text, where) for where, text in items]
-        for (where, _), ids in zip(items, encode_texts(texts, tokenizer), strict=True):
+        for (where, _), ids in zip(found, encode_texts([text for _, text in found], tokenizer), strict=True):
             refuse_mask_token(ids, tokenizer, where)
             documents += [[*ids, tokenizer.eos_token_id]] if ids else []
-        columns = {"input_ids": _lists(documents, np.int32)}
-        tokens = sum(map(len, documents))
-        return columns, Counter(records=len(items), empty=len(items) - len(documents), tokens=tokens)
+        counts["empty"] = len(found) - len(documents)
+        counts["tokens"] = sum(map(len, documents))
+        if spelled := sum(HELD in text for _, text in found):
+            counts[SPELLED] = spelled
+        return {"input_ids": _lists(documents, np.int32)}, counts
 
     def join(self, parts: list[Columns]) -> Columns:
         """The rows of one shard from its documents."""
@@ -120,24 +161,25 @@ class CorpusRows:
         return (
             f"{counts['records']} documents ({counts['empty']} empty), {counts['tokens']} tokens "
             f"in {counts['rows']} rows, unigram entropy {counts['unigram_entropy']:.3f} nats/token"
+            f"{self.losses(counts)}"
         )
 
 
 @dataclass(frozen=True)
-class ConversationRows:
-    """Rows of conversations, from records that `to_messages` accepts.
+class ConversationRows(Rows):
+    """Rows of conversations.
 
     Attributes:
-        max_length: longest row in tokens.
         turns: "all", "last" or "split": see `split_conversation`.
         long: what to do with a longer row: see `fit`.
     """
 
-    max_length: int
     turns: str = "all"
     long: str = "error"
     kind: ClassVar[str] = "conversations"
     with_template: ClassVar[bool] = True
+
+    convert = staticmethod(Record.messages)
 
     def __post_init__(self) -> None:
         for name, known in (("turns", TURNS), ("long", LONG)):
@@ -145,44 +187,31 @@ class ConversationRows:
                 raise ValueError(f"--{name} {getattr(self, name)!r}: use one of {', '.join(known)}")
 
     def settings(self) -> dict[str, Any]:
-        """What decides the rows, beside tokenizer and records."""
-        return {"max_length": self.max_length, "turns": self.turns, "long": self.long}
+        own = {"max_length": self.max_length, "turns": self.turns, "long": self.long}
+        return own | super().settings()
 
-    def items(
-        self,
-        paths: Sequence[str | Path],
-        *,
-        hash_range: tuple[float, float] = EVERYTHING,
-        on_bytes: OnBytes | None = None,
-    ) -> Iterator[Item]:
-        """("file:line", messages) of the conversations whose hash lies in the range.
-
-        The hash is that of the messages before the first answer: one question is on one side of a split.
-        """
-        for path in paths:
-            for where, record in read_records(path, on_bytes=on_bytes):
-                messages = to_messages(record, where)
-                first = [message["role"] for message in messages].index("assistant")
-                if _in_range(repr([message["content"] for message in messages[:first]]), hash_range):
-                    yield where, messages
+    def key(self, messages: list[Message]) -> str:
+        """What decides the side of a split: the question, so that it never stands on both sides."""
+        first = [message["role"] for message in messages].index("assistant")
+        return repr([message["content"] for message in messages[:first]])
 
     def encode(self, items: list[Item], *, tokenizer: PreTrainedTokenizerBase) -> tuple[Columns, Counter]:
         """The rows of these conversations, and counts of records, tokens, dropped, truncated, ..."""
-        kept, segments, wheres = [], [], []
         counts = Counter(records=len(items), dropped=0, truncated=0, system_left_out=0)
+
+        def split(messages: list[Message]) -> list[list[tuple[str, bool]]]:
+            return split_conversation(messages, tokenizer, turns=self.turns, parse_special=self.parse_special)
+
         with_system = sum(messages[0]["role"] == "system" for _, messages in items)
-        if with_system and drops_system(tokenizer):
+        if with_system and style_of(tokenizer).drops_system:
             counts["system_left_out"] = with_system
-        for where, messages in items:
-            for message in messages:
-                _valid(message["content"], where)
-            try:
-                found = split_conversation(messages, tokenizer, turns=self.turns)
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
-            segments += found
-            wheres += [where] * len(found)
-        for where, row in zip(wheres, encode_rows(segments, tokenizer), strict=True):
+        found = list(self.usable(items, split, counts))
+        if spelled := sum(any(HELD in text for row in rows for text, _ in row) for _, rows in found):
+            counts[SPELLED] = spelled
+        segments = [(where, row) for where, rows in found for row in rows]
+        kept = []
+        encoded = encode_rows([row for _, row in segments], tokenizer)
+        for (where, _), row in zip(segments, encoded, strict=True):
             refuse_mask_token(row["input_ids"], tokenizer, where)
             outcome, fitted = fit(row, where, self.max_length, self.long)
             counts[outcome] += outcome != "kept"
@@ -213,10 +242,8 @@ class ConversationRows:
             f"{counts['records']} conversations in {counts['rows']} rows ({counts['dropped']} rows "
             f"dropped, {counts['truncated']} truncated), {counts['tokens']} tokens, "
             f"{counts['answer_tokens']} of them in answers{lost if counts['system_left_out'] else ''}"
+            f"{self.losses(counts)}"
         )
-
-
-Rows = CorpusRows | ConversationRows
 
 
 def _lists(values: Sequence[Sequence], dtype: type) -> pa.Array:
@@ -224,15 +251,6 @@ def _lists(values: Sequence[Sequence], dtype: type) -> pa.Array:
     borders = np.cumsum([0, *map(len, values)])
     flat = np.fromiter(chain.from_iterable(values), dtype=dtype, count=borders[-1])
     return pa.ListArray.from_arrays(pa.array(borders, pa.int32()), pa.array(flat))
-
-
-def _valid(text: str, where: str) -> str:
-    """`text`, if it can be written as UTF-8: JSON can spell half a character (\\ud800)."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: {text[error.start]!r} is half a character (surrogate)") from error
-    return text
 
 
 def _in_range(text: str, hash_range: tuple[float, float]) -> bool:

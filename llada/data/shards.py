@@ -14,12 +14,13 @@ import os
 import shutil
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import datasets
@@ -29,7 +30,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from llada.data.records import files_of
+from llada.data.files import files_of
 from llada.resumable import refuse_changes, write_atomically
 
 Item = tuple[str, Any]
@@ -40,7 +41,6 @@ Encoder = Callable[[list[Item]], tuple[Columns, Counter]]
 Join = Callable[[list[Columns]], Columns]
 
 MANIFEST = "manifest.json"
-_SAMPLE_BYTES = 1 << 20
 _encode_here: Encoder  # of a worker
 
 
@@ -72,18 +72,35 @@ def row_lengths(rows: Dataset) -> np.ndarray:
     return np.concatenate(lengths) if lengths else np.empty(0, dtype=np.int64)
 
 
-def describe_inputs(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """Name, bytes and a hash of both ends of each input file: notices another file, cheap at any size."""
+def describe_inputs(paths: Iterable[str | Path], folder: str | Path) -> list[dict[str, Any]]:
+    """Name, bytes and a hash of each input file, and when it was last changed.
+
+    A file that has not been changed since `folder` was prepared from it is not read again.
+    """
+    path = Path(folder, MANIFEST)
+    manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before = manifest.get("fingerprint", {}).get("inputs", [])
+    known = {(old["file"], old["bytes"], *old.get("changed", [])): old.get("hash") for old in before}
     described = []
-    for path in paths:
-        for file in files_of(path):
-            size = file.stat().st_size
+    for file in (file for path in paths for file in files_of(path)):
+        found = file.stat()
+        changed = [found.st_mtime_ns, found.st_ctime_ns]  # ctime: a copy can be given the old mtime
+        digest = known.get((file.name, found.st_size, *changed))
+        if digest is None:
             with file.open("rb") as stream:
-                digest = hashlib.sha256(stream.read(_SAMPLE_BYTES))
-                stream.seek(max(0, size - _SAMPLE_BYTES))
-                digest.update(stream.read(_SAMPLE_BYTES))
-            described.append({"file": file.name, "bytes": size, "sample": digest.hexdigest()[:16]})
+                digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        described.append({"file": file.name, "bytes": found.st_size, "hash": digest, "changed": changed})
     return described
+
+
+def _without_times(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """A fingerprint whose inputs are told by their content alone."""
+    if "inputs" not in fingerprint:
+        return fingerprint
+    inputs = [
+        {name: value for name, value in file.items() if name != "changed"} for file in fingerprint["inputs"]
+    ]
+    return {**fingerprint, "inputs": inputs}
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, *, with_template: bool) -> str:
@@ -107,8 +124,10 @@ def write_shards(
     chunk_size: int | None = None,
     num_proc: int = 1,
     overwrite: bool = False,
+    if_changed: bool = False,
     on_shard: Callable[[Counter], None] = lambda _: None,
     summarise: Callable[[Dataset], dict[str, float]] = lambda _: {},
+    read_counts: Mapping[str, int] = MappingProxyType({}),
 ) -> Dataset:
     """The rows of all items, written shard by shard; shards that a stopped run left are kept.
 
@@ -121,14 +140,16 @@ def write_shards(
         shard_size: records a shard.
         num_proc: processes that encode; 1 encodes here.
         overwrite: start again, removing the folder's shards.
+        if_changed: start again if the folder has another fingerprint, instead of refusing it.
         on_shard: told the counts so far after each shard.
         summarise: statistics of the finished rows to add to the manifest.
+        read_counts: what `items` counts while it is read, to add to those of the shards.
 
     Raises:
         ValueError: the folder has another fingerprint or foreign files, or no row is left at the end.
     """
     folder = Path(output_dir)
-    if _open(folder, fingerprint, overwrite):
+    if _open(folder, fingerprint, overwrite=overwrite, if_changed=if_changed):
         return load_rows(folder)
     total: Counter = Counter()
     num_shards = 0
@@ -137,6 +158,7 @@ def write_shards(
         num_shards += 1
         total.update(counts)
         on_shard(total)
+    total.update(read_counts)
     if not total["rows"]:
         raise ValueError(f"{folder}: no row is left to write; counts: {dict(total)}")
     rows = _load(folder, num_shards)
@@ -146,7 +168,7 @@ def write_shards(
     return rows
 
 
-def _open(folder: Path, fingerprint: dict[str, Any], overwrite: bool) -> bool:
+def _open(folder: Path, fingerprint: dict[str, Any], *, overwrite: bool, if_changed: bool) -> bool:
     """Makes the folder ready for shards; True if all of them are there already."""
     path = folder / MANIFEST
     if path.is_file() and overwrite:
@@ -155,10 +177,11 @@ def _open(folder: Path, fingerprint: dict[str, Any], overwrite: bool) -> bool:
             shutil.rmtree(shard)
     if path.is_file():
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        refuse_changes(
-            manifest["fingerprint"], fingerprint, f"{folder} was prepared differently",
-            "Use another folder, or --overwrite",
-        )  # fmt: skip
+        old, new = _without_times(manifest["fingerprint"]), _without_times(fingerprint)
+        if old != new and if_changed:
+            return _open(folder, fingerprint, overwrite=True, if_changed=False)
+        refuse_changes(old, new, f"{folder} was prepared differently", "Use another folder, or --overwrite")
+        _write_json(path, {**manifest, "fingerprint": fingerprint})  # the same files, seen at other times
         return manifest["finished"]
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no prepared rows; choose another output folder")

@@ -33,6 +33,7 @@ RENAMED = {
     "train_data_path": "train_dataset_path", "eval_data_path": "eval_dataset_path",
     "group_size": "num_generations", "num_samples_per_prompt": "num_generations", "gen_steps": "steps",
     "is_instruct": "apply_chat_template", "gamma": "window_length draft_length", "cfg": "cfg_scale",
+    "input_key": "prompt_key", "completion_key": "answer_key", "response_key": "answer_key",
     "dataset_path": "prompts_file", "input_file": "input", "output_path": "output_dir",
 }
 # fmt: on

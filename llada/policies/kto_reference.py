@@ -23,7 +23,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llada.data.answers import Encoding, Tokens, encode_answers
-from llada.data.messages import to_labelled
+from llada.data.reading import to_labelled
 from llada.data.records import read_records
 from llada.data.shards import describe_tokenizer
 from llada.diffusion.bound_estimator import MaskPlan
@@ -89,7 +89,10 @@ def read_bref(
         _check(record, where, num_draws)
         if record.get("fingerprint") != made_with:
             raise ValueError(f"{where}: B_ref was made differently from that of {located[0][0]}")
-    encoding = Encoding(tokenizer, settings["eos"], settings.get("chat", False), settings["max_length"], long)
+    encoding = Encoding(
+        tokenizer, settings["eos"], settings.get("chat", False), settings["max_length"], long,
+        settings.get("parse_special_tokens", False),
+    )  # fmt: skip
     items = [to_labelled(record, where)[0] for where, record in located]
     encoded = encode_answers(
         [(where, item.prompt, item.completion) for (where, _), item in zip(located, items, strict=True)],
@@ -134,7 +137,8 @@ def subsample(
 GLOBAL_SEED = 0x1A2B3C4D5E6F7788
 _BITS = 2**64 - 1
 ESTIMATOR = "elbo-kto 1"  # changes when the same flags would give other numbers
-PUBLISHED = {"eos": "padded", "max_length": 4096}  # how the published program encodes
+# How the published program encodes.
+PUBLISHED = {"eos": "padded", "max_length": 4096, "parse_special_tokens": True}
 
 
 def mix64(x: int) -> int:

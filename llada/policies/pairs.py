@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llada.data.answers import Encoding, Tokens, load_pairs
-from llada.data.messages import PAIR_KEYS
+from llada.data.reading import BAD, describe_losses
 from llada.diffusion.bound_gradient import differentiate, draw_values, gradient_parts, plan_draws
 from llada.diffusion.likelihood import Request
 from llada.diffusion.settings import MaskSettings
@@ -131,9 +131,11 @@ def read_pairs(
     config: PairConfig, tokenizer: PreTrainedTokenizerBase, paths: list[str], limit: int | None = None
 ) -> tuple[Pairs, Counter]:
     """The pairs of some files as tokens, and counts."""
-    encoding = Encoding(tokenizer, config.eos, config.apply_chat_template, config.max_length, config.long)
-    keys = {name: getattr(config, f"{name}_key") for name in PAIR_KEYS}
-    return load_pairs(paths, encoding, keys=keys, max_samples=limit)
+    encoding = Encoding(
+        tokenizer, config.eos, config.apply_chat_template, config.max_length, config.long,
+        config.parse_special_tokens,
+    )  # fmt: skip
+    return load_pairs(paths, encoding, config.reader(), max_samples=limit)
 
 
 def pair_rows(config: PairConfig, path: str, tokenizer: PreTrainedTokenizerBase) -> Rows:
@@ -158,7 +160,10 @@ def train_on_pairs(config: PairConfig, loss: PairLoss, *, reference: str = "none
         return
     pairs, counts = read_pairs(config, stage.tokenizer, config.train_data_path, config.max_samples)
     if stage.run.is_main:
-        print(f"training pairs: {dict(counts)}", flush=True)
+        known = {name: counts.pop(name) for name in ("kept", "truncated", "dropped", "equal")}
+        total = sum(known.values()) + counts[BAD]
+        losses = describe_losses(counts, total, lost=known["dropped"] + known["equal"])
+        print(f"training pairs: {known}{losses}", flush=True)
     data = {"preference": pairs}
     if config.eval_data_path is not None:
         data["validation"], _ = read_pairs(config, stage.tokenizer, config.eval_data_path)

@@ -21,7 +21,7 @@ from starlette.routing import Route
 from transformers import PreTrainedTokenizerBase
 
 from llada.data.chat import render_prompt
-from llada.data.messages import to_prompt
+from llada.data.reading import to_prompt
 from llada.inference.denoising_view import spell
 from llada.serving.answers import Candidate, Metrics
 from llada.serving.engine import Engine, Job, QueueIsFull, Row

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llada.autoregressive.vocabulary import OTHER, TokenBytes, VocabMap
-from llada.data.chat import encode_texts
+from llada.data.template import encode_texts
 from modelling_final import LLaDAConfig
 
 BRIDGES = ("none", "vocabulary", "text")

@@ -10,6 +10,7 @@ many ranks there are, so a large job can be tried in one process:
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -19,8 +20,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from llada.data.files import files_of
 from llada.data.prepared import is_usable
-from llada.data.records import files_of
 from llada.data.rows import Rows as DataRows
 from llada.data.shards import read_manifest
 from llada.models.building import run_tokenizer
@@ -75,7 +76,7 @@ def data_rows(path: str, tokenizer: PreTrainedTokenizerBase, *, kind: DataRows) 
         nonlocal used
         used += count
 
-    records = kind.items([path], on_bytes=on_bytes)
+    records = kind.items([path], Counter(), on_bytes=on_bytes)
     items = list(islice(records, SAMPLE_RECORDS))
     columns, counts = kind.encode(items, tokenizer=tokenizer)
     counts["rows"] = len(kind.join([columns])["input_ids"])

@@ -67,7 +67,9 @@ def train_on_rows(
 
     def rows_of(paths: Sequence[str], name: str, **options: Any) -> Dataset:
         folder = Path(config.output_dir, "data", name)  # for raw records that have to be tokenised
-        return load_rows(paths, kind, tokenizer, prepared=folder, run=run, **options).with_format("numpy")
+        return load_rows(
+            paths, kind, tokenizer, prepared=folder, run=run, run_folder=config.output_dir, **options
+        ).with_format("numpy")
 
     # Data before the model: they fail in seconds where a checkpoint takes minutes.
     rows = rows_of(paths, "train", weights=weights, seed=config.seed)
