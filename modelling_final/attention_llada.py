@@ -162,9 +162,13 @@ def make_attention_mask(
         same = same_document(document_borders, batch, num_rows)
         sees = same if sees is None else and_masks(sees, same)
 
-    mask = create_bidirectional_mask(
-        config, inputs_embeds, attention_mask, past_key_values=cache, and_mask_function=sees
-    )
+    if sees is not None and kernel in ("sdpa", "eager"):
+        start = 0 if cache is None else cache.get_query_offset()
+        mask = _dense(sees, attention_mask, (batch, start, start + num_rows, num_keys), inputs_embeds, kernel)
+    else:
+        mask = create_bidirectional_mask(
+            config, inputs_embeds, attention_mask, past_key_values=cache, and_mask_function=sees
+        )
     if mask is not None and "flash" in kernel and num_rows != num_keys:
         raise ValueError(
             f"attn_implementation {kernel} takes the last rows' padding for a cache window's; "
@@ -193,6 +197,31 @@ def _block_causal(key_positions: Tensor, block_size: int) -> Callable[..., Tenso
         return block[batch_idx, key_idx] <= block[batch_idx, query_idx]
 
     return sees
+
+
+def _dense(
+    sees: Callable[..., Tensor],
+    attention_mask: Tensor | None,
+    span: tuple[int, int, int, int],
+    like: Tensor,
+    kernel: str,
+) -> Tensor:
+    """[B, 1, L, K] what `sees` says, without keys that are padding; span: (B, first row, end of rows, K).
+
+    transformers asks such a rule through vmap, which takes longer than the rest of a small model's forward.
+    """
+    batch, start, end, num_keys = span
+    index = torch.arange(max(batch, end, num_keys), device=like.device)
+    sequences, queries, keys = (
+        index[:batch, None, None],
+        index[None, start:end, None],
+        index[None, None, :num_keys],
+    )
+    mask = sees(sequences, None, queries, keys)
+    if attention_mask is not None:
+        mask = mask & attention_mask[:, None].bool()
+    mask = mask.expand(batch, end - start, num_keys)[:, None]
+    return mask if kernel == "sdpa" else _additive(mask, like.dtype)
 
 
 def _combine(bias: Tensor, mask: Tensor | None, dtype: torch.dtype, kernel: str) -> Tensor:
