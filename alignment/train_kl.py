@@ -37,7 +37,7 @@ from functools import partial
 from pathlib import Path
 
 from llada.flags.parser import check_command_line, flag, parse, run_main
-from llada.training.config import TrainConfig
+from llada.training.config import TrainConfig, finished_before
 
 
 @dataclass(kw_only=True)
@@ -128,7 +128,7 @@ class Config(TrainConfig):
 
 
 if __name__ == "__main__":
-    check_command_line(Config, __doc__)
+    check_command_line(Config, __doc__, answer=finished_before)
 
 import torch
 from datasets import Dataset

@@ -17,7 +17,7 @@ from functools import partial
 
 from llada.data.flags import ConversationFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
-from llada.training.config import TrainConfig
+from llada.training.config import TrainConfig, finished_before
 
 
 @dataclass(kw_only=True)
@@ -32,7 +32,7 @@ class Config(ConversationFlags, TrainConfig):
 
 
 if __name__ == "__main__":
-    check_command_line(Config, __doc__)
+    check_command_line(Config, __doc__, answer=finished_before)
 
 import torch
 from datasets import Dataset

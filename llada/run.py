@@ -1,14 +1,13 @@
-"""Where a run lives: its processes, its device, its precision, and where its numbers go."""
+"""Where a run lives: its processes, its device, its precision, and the signals that stop it."""
 
-import json
-import logging
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,9 +15,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
-log = logging.getLogger(__name__)
+from llada.flags.parser import STOP_SIGNALS
+
+# What our libraries say to each other: nothing that a user can act on.
+for _message in (
+    "torch.distributed is disabled, unavailable or uninitialized",  # one process is a normal way to train
+    "`is_gradient_checkpointing` is deprecated",  # peft asks transformers
+):
+    warnings.filterwarnings("ignore", message=_message)
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,8 @@ class Run:
         return self.rank == 0
 
 
-# What SLURM and torchrun send before they kill, and what a closed terminal sends.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+# A terminal, a launcher and a pipeline may each pass on the same signal.
+_SAME_SIGNAL_SECONDS = 1.0
 _handlers_before: dict[int, Any] = {}
 
 
@@ -96,15 +101,47 @@ def described_run(device: str | None = None) -> Run:
 
 
 def _stop_cleanly_on_signals(run: Run, output_dir: Path) -> None:
-    def stop(*_: object) -> None:
+    def stop(number: int, _: object) -> None:
         if run.is_main:
             output_dir.mkdir(parents=True, exist_ok=True)
             (output_dir / "PREEMPTED").touch()
             print("stopped by a signal outside the training steps; the same command continues", flush=True)
-        sys.exit(0)
+        sys.exit(exit_status(number))
 
     for number in STOP_SIGNALS:
         _handlers_before[number] = signal.signal(number, stop)
+
+
+def exit_status(number: int) -> int:
+    """That of a run which a signal has stopped cleanly: 0, but after Ctrl-C a script must not go on."""
+    return 128 + number if number == signal.SIGINT else 0
+
+
+class StopSignal:
+    """Within its body a stop signal is only noted, so that the loop can save; a second one aborts.
+
+    Attributes:
+        number: the signal that came; 0 = none.
+    """
+
+    def __init__(self) -> None:
+        self.number, self._came_at = 0, 0.0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        if self.number and time.monotonic() - self._came_at > _SAME_SIGNAL_SECONDS:
+            raise KeyboardInterrupt
+        self.number, self._came_at = number, time.monotonic()
+        if sys.stderr.isatty():  # print() may not be interrupted by itself
+            os.write(2, b"\nthe state is saved after this step; once more stops without saving\n")
 
 
 def end_run() -> None:
@@ -159,19 +196,14 @@ def barrier() -> None:
         dist.barrier()
 
 
-def first_rank_first(run: Run) -> AbstractContextManager[None]:
+@contextmanager
+def first_rank_first(run: Run) -> Iterator[None]:
     """Rank 0 runs the body while the others wait, then they run it and find its files done."""
-
-    class _Turns(AbstractContextManager):
-        def __enter__(self) -> None:
-            if not run.is_main:
-                barrier()
-
-        def __exit__(self, error_type: type | None, *_: object) -> None:
-            if run.is_main and error_type is None:
-                barrier()
-
-    return _Turns()
+    if not run.is_main:
+        barrier()
+    yield
+    if run.is_main:  # not after an error: the launcher ends the others
+        barrier()
 
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
@@ -179,95 +211,3 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
     if dtype == "float32":
         return nullcontext()
     return torch.autocast(device.type, dtype=getattr(torch, dtype))
-
-
-class Metrics:
-    """Numbers of a run, under the same names in the terminal, in metrics.jsonl and in W&B. Rank 0 only."""
-
-    def __init__(
-        self,
-        run: Run,
-        folder: Path,
-        *,
-        report_to: str,
-        config: Mapping[str, Any],
-        total_steps: int,
-        first_step: int,
-    ) -> None:
-        self._wandb = None
-        self._bar = None
-        if not run.is_main:
-            return
-        self._path = folder / "metrics.jsonl"
-        self._spikes = folder / "loss_spikes.jsonl"
-        for path in (self._path, self._spikes):
-            _keep_lines_before(path, first_step)
-        self._bar = tqdm(total=total_steps, initial=first_step, desc=folder.name, unit="step", mininterval=2)
-        if report_to == "wandb":
-            import wandb  # only here: it is slow to import and most runs do not use it
-
-            name = config.get("run_name") or folder.name
-            # The same id continues the same curve after a resume.
-            self._wandb = wandb.init(
-                project=config.get("wandb_project"), name=name, id=config.get("wandb_run_id"),
-                config=dict(config), resume="allow", dir=str(folder),
-            )  # fmt: skip
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one line {"step", "time", names: values}."""
-        if self._bar is None:
-            return
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
-        shown = " ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self._bar.write(f"step {step}: {shown}")
-        log.info("step %d: %s", step, shown)
-        if self._wandb is not None:
-            self._wandb.log(dict(values), step=step)
-
-    def log_spike(self, step: int, spike: Mapping[str, Any]) -> None:
-        """Appends one line to loss_spikes.jsonl, with the records of the step, and says so."""
-        if self._bar is None:
-            return
-        with open(self._spikes, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **spike}) + "\n")
-        self._bar.write(
-            f"step {step}: loss {spike['loss']:.4g} is {spike['loss_spike']:.1f} standard deviations above "
-            f"its mean; the records are in {self._spikes}"
-        )
-
-    def advance(self, step: int) -> None:
-        """Moves the progress bar to `step`."""
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
-
-    def close(self) -> None:
-        """Ends the progress bar and the W&B run."""
-        if self._bar is not None:
-            self._bar.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-
-
-def read_metrics(path: str | Path) -> Iterator[dict[str, float]]:
-    """The lines of a metrics.jsonl."""
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
-
-
-def _keep_lines_before(path: Path, step: int) -> None:
-    """A resumed run repeats the steps after its checkpoint; their first lines are dropped, so none stands
-    twice."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the half-written last line of a killed run
-        if entry["step"] <= step and step > 0:
-            kept.append(line)
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

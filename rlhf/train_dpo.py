@@ -24,6 +24,7 @@ from functools import partial
 from llada.diffusion.settings import DPO_LOSSES
 from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.policies.config import PairConfig, ReferenceFlags
+from llada.training.config import finished_before
 
 
 @dataclass(kw_only=True)
@@ -54,7 +55,7 @@ class Config(ReferenceFlags, PairConfig):
 
 
 if __name__ == "__main__":
-    check_command_line(Config, __doc__)
+    check_command_line(Config, __doc__, answer=finished_before)
 
 from torch import Tensor
 

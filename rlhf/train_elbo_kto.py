@@ -24,6 +24,7 @@ from functools import partial
 from llada.diffusion.settings import Z0_MODES
 from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.policies.config import PolicyConfig, ReferenceFlags
+from llada.training.config import finished_before
 
 
 @dataclass(kw_only=True)
@@ -111,7 +112,7 @@ class Config(ReferenceFlags, PolicyConfig):
 
 
 if __name__ == "__main__":
-    check_command_line(Config, __doc__)
+    check_command_line(Config, __doc__, answer=finished_before)
 
 import torch
 from torch import Tensor

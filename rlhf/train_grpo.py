@@ -38,6 +38,7 @@ from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
 from llada.policies.config import GrpoConfig, OlderFlags
 from llada.rewards.flags import RewardFlags
+from llada.training.config import finished_before
 
 
 @dataclass(kw_only=True)
@@ -117,7 +118,7 @@ class Config(QuestionFlags, RewardFlags, SamplerFlags, OlderFlags, GrpoConfig):
 
 
 if __name__ == "__main__":
-    check_command_line(Config, __doc__)
+    check_command_line(Config, __doc__, answer=finished_before)
 
 import torch
 from transformers import PreTrainedTokenizerBase

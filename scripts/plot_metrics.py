@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 import matplotlib.pyplot as plt
 
-from llada.run import read_metrics
+from llada.training.metrics import read_metrics
 
 
 def main(argv: list[str] | None = None) -> None:

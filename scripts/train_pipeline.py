@@ -15,14 +15,16 @@ Run:
 import argparse
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llada.flags.parser import run_main
+from llada.flags.parser import STOP_SIGNALS, run_main
 from llada.flags.yaml_files import read_yaml
 from llada.rewards.functions import puzzle_solved
 from llada.training.stages import ROOT, STAGES, Stage, output_of
@@ -157,7 +159,9 @@ class Pipeline:
         script = script_of(stage)
         start = [sys.executable]
         if self.nproc > 1 and (script.trains or script.reads_checkpoint):
+            # Its own patience with a stopped process is 30 s: too little for a save.
             start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.nproc}"]
+            start += ["--shutdown-timeout=300", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGHUP"]
         return [*start, str(ROOT / script.script), *as_arguments(self.flags(stage))]
 
     def heldout_command(self, stage: str) -> tuple[list[str], Path]:
@@ -181,8 +185,12 @@ def as_arguments(flags: Mapping[str, Any]) -> list[str]:
     return arguments
 
 
-def run_once(name: str, command: list[str], logs: Path) -> float:
-    """Runs a command unless it has finished before; its seconds. Stops the program if it fails."""
+def run_once(name: str, command: list[str], logs: Path, marker: Path | None = None) -> float:
+    """Runs a command unless it has finished before; its seconds. Stops the program if it fails or is stopped.
+
+    Args:
+        marker: what a training leaves when a signal stops it; it then ends with status 0.
+    """
     logs.mkdir(parents=True, exist_ok=True)
     mark = logs / f"{name}.done"
     text = shlex.join(command)
@@ -197,12 +205,18 @@ def run_once(name: str, command: list[str], logs: Path) -> float:
     with (
         open(log, "wb") as file,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process,
+        passing_on_signals(process) as received,
     ):
         while chunk := process.stdout.read1(65536):
             file.write(chunk)
             file.flush()
             sys.stdout.buffer.write(chunk)
             sys.stdout.buffer.flush()
+    was_saved = marker is not None and marker.exists()
+    if received or was_saved:
+        if not was_saved:  # else the training has said it
+            print(f"== {name}: stopped by a signal; the same command continues", flush=True)
+        raise SystemExit(128 + max(received, default=signal.SIGTERM))
     if process.returncode != 0:
         tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
         print(f"\n== {name} failed with status {process.returncode}; the end of {log}:", *tail, sep="\n")
@@ -210,6 +224,27 @@ def run_once(name: str, command: list[str], logs: Path) -> float:
     seconds = round(time.time() - started, 1)
     mark.write_text(json.dumps({"command": text, "seconds": seconds}))
     return seconds
+
+
+@contextmanager
+def passing_on_signals(process: subprocess.Popen) -> Iterator[list[int]]:
+    """Within its body stop signals are noted and go to the process, which saves; else we would end before it.
+
+    It may also get them from whoever signals the whole group; `fit` takes both for one.
+    """
+    received: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        received.append(number)
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    try:
+        yield received
+    finally:
+        process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def accuracy_by_task(completions: Path, prompts: Path) -> dict[str, float]:
@@ -273,8 +308,8 @@ def main(argv: list[str] | None = None) -> None:
                 print(shlex.join(pipeline.heldout_command(stage)[0]))
             continue
         logs = pipeline.output_dir / "logs"
-        seconds = run_once(stage, command, logs)
         flags = pipeline.flags(stage)
+        seconds = run_once(stage, command, logs, output_of(flags) / "PREEMPTED")
         rows += stage_rows(stage, flags, seconds, rows)
         if heldout:
             command, completions = pipeline.heldout_command(stage)

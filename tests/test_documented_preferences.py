@@ -13,7 +13,8 @@ import torch
 
 from conftest import ROOT, load_script
 from llada.flags.parser import parse
-from llada.run import Run, read_metrics
+from llada.run import Run
+from llada.training.metrics import read_metrics
 
 BREF = """rlhf/precompute_bref.py --num_gpus 8 --batch_size 8 --model_path GSAI-ML/LLaDA-8B-Instruct
     --dataset data/kto-mix-14k --k_vals 1,2,4,8 --output_file data/kto-mix-14k-processed/train.jsonl

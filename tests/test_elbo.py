@@ -295,8 +295,8 @@ def test_hashes_tell_masks_apart():
 
 def test_a_loss_in_parts_is_one_step(tmp_path):
     from llada.diffusion.losses import masked_diffusion_loss
-    from llada.run import read_metrics
     from llada.training.loop import fit
+    from llada.training.metrics import read_metrics
     from test_training import CPU, NoTokenizer, make_config, make_stream, tiny_model
 
     def whole(model, batch, count):

@@ -9,7 +9,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from conftest import ROOT, load_script
-from llada.run import read_metrics
+from llada.training.metrics import read_metrics
 from llada.training.stages import STAGES
 from processes import finish, kill_after, run_ranks, start
 

@@ -15,11 +15,14 @@ import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
+import llada.run
 from conftest import ROOT, load_script
 from llada.diffusion.losses import masked_diffusion_loss
-from llada.run import end_run, read_metrics, start_run
+from llada.flags.parser import STOP_SIGNALS
+from llada.run import end_run, start_run
 from llada.training import checkpoint
 from llada.training.loop import fit, prepare_trainable
+from llada.training.metrics import read_metrics
 from llada.training.monitor import MAX_SKIPPED_IN_A_ROW, LossWatch
 from test_training import CPU, NoTokenizer, make_config, make_stream, tiny_model, train, weights_of
 
@@ -122,22 +125,40 @@ def test_two_runs_in_one_folder(tmp_path):
     assert (tmp_path / "DONE").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
-def test_a_signal_between_steps_saves_and_the_resumed_run_is_the_same(number, tmp_path):
-    def interrupted(stream):
+def signalled(*numbers):
+    def stream_of(stream):
         def at(step):
-            if step == 3:
+            for number in numbers if step == 3 else ():
                 os.kill(os.getpid(), number)
             return stream(step)
 
         return at
 
-    train_on(tmp_path / "cut", interrupted)
+    return stream_of
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_between_steps_saves_and_the_resumed_run_is_the_same(number, tmp_path, capsys):
+    if number == signal.SIGINT:  # a script must not go on after Ctrl-C
+        with pytest.raises(SystemExit) as stopped:
+            train_on(tmp_path / "cut", signalled(number, number))  # twice at once, as a group gets it
+        assert stopped.value.code == 130
+    else:
+        train_on(tmp_path / "cut", signalled(number))
+    said = [line for line in capsys.readouterr().out.splitlines() if "signal" in line]
+    assert said == ["stopped by a signal after 3 steps, state saved; the same command continues"]
     assert (tmp_path / "cut/PREEMPTED").exists() and (tmp_path / "cut/latest").read_text() == "step-3"
     resumed = weights_of(train(tmp_path / "cut", model=tiny_model(seed=9)))
     assert not (tmp_path / "cut/PREEMPTED").exists()
     whole = weights_of(train(tmp_path / "whole"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_second_signal_aborts(tmp_path, monkeypatch):
+    monkeypatch.setattr(llada.run, "_SAME_SIGNAL_SECONDS", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        train_on(tmp_path, signalled(signal.SIGTERM, signal.SIGINT))
+    assert not list(tmp_path.glob("step-*")) and not (tmp_path / "PREEMPTED").exists()
 
 
 def test_a_signal_before_the_first_step_leaves_a_marker(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 
 from conftest import ROOT, load_script
 from llada.flags.parser import parse
-from llada.run import read_metrics
+from llada.training.metrics import read_metrics
 
 LAUNCH = ROOT / "scripts/launch"
 # What a launcher may use besides bash itself.
@@ -92,7 +92,7 @@ def test_the_judge_is_where_grpo_looks_for_it(tools):
 def test_pretraining_defaults_and_variables(tools):
     torchrun, script, flags = dry_run(tools, "pretrain.sh")
     assert torchrun == [
-        "--standalone", "--nproc-per-node=1", "--signals-to-handle=SIGTERM,SIGUSR1,SIGHUP",
+        "--standalone", "--nproc-per-node=1", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGHUP",
         "--shutdown-timeout=300", "--max-restarts=3",
     ]  # fmt: skip
     config = config_of(script, flags)

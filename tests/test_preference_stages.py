@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from conftest import ROOT, load_script
 from llada.policies.kto_reference import mask_sizes
 from llada.policies.pairs import PairBounds
-from llada.run import read_metrics
+from llada.training.metrics import read_metrics
 
 DPO, KTO, BREF = "rlhf/train_dpo.py", "rlhf/train_elbo_kto.py", "rlhf/precompute_bref.py"
 SAMPLES = ROOT / "data/samples"

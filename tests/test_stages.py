@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import ROOT, load_script
-from llada.run import read_metrics
+from llada.training.metrics import read_metrics
 
 pretrain = load_script("pretraining/pretrain.py")
 train_sft = load_script("sft_training/train_sft.py")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from conftest import ROOT, load_script
 from fake_judge import FakeServer
-from llada.run import read_metrics
+from llada.training.metrics import read_metrics
 
 REWARD = (
     "def even(prompts, completions, completion_ids, **columns):\n"

@@ -19,7 +19,8 @@ from llada.flags.parser import parse
 from llada.models.checkpoints import load_model
 from llada.models.saving import save_model
 from llada.models.tokens import load_tokenizer, special_ids
-from llada.run import Run, read_metrics
+from llada.run import Run
+from llada.training.metrics import read_metrics
 from test_precompute_teacher import save_teacher
 
 precompute = load_script("alignment/precompute_teacher.py")

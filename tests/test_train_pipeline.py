@@ -1,10 +1,16 @@
 """The pipeline: exact commands, checkpoints handed on, nothing run twice, a failure shown."""
 
 import json
+import os
 import shlex
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from conftest import ROOT, load_script
 from llada.flags.parser import parse
@@ -137,3 +143,43 @@ def test_accuracy_counts_solved_puzzles_of_each_task(tmp_path):
         "".join(json.dumps({"id": name, "completion": text}) + "\n" for name, text in answers.items())
     )
     assert pipeline.accuracy_by_task(completions, prompts) == {"chain_sum": 0.5}
+
+
+def start_group(config, log):
+    """The pipeline in a process group of its own, as a shell starts it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "scripts/train_pipeline.py"), "--config", str(config)]
+    with open(log, "w") as file:
+        return subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+
+
+def test_a_signal_to_the_whole_group_saves_and_the_same_command_continues(model_dir, tmp_path):
+    text = (
+        "output_dir: {out}\nsft: {{model_name_or_path: {model}, train_data_path: {data}, "
+        "output_dir: {out}/sft, max_length: 256, max_steps: 300, batch_size: 2, learning_rate: 1e-3, "
+        "log_interval: 1}}\n"
+    )
+    data, configs = ROOT / "data/samples/sft.jsonl", {}
+    for name in ("cut", "whole"):
+        configs[name] = tmp_path / f"{name}.yaml"
+        configs[name].write_text(text.format(out=tmp_path / name, model=model_dir, data=data))
+    log, metrics = tmp_path / "log", tmp_path / "cut/sft/metrics.jsonl"
+    for number, num_lines in ((signal.SIGTERM, 20), (signal.SIGINT, 60)):
+        process = start_group(configs["cut"], log)
+        deadline = time.monotonic() + 240
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < num_lines:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.01)
+        os.killpg(process.pid, number)
+        assert process.wait(60) == 128 + number
+        said = [line for line in log.read_text().splitlines() if "stopped by" in line]
+        assert len(said) == 1 and "state saved; the same command continues" in said[0], said
+        assert not (tmp_path / "cut/logs/sft.done").exists()
+        saved = int((tmp_path / "cut/sft/latest").read_text().removeprefix("step-"))
+        assert num_lines <= saved < 300
+    for name in ("cut", "whole"):
+        assert start_group(configs[name], log).wait(240) == 0, log.read_text()[-3000:]
+    one, other = (load_file(tmp_path / name / "sft/final/model.safetensors") for name in ("cut", "whole"))
+    assert all(torch.equal(one[key], other[key]) for key in one)

@@ -14,9 +14,10 @@ from llada.diffusion.batches import Example
 from llada.diffusion.losses import masked_diffusion_loss
 from llada.diffusion.stream import MaskedStream
 from llada.models.building import attach_lora
-from llada.run import Run, read_metrics
-from llada.training.config import TrainConfig, learning_rate
+from llada.run import Run
+from llada.training.config import TrainConfig, finished_before, learning_rate
 from llada.training.loop import fit, make_optimizer, prepare_trainable
+from llada.training.metrics import read_metrics
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
 CPU = Run(rank=0, world_size=1, device=torch.device("cpu"))
@@ -155,6 +156,35 @@ def test_finished_run_is_not_repeated_and_results_are_written(tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["steps"] == 6
     assert (tmp_path / "DONE").exists()
+
+
+def test_a_finished_run_goes_on_to_more_steps(tmp_path, capsys):
+    train(tmp_path, max_steps=3)
+    longer = weights_of(train(tmp_path, max_steps=6, model=tiny_model(seed=5)))
+    assert "a finished run of 3 steps goes on to 6, under the schedule of --max_steps 6" in (
+        capsys.readouterr().out
+    )
+    # the first three steps of six under the schedule of three, then the last three under that of six
+    config = make_config(tmp_path, max_steps=6)
+    rates = [e["learning_rate"] for e in read_metrics(tmp_path / "metrics.jsonl") if "loss" in e]
+    assert rates[3:] == [learning_rate(step, config) for step in (3, 4, 5)]
+    assert rates[:3] == [learning_rate(step, make_config(tmp_path, max_steps=3)) for step in (0, 1, 2)]
+    assert json.loads((tmp_path / "results.json").read_text())["steps"] == 6
+    again = weights_of(train(tmp_path, max_steps=6, model=tiny_model(seed=7)))
+    assert all(torch.equal(longer[name], again[name]) for name in longer)
+    with pytest.raises(ValueError, match="--max_steps was 6, now 5"):
+        train(tmp_path, max_steps=5)
+    (tmp_path / "latest").write_text("step-3")
+    train(tmp_path, max_steps=4)
+
+
+def test_a_finished_command_is_known_without_a_model(tmp_path):
+    config = make_config(tmp_path)
+    assert finished_before(config) is None
+    train(tmp_path)
+    assert "has finished before" in finished_before(make_config(tmp_path))
+    for changes in ({"max_steps": 9}, {"dry_run": True}, {"log_interval": 3}):
+        assert finished_before(make_config(tmp_path, **changes)) is None
 
 
 def test_resume_refuses_another_run(tmp_path):

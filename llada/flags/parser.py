@@ -44,6 +44,10 @@ DEBUG = "LLADA_DEBUG"  # environment variable; --debug sets it, so that child pr
 METAVARS = {int: "N", float: "X", bool: "BOOL"}
 
 
+# What SLURM and torchrun send before they kill, what a closed terminal sends, and Ctrl-C.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+
+
 class _Help(argparse.RawDescriptionHelpFormatter):
     """Shows defaults where there are some, and keeps the line breaks of the script's manual."""
 
@@ -202,9 +206,23 @@ def _words_of_config_file(parser: _Parser, words: list[str]) -> list[str]:
     return found
 
 
-def check_command_line(config_class: type, description: str | None) -> None:
-    """Answers `--help` and a wrong command line before the slow imports of the script."""
-    run_main(lambda: parse(config_class, description=description))
+def check_command_line(
+    config_class: type[T], description: str | None, *, answer: Callable[[T], str | None] | None = None
+) -> None:
+    """Answers `--help` and a wrong command line before the slow imports of the script.
+
+    Args:
+        answer: what a command that has nothing to do is answered; None = it has.
+    """
+
+    def check() -> None:
+        config = parse(config_class, description=description)
+        if answer is not None and (text := answer(config)) is not None:
+            if os.environ.get("RANK", "0") == "0":
+                print(text)
+            raise SystemExit(0)
+
+    run_main(check)
     # Ctrl-C during the imports ends the program without a traceback; run_main gives it back its meaning.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -228,6 +246,7 @@ def run_main(main: Callable[[], Any]) -> None:
     try:
         main()
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a pipeline may pass on the same signal
         _end("interrupted", 128 + signal.SIGINT)
     except (ValueError, OSError) as error:
         if os.environ.get(DEBUG, "0") not in ("", "0"):

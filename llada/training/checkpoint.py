@@ -1,4 +1,4 @@
-"""Save and resume training state; stop cleanly on a signal.
+"""Save and resume training state.
 
 A save is written to `step-N.tmp`, renamed to `step-N` when whole, and only then named in `latest`, so
 whatever kills the run, `latest` names a complete checkpoint. Everything random is keyed by the step, so the
@@ -9,7 +9,6 @@ import fcntl
 import json
 import os
 import shutil
-import signal
 import socket
 import warnings
 from collections.abc import Iterator, Mapping
@@ -31,10 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from llada.resumable import write_atomically
-from llada.run import STOP_SIGNALS, Run, barrier
-
-# A single process is a normal way to train; torch warns about it at every save and load.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+from llada.run import Run, barrier
 
 # Only what is trained: with LoRA the base weights are reread from their own folder.
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -164,10 +160,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def check_meta(folder: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
-    """What `read_meta` gives; ValueError naming each flag whose value differs from that of the saved run."""
+    """What `read_meta` gives; ValueError naming each flag whose value differs from that of the saved run.
+
+    A finished run may be lengthened: --max_steps may then be larger.
+    """
     saved = read_meta(folder)
+    may_grow = "max_steps" if saved["step"] == saved["max_steps"] < meta["max_steps"] else None
     changed = [f"--{name} was {saved.get(name)!r}, now {value!r}" for name, value in meta.items()
-               if saved.get(name) != value]  # fmt: skip
+               if saved.get(name) != value and name != may_grow]  # fmt: skip
     if changed:
         raise ValueError(
             f"{folder}: the saved run was started otherwise: {'; '.join(changed)}. "
@@ -227,24 +227,3 @@ def folder_lock(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
-
-
-class StopSignal:
-    """Notes SIGTERM, SIGUSR1 (what SLURM and torchrun send) and SIGHUP (a closed terminal), so that the loop
-    can stop between two steps."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self._previous = {}
-
-    def __enter__(self) -> "StopSignal":
-        for number in STOP_SIGNALS:
-            self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, *_: object) -> None:
-        self.received = True

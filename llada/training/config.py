@@ -1,7 +1,11 @@
 """Flags that every training stage shares, and the learning-rate schedule."""
 
+import dataclasses
+import hashlib
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada.flags.declaration import flag
@@ -130,12 +134,17 @@ class TrainConfig:
     )
     report_to: str = flag(
         "none",
-        help="Send metrics to W&B besides metrics.jsonl; WANDB_MODE=offline works.",
-        choices=["none", "wandb"],
+        help="Send metrics there besides metrics.jsonl; WANDB_MODE=offline works.",
+        choices=["none", "wandb", "tensorboard", "trackio"],
     )
     wandb_project: str = flag("llada", help="W&B project.")
     run_name: str | None = flag(None, help="W&B run name; default the folder's.")
     wandb_run_id: str | None = flag(None, help="W&B run to continue.")
+
+    def __post_init__(self) -> None:
+        # Now, since stages fill in what a command leaves open.
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        self.given = hashlib.sha256(text.encode()).hexdigest()  # a hash: a flag may hold a key
 
     @property
     def recompute(self) -> str:
@@ -174,6 +183,14 @@ class TrainConfig:
             raise ValueError(
                 f"--min_learning_rate {self.min_learning_rate} exceeds --learning_rate {self.learning_rate}"
             )
+
+
+def finished_before(config: TrainConfig) -> str | None:
+    """What to tell a user whose command has run to its end already; None where there is something to do."""
+    done = Path(config.output_dir, "DONE")
+    if config.dry_run or not done.is_file() or done.read_text() != config.given:
+        return None
+    return f"{config.output_dir}: this command has finished before; results.json has its numbers"
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -21,9 +21,10 @@ from llada.flags.yaml_files import write_yaml
 from llada.models.building import build_model
 from llada.models.saving import Origin, save_model
 from llada.resumable import write_atomically
-from llada.run import Metrics, Run, sum_over_ranks
+from llada.run import Run, StopSignal, exit_status, sum_over_ranks
 from llada.training import checkpoint
-from llada.training.config import TrainConfig
+from llada.training.config import TrainConfig, learning_rate
+from llada.training.metrics import Metrics
 from llada.training.monitor import EarlyStop, LossWatch, Progress, gather_records
 from llada.training.parallel import full_state_dict, parallelize, wrap_blocks
 from llada.training.step import Batch, Loss, Trainer
@@ -112,15 +113,13 @@ def fit(
     assert not config.dry_run, "a dry run never trains"
     folder = Path(config.output_dir)
     with checkpoint.folder_lock(folder) if run.is_main else nullcontext():
-        if run.is_main:
-            (folder / "PREEMPTED").unlink(missing_ok=True)
         parts = {"loss_watch": LossWatch(config.spike_sigmas), "early_stop": early_stop, "kept": kept}
         session = _Session(model, tokenizer, config, run, loss, validate, data, parts)
         step = session.progress.step
         batches = _batches(stream, step, config.max_steps, prefetch and config.num_workers > 0)
-        with checkpoint.StopSignal() as signal:
+        with StopSignal() as signal:
             session.train(batches, flops_of, signal)
-        session.end()
+        session.end(signal.number)
 
 
 class _Totals(NamedTuple):
@@ -161,15 +160,12 @@ class _Session:
         self._parts = {name: part for name, part in parts.items() if part is not None}
         self._saved_step = self._resume()
         if run.is_main:
+            (self._folder / "PREEMPTED").unlink(missing_ok=True)
+            if not self.is_finished:
+                (self._folder / "DONE").unlink(missing_ok=True)
             write_yaml(config, self._folder / "config.yaml")
-        self._metrics = Metrics(
-            run,
-            self._folder,
-            report_to=config.report_to,
-            config=dataclasses.asdict(config),
-            total_steps=config.max_steps,
-            first_step=self.progress.step,
-        )
+        steps = {"total_steps": config.max_steps, "first_step": self.progress.step}
+        self._metrics = Metrics(self._folder if run.is_main else None, dataclasses.asdict(config), **steps)
         self._trainer = Trainer(wrapped, self._optimizer, config, run, loss, self.progress)
         self._saver = checkpoint.Saver(self._folder, run, keep=config.save_total_limit)
 
@@ -183,6 +179,11 @@ class _Session:
         self.progress.step = saved["step"]
         for name in self._parts.keys() & saved.keys():
             self._parts[name].load_state_dict(saved[name])
+        before, now = saved["max_steps"], self._config.max_steps
+        if before != now and self._run.is_main:
+            rate = learning_rate(self.progress.step, self._config)
+            schedule = f"under the schedule of --max_steps {now}, at learning rate {rate:.4g}"
+            print(f"a finished run of {before} steps goes on to {now}, {schedule}", flush=True)
         return self.progress.step if state.parent == self._folder else None
 
     @property
@@ -195,7 +196,7 @@ class _Session:
         self,
         steps: Iterator[list[Batch]],
         flops_of: Callable[[Batch], float],
-        signal: checkpoint.StopSignal,
+        signal: StopSignal,
     ) -> None:
         """Steps until the run is finished or any rank has been signalled; saves the state it ends with."""
         if self.progress.step == 0:
@@ -210,7 +211,7 @@ class _Session:
                         sum(batch.num_units for batch in batches),
                         sum(batch.num_tokens for batch in batches),
                         sum(flops_of(batch) for batch in batches),
-                        signal.received,
+                        signal.number > 0,
                         self._saver.is_written,
                     ]
                 )
@@ -273,20 +274,21 @@ class _Session:
             folder = self._folder / name
             save_model(self._model, self._tokenizer, folder, state_dict=weights, origin=origin)
 
-    def end(self) -> None:
-        """Writes what a finished run leaves, or the marker of a stopped one."""
+    def end(self, signal: int) -> None:
+        """Writes what a finished run leaves, or ends the process that a signal has stopped."""
         if self.is_finished:
             self._export("final")
-        if not self._run.is_main:
+            if self._run.is_main:
+                text = json.dumps(self.progress.state_dict(), indent=1)
+                write_atomically(self._folder / "results.json", text)
+                write_atomically(self._folder / "DONE", self._config.given)
             return
-        if self.is_finished:
-            text = json.dumps(self.progress.state_dict(), indent=1)
-            write_atomically(self._folder / "results.json", text)
-            (self._folder / "DONE").touch()
-        else:
+        if self._run.is_main:
             (self._folder / "PREEMPTED").touch()
-            step = self.progress.step
-            print(f"stopped by a signal after {step} steps; the same command continues", flush=True)
+            done = f"stopped by a signal after {self.progress.step} steps, state saved"
+            print(f"{done}; the same command continues", flush=True)
+        if status := exit_status(signal):
+            raise SystemExit(status)
 
 
 def _batches(stream: Stream, first: int, last: int, prefetch: bool) -> Iterator[list[Batch]]:

@@ -54,7 +54,7 @@ import torch
 from safetensors.torch import load_file
 
 from llada.diffusion.masking import generator
-from llada.run import read_metrics
+from llada.training.metrics import read_metrics
 
 
 def command_of(name: str, output: Path, config: Config, ranks: int) -> list[str]:

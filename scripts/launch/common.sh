@@ -82,7 +82,7 @@ launch_training() {
         esac
     done
     print_output_dir "$output_dir"
-    launch --signals-to-handle=SIGTERM,SIGUSR1,SIGHUP --shutdown-timeout="${SHUTDOWN_TIMEOUT:-300}" \
+    launch --signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGHUP --shutdown-timeout="${SHUTDOWN_TIMEOUT:-300}" \
         --max-restarts="${MAX_RESTARTS:-3}" "$1" --output_dir "$output_dir" "${@:2}"
 }
 
