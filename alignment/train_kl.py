@@ -142,9 +142,9 @@ from llada.data.shards import describe_tokenizer, is_prepared, load_rows, read_m
 from llada.diffusion.distillation_losses import RowObjective, RowScore, accepted_length
 from llada.models.building import run_tokenizer
 from llada.models.tokens import special_ids
-from llada.run import Run, Sums, end_run, start_run
+from llada.run import Run, Sums
 from llada.training import dry_run as preflight
-from llada.training.loop import LossParts, fit, load_trainable
+from llada.training.loop import LossParts, end_training, fit, load_trainable, start_training
 from llada.training.rows_stage import validation_means
 from modelling_final import LLaDAConfig
 
@@ -279,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
             held_out=config.eval_data_path, checkpoint=config.model_name_or_path, chat=True,
         )  # fmt: skip
         return
-    run = start_run(config.device, output_dir=config.output_dir)
+    run = start_training(config)
     if run.is_main:
         log_to_file(Path(config.output_dir, "training_log.log"), config.log_level)
     tokenizer = run_tokenizer(config, chat=True)
@@ -313,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
         model, tokenizer, config, run, stream=stream, loss=alignment.loss, validate=validate,
         data=f"{len(rows)} rows, {stream.lengths.sum()} tokens",
     )  # fmt: skip
-    end_run()
+    end_training()
 
 
 def validation_numbers(

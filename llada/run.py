@@ -1,22 +1,17 @@
-"""Where a run lives: its processes, its device, its precision, and the signals that stop it."""
+"""Where a run lives: its processes, its device and its precision."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-
-from llada.flags.parser import STOP_SIGNALS
 
 # What our libraries say to each other: nothing that a user can act on.
 for _message in (
@@ -39,20 +34,13 @@ class Run:
         return self.rank == 0
 
 
-# A terminal, a launcher and a pipeline may each pass on the same signal.
-_SAME_SIGNAL_SECONDS = 1.0
-_handlers_before: dict[int, Any] = {}
-
-
-def start_run(device: str | None = None, *, output_dir: str | None = None) -> Run:
+def start_run(device: str | None = None) -> Run:
     """Joins the process group that torchrun or accelerate launch describes in the environment, if there is
     one.
 
     Args:
         device: "cpu", "cuda", ...; default the GPU of this process's LOCAL_RANK where there is one, else the
         CPU.
-        output_dir: of a training: a signal outside its steps (while data are prepared or a model is loaded)
-        leaves PREEMPTED there and ends the process with status 0, as one between two steps does.
     """
     run = described_run(device)
     if run.device.type == "cuda":
@@ -61,8 +49,6 @@ def start_run(device: str | None = None, *, output_dir: str | None = None) -> Ru
         # gloo beside nccl: CPU tensors (counts, flags, checkpoints) travel on it
         backend = "cpu:gloo,cuda:nccl" if run.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    if output_dir is not None:
-        _stop_cleanly_on_signals(run, Path(output_dir))
     return run
 
 
@@ -100,54 +86,8 @@ def described_run(device: str | None = None) -> Run:
     )
 
 
-def _stop_cleanly_on_signals(run: Run, output_dir: Path) -> None:
-    def stop(number: int, _: object) -> None:
-        if run.is_main:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            (output_dir / "PREEMPTED").touch()
-            print("stopped by a signal outside the training steps; the same command continues", flush=True)
-        sys.exit(exit_status(number))
-
-    for number in STOP_SIGNALS:
-        _handlers_before[number] = signal.signal(number, stop)
-
-
-def exit_status(number: int) -> int:
-    """That of a run which a signal has stopped cleanly: 0, but after Ctrl-C a script must not go on."""
-    return 128 + number if number == signal.SIGINT else 0
-
-
-class StopSignal:
-    """Within its body a stop signal is only noted, so that the loop can save; a second one aborts.
-
-    Attributes:
-        number: the signal that came; 0 = none.
-    """
-
-    def __init__(self) -> None:
-        self.number, self._came_at = 0, 0.0
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: object) -> None:
-        if self.number and time.monotonic() - self._came_at > _SAME_SIGNAL_SECONDS:
-            raise KeyboardInterrupt
-        self.number, self._came_at = number, time.monotonic()
-        if sys.stderr.isatty():  # print() may not be interrupted by itself
-            os.write(2, b"\nthe state is saved after this step; once more stops without saving\n")
-
-
 def end_run() -> None:
-    """Leaves the process group, if this process is in one, and gives signals back to whoever had them."""
-    while _handlers_before:
-        signal.signal(*_handlers_before.popitem())
+    """Leaves the process group, if this process is in one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -24,9 +24,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llada.flags.parser import STOP_SIGNALS, run_main
+from llada.flags.parser import run_main
 from llada.flags.yaml_files import read_yaml
 from llada.rewards.functions import puzzle_solved
+from llada.training.signals import STOP_SIGNALS
 from llada.training.stages import ROOT, STAGES, Stage, output_of
 
 TAIL_LINES = 30

@@ -15,13 +15,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-import llada.run
 from conftest import ROOT, load_script
 from llada.diffusion.losses import masked_diffusion_loss
-from llada.flags.parser import STOP_SIGNALS
-from llada.run import end_run, start_run
-from llada.training import checkpoint
-from llada.training.loop import fit, prepare_trainable
+from llada.training import checkpoint, signals
+from llada.training.loop import end_training, fit, prepare_trainable, start_training
 from llada.training.metrics import read_metrics
 from llada.training.monitor import MAX_SKIPPED_IN_A_ROW, LossWatch
 from test_training import CPU, NoTokenizer, make_config, make_stream, tiny_model, train, weights_of
@@ -137,7 +134,7 @@ def signalled(*numbers):
     return stream_of
 
 
-@pytest.mark.parametrize("number", STOP_SIGNALS)
+@pytest.mark.parametrize("number", signals.STOP_SIGNALS)
 def test_a_signal_between_steps_saves_and_the_resumed_run_is_the_same(number, tmp_path, capsys):
     if number == signal.SIGINT:  # a script must not go on after Ctrl-C
         with pytest.raises(SystemExit) as stopped:
@@ -155,7 +152,7 @@ def test_a_signal_between_steps_saves_and_the_resumed_run_is_the_same(number, tm
 
 
 def test_a_second_signal_aborts(tmp_path, monkeypatch):
-    monkeypatch.setattr(llada.run, "_SAME_SIGNAL_SECONDS", -1.0)
+    monkeypatch.setattr(signals, "_SAME_SIGNAL_SECONDS", -1.0)
     with pytest.raises(KeyboardInterrupt):
         train_on(tmp_path, signalled(signal.SIGTERM, signal.SIGINT))
     assert not list(tmp_path.glob("step-*")) and not (tmp_path / "PREEMPTED").exists()
@@ -163,13 +160,13 @@ def test_a_second_signal_aborts(tmp_path, monkeypatch):
 
 def test_a_signal_before_the_first_step_leaves_a_marker(tmp_path):
     previous = signal.getsignal(signal.SIGHUP)
-    start_run("cpu", output_dir=str(tmp_path / "run"))
+    start_training(make_config(tmp_path / "run", device="cpu"))
     with pytest.raises(SystemExit) as stopped:
         os.kill(os.getpid(), signal.SIGHUP)
         time.sleep(1)  # the handler runs between two instructions
     assert stopped.value.code == 0
     assert (tmp_path / "run/PREEMPTED").exists()
-    end_run()
+    end_training()
     assert signal.getsignal(signal.SIGHUP) == previous
 
 

@@ -44,10 +44,6 @@ DEBUG = "LLADA_DEBUG"  # environment variable; --debug sets it, so that child pr
 METAVARS = {int: "N", float: "X", bool: "BOOL"}
 
 
-# What SLURM and torchrun send before they kill, what a closed terminal sends, and Ctrl-C.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
-
-
 class _Help(argparse.RawDescriptionHelpFormatter):
     """Shows defaults where there are some, and keeps the line breaks of the script's manual."""
 

@@ -10,9 +10,9 @@ from llada.models.building import run_tokenizer
 from llada.models.tokens import special_ids
 from llada.policies.answer_stream import AnswersOf, AnswerStream
 from llada.policies.config import PolicyConfig
-from llada.run import described_run, end_run, start_run
+from llada.run import described_run
 from llada.training import dry_run as preflight
-from llada.training.loop import Loss, Stream, fit, load_trainable
+from llada.training.loop import Loss, Stream, end_training, fit, load_trainable, start_training
 
 
 class PolicyStage:
@@ -24,7 +24,7 @@ class PolicyStage:
 
     def __init__(self, config: PolicyConfig) -> None:
         self.config = config
-        self.run = start_run(config.device, output_dir=config.output_dir)
+        self.run = start_training(config)
         self.tokenizer = run_tokenizer(config, chat=True)
 
     @classmethod
@@ -77,4 +77,4 @@ class PolicyStage:
         """The loop, and the end of the run; `options` are those of `fit`."""
         common = (self.model, self.tokenizer, self.config, self.run)
         fit(*common, stream=stream, loss=loss, data=data, **options)
-        end_run()
+        end_training()

@@ -21,16 +21,18 @@ from llada.flags.yaml_files import write_yaml
 from llada.models.building import build_model
 from llada.models.saving import Origin, save_model
 from llada.resumable import write_atomically
-from llada.run import Run, StopSignal, exit_status, sum_over_ranks
+from llada.run import Run, end_run, start_run, sum_over_ranks
 from llada.training import checkpoint
 from llada.training.config import TrainConfig, learning_rate
 from llada.training.metrics import Metrics
 from llada.training.monitor import EarlyStop, LossWatch, Progress, gather_records
 from llada.training.parallel import full_state_dict, parallelize, wrap_blocks
+from llada.training.signals import StopSignal, exit_status, give_signals_back, leave_marker_on_signals
 from llada.training.step import Batch, Loss, Trainer
 
 __all__ = [
-    "Batch", "Loss", "LossParts", "Stream", "fit", "load_trainable", "make_optimizer", "prepare_trainable",
+    "Batch", "Loss", "LossParts", "Stream", "end_training", "fit", "load_trainable", "make_optimizer",
+    "prepare_trainable", "start_training",
 ]  # fmt: skip
 
 Stream = Callable[[int], list[Batch]]
@@ -46,6 +48,19 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def start_training(config: TrainConfig) -> Run:
+    """This process among its peers, from now on prepared for a signal."""
+    run = start_run(config.device)
+    leave_marker_on_signals(config.output_dir, is_main=run.is_main)
+    return run
+
+
+def end_training() -> None:
+    """Undoes `start_training`."""
+    give_signals_back()
+    end_run()
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:

@@ -17,11 +17,11 @@ from llada.diffusion.losses import LossParts, masked_diffusion_loss
 from llada.diffusion.stream import ExampleOf, MaskedStream
 from llada.models.building import run_tokenizer
 from llada.models.tokens import SpecialIds, special_ids
-from llada.run import Run, Sums, add_sums, autocast, end_run, means_over_ranks, start_run
+from llada.run import Run, Sums, add_sums, autocast, means_over_ranks
 from llada.training import dry_run
 from llada.training.config import TrainConfig
 from llada.training.cost import flops_counter
-from llada.training.loop import fit, load_trainable
+from llada.training.loop import end_training, fit, load_trainable, start_training
 
 Loaded = tuple[torch.nn.Module, SpecialIds]
 Loss = Callable[[torch.nn.Module, MaskedBatch, float], torch.Tensor]
@@ -62,7 +62,7 @@ def train_on_rows(
             weights=weights, checkpoint=config.model_name_or_path, chat=chat,
         )  # fmt: skip
         return
-    run = start_run(config.device, output_dir=config.output_dir)
+    run = start_training(config)
     tokenizer = run_tokenizer(config, chat=chat)
 
     def rows_of(paths: Sequence[str], name: str, **options: Any) -> Dataset:
@@ -86,7 +86,7 @@ def train_on_rows(
         model, tokenizer, config, run, stream=stream, loss=loss, validate=validate,
         data=f"{len(rows)} rows, {stream.lengths.sum()} tokens", flops_of=flops_counter(model),
     )  # fmt: skip
-    end_run()
+    end_training()
 
 
 def validation_loss(model: torch.nn.Module, *, loss: Loss = masked_diffusion_loss, **means: Any) -> float:
