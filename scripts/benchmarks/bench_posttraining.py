@@ -20,9 +20,6 @@ The table is printed and written to --output_dir/table.md; docs/results.md holds
 """
 
 import json
-import resource
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,10 +50,8 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from llada.diffusion.masking import generator
+from finished_runs import interval, records_of_task, run_once
 from llada.rewards.functions import puzzle_solved
-
-NUM_RESAMPLES = 10_000
 
 
 @dataclass
@@ -81,31 +76,14 @@ class Bench:
 
     def _only_task(self, name: str, limit: int | None) -> Path:
         """A file with the records of --task alone."""
-        lines = Path(self.config.data, name).read_text(encoding="utf-8").splitlines()
-        chosen = [line for line in lines if json.loads(line)["task"] == self.config.task][:limit]
-        if not chosen:
-            raise ValueError(f"--data {self.config.data}: {name} has no puzzle of --task {self.config.task}")
+        lines = records_of_task(Path(self.config.data, name), self.config.task)[:limit]
         path = self.folder / name
-        path.write_text("".join(line + "\n" for line in chosen), encoding="utf-8")
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         return path
 
     def run(self, script: str, flags: dict[str, object], folder: Path) -> float:
         """Runs a script unless it has finished before; its CPU seconds."""
-        mark = folder / "cpu_seconds.json"
-        if mark.is_file():
-            return json.loads(mark.read_text())
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(ROOT / script), *_arguments(flags)]
-        print(f"== {folder.relative_to(self.folder)}", flush=True)
-        before = _children_seconds()
-        with open(folder / "log.txt", "wb") as log:
-            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
-        if done.returncode != 0:
-            tail = (folder / "log.txt").read_text(errors="replace").splitlines()[-20:]
-            raise SystemExit("\n".join([f"failed: {' '.join(command)}", *tail]))
-        seconds = round(_children_seconds() - before, 1)
-        mark.write_text(json.dumps(seconds))
-        return seconds
+        return run_once(script, flags, folder)
 
     def solved(self, checkpoint: Path | str, folder: Path) -> np.ndarray:
         """[puzzles] whether the checkpoint solves each held-out puzzle."""
@@ -138,33 +116,6 @@ class Bench:
             seconds += self.run("rlhf/precompute_bref.py", {**precompute, **wanted}, folder / "bref")
         seconds += self.run(script, {**flags, "output_dir": folder / "run"}, folder)
         return folder, seconds
-
-
-def _children_seconds() -> float:
-    """CPU seconds, user and system, of all finished child processes."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-def _arguments(flags: dict[str, object]) -> list[str]:
-    arguments = []
-    for name, value in flags.items():
-        values = value if isinstance(value, list) else [value]
-        arguments += [f"--{name}", *(str(v).lower() if isinstance(v, bool) else str(v) for v in values)]
-    return arguments
-
-
-def interval(gains: np.ndarray) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of `gains` [seeds, puzzles], resampling both."""
-    random = generator(0, "bootstrap")
-    num_seeds, num_puzzles = gains.shape
-    means = np.empty(NUM_RESAMPLES)
-    for i in range(NUM_RESAMPLES):
-        rows = random.integers(num_seeds, size=num_seeds)
-        columns = random.integers(num_puzzles, size=num_puzzles)
-        means[i] = gains[rows].mean(axis=0)[columns].mean()
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def table_row(method: str, before: np.ndarray, after: np.ndarray, minutes: list[float]) -> str:
