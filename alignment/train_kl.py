@@ -7,6 +7,10 @@ What is scored (--positions):
               --keep_rate from every s at once, for causal drafters, at the cost of PARD's conditional drop
     masked    a random part of the answer is masked and scored, each token weighted with 1 / p
     answer    the same noise, and every token of the answer is scored, also the visible ones
+Where (--on_policy), instead of at random places of the rows' answers:
+    drafts    windows begin where drafts of the student would, behind what the verifier has accepted
+    answers   the student answers prompts, and --teacher judges a state that its sampler has visited
+    self      the same, judged by the student itself when it sees a verified answer of its own
 How (--loss_type):
     ce        cross-entropy of the tokens that stand there
     kl        T^2-scaled or plain KL(teacher || student), both at --temperature T
@@ -22,6 +26,8 @@ Run:
     torchrun --nproc_per_node 8 alignment/train_kl.py --model_name_or_path models/LLaDA-8B-Instruct \\
         --train_data_path runs/teacher/train --eval_data_path runs/teacher/validation --loss_type lk \\
         --use_lora --output_dir runs/aligned --batch_size 64 --learning_rate 1e-4
+    python alignment/train_kl.py --model_name_or_path runs/start --train_data_path prompts.jsonl \\
+        --on_policy answers --teacher models/SmolLM2-135M-Instruct --gen_length 64 --output_dir runs/converted
     python alignment/train_kl.py --data_path sft_data/processed_alignment --model_name models/llada \\
         --positions answer --loss_type kl --output_dir alignment_output --batch_size 2 --epochs 3
 
@@ -36,21 +42,24 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from llada.autoregressive.flags import OnPolicyFlags
+from llada.flags.declaration import own_names
 from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.training.config import TrainConfig, finished_before
 
 
 @dataclass(kw_only=True)
-class Config(TrainConfig):
+class Config(OnPolicyFlags, TrainConfig):
     """Flags of alignment."""
 
     fixed = (
         *TrainConfig.fixed, "positions", "loss_type", "alpha", "beta", "temperature", "temperature_squared",
         "window_length", "window_weights", "window_decay", "keep_rate", "keep_min",
+        *own_names(OnPolicyFlags),
     )  # fmt: skip
 
     model_name_or_path: str = flag(help="Checkpoint to align.")
-    train_data_path: str = flag(help="Folder made by precompute_teacher.py.")
+    train_data_path: str = flag(help="Folder made by precompute_teacher.py, or prompts.")
     eval_data_path: str | None = flag(None, help="The same for validation.")
     loss_type: str = flag(
         "auto",
@@ -105,6 +114,13 @@ class Config(TrainConfig):
         for name in ("alpha", "beta"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)} must not be negative")
+        self.check_on_policy()
+        if self.on_policy != "none" and self.shard != "none":
+            raise ValueError(
+                f"--on_policy {self.on_policy} asks the whole model: leave --shard {self.shard} out"
+            )
+        if self.on_policy == "drafts" and self.positions != "windows":
+            raise ValueError(f"--on_policy drafts is about --positions windows, not {self.positions}")
         if self.loss_type == "hybrid" and self.alpha + self.beta == 0:
             raise ValueError("--loss_type hybrid with --alpha 0 and --beta 0 has no loss")
 
@@ -131,128 +147,34 @@ if __name__ == "__main__":
     check_command_line(Config, __doc__, answer=finished_before)
 
 import torch
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from llada.autoregressive.teacher_rows import KIND
-from llada.autoregressive.teacher_stream import AlignedBatch, AlignmentStream, Windows
-from llada.data.prepared import load
+from llada.autoregressive.alignment import Alignment, check_rows, has_teacher, load_aligned, refuse_sharing
+from llada.autoregressive.on_policy import own_states, prompts_of, starts_over_ranks
+from llada.autoregressive.teacher_stream import AlignmentStream, Windows
 from llada.data.rows import ConversationRows
-from llada.data.shards import describe_tokenizer, is_prepared, load_rows, read_manifest
-from llada.diffusion.distillation_losses import RowObjective, RowScore, accepted_length
+from llada.data.shards import read_manifest
+from llada.diffusion.distillation_losses import RowObjective
 from llada.models.building import run_tokenizer
 from llada.models.tokens import special_ids
-from llada.run import Run, Sums
+from llada.run import Run
 from llada.training import dry_run as preflight
-from llada.training.loop import LossParts, end_training, fit, load_trainable, start_training
+from llada.training.loop import end_training, fit, load_trainable, start_training
 from llada.training.rows_stage import validation_means
-from modelling_final import LLaDAConfig
-
-log = logging.getLogger("train_kl")
 
 
 def planned_rows(path: str, tokenizer: PreTrainedTokenizerBase, *, config: Config) -> preflight.Rows:
     """How much data `path` holds, for --dry_run."""
+    if config.asks_student and path == config.train_data_path:
+        prompts, _ = prompts_of(config, path, tokenizer)
+        answers = len(prompts) * config.gen_length
+        num_tokens = sum(len(prompt.token_ids) for prompt in prompts) + answers
+        return preflight.Rows(len(prompts), num_tokens, answers, is_exact=True)
     if not has_teacher(path):
         return preflight.data_rows(path, tokenizer, kind=ConversationRows(config.max_length))
-    check_rows(path, tokenizer, config)
+    check_rows(path, tokenizer, config.max_length)
     counts = read_manifest(path)["statistics"]
     return preflight.Rows(counts["rows"], counts["tokens"], counts["answer_tokens"], is_exact=True)
-
-
-def has_teacher(path: str) -> bool:
-    """Whether precompute_teacher.py made this folder; ValueError for one with its two splits inside."""
-    if not is_prepared(path) and is_prepared(Path(path, "train")):
-        raise ValueError(f"{path} holds prepared splits; name one, for example {Path(path, 'train')}")
-    return is_prepared(path) and read_manifest(path)["fingerprint"]["kind"] == KIND
-
-
-def check_rows(path: str, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
-    """ValueError for teacher rows of another tokenizer, or longer than --max_length."""
-    found, own = read_manifest(path)["fingerprint"], describe_tokenizer(tokenizer, with_template=False)
-    if found["tokenizer"] != own:
-        raise ValueError(
-            f"{path} was made for tokenizer {found['tokenizer']}, this model's is {own}: run "
-            "precompute_teacher.py again with --tokenizer set to this model"
-        )
-    if found["max_length"] > config.max_length:
-        raise ValueError(
-            f"{path} has rows of up to {found['max_length']} tokens, --max_length is {config.max_length}"
-        )
-
-
-def load_aligned(
-    path: str, tokenizer: PreTrainedTokenizerBase, config: Config, run: Run, *, prepared: Path
-) -> Dataset:
-    """Rows with a teacher, or conversations without; ValueError if they do not fit this model."""
-    if not has_teacher(path):
-        kind = ConversationRows(config.max_length)
-        return load([path], kind, tokenizer, prepared=prepared, run=run, run_folder=config.output_dir)
-    check_rows(path, tokenizer, config)
-    return load_rows(path)
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """The loss, and the numbers that go with it.
-
-    Attributes:
-        forbidden_ids: the mask, and columns of the head that no token has.
-        window_length: G, of the windows that acceptance is measured on; 0 for other rules.
-        has_whole_windows: tau needs all places of a window.
-    """
-
-    objective: RowObjective
-    forbidden_ids: torch.Tensor
-    uses_streaks: bool
-    window_length: int
-    has_whole_windows: bool = True
-
-    def score(self, batch: AlignedBatch, total_units: float) -> RowScore:
-        """The losses of a micro-batch's rows, divided by the global number of units."""
-        return RowScore(
-            self.objective,
-            targets=batch.targets,
-            weights=batch.weights / total_units,
-            teacher=batch.teacher,
-            has_teacher=batch.has_teacher,
-            teacher_weights=batch.teacher_weights / total_units,
-            starts_window=batch.places == 1,
-            forbidden_ids=self.forbidden_ids.to(batch.rows.device),
-            uses_streaks=self.uses_streaks,
-        )
-
-    def loss(self, model: torch.nn.Module, batch: AlignedBatch, total_units: float) -> LossParts:
-        """A micro-batch's share of the loss, with acceptance and tau to be logged."""
-        score = self.score(batch, total_units)
-        loss = model(**batch.inputs, score=score).loss
-        sums = self.sums(batch, score)
-        if log.isEnabledFor(logging.DEBUG):  # float(loss) waits for the GPU
-            log.debug("records %s: loss %.4g, %s", batch.record_ids, loss.item(), sums)
-        return LossParts(loss.detach(), [lambda: loss], sums)
-
-    def sums(self, batch: AlignedBatch, score: RowScore) -> Sums:
-        """name -> (sum, number): acceptance by place; with windows also tau, sampled and greedy."""
-        found = {}
-        for k in range(1, (self.window_length or 1) + 1):
-            here = batch.has_teacher & (batch.places == k) if self.window_length else batch.has_teacher
-            name = f"acceptance/{k}" if self.window_length else "acceptance"
-            found[name] = (float(score.alpha[here].sum()), float(here.sum()))
-        if self.window_length and self.has_whole_windows:
-            starts = batch.places == 1
-            for name, values in (("tau", score.alpha), ("tau_greedy", score.matches.float())):
-                lengths = accepted_length(values, starts)
-                found[name] = (float(lengths.sum()), float(len(lengths) if batch.has_teacher.any() else 0))
-        return found
-
-
-def refuse_sharing(model: LLaDAConfig) -> None:
-    """ValueError for a model whose windows cannot share a text: it would look into what comes after them."""
-    if (model.attention_pattern, model.attention_block_size, model.logit_shift) != ("block_causal", 1, True):
-        raise ValueError(
-            f"--keep_rate: attention_pattern {model.attention_pattern} sees the text behind a window; it is "
-            "for causal drafters (scripts/convert_ar.py --drafter causal)"
-        )
 
 
 def log_to_file(path: Path, level: str) -> None:
@@ -284,34 +206,40 @@ def main(argv: list[str] | None = None) -> None:
         log_to_file(Path(config.output_dir, "training_log.log"), config.log_level)
     tokenizer = run_tokenizer(config, chat=True)
     model = load_trainable(config)
-    ids = special_ids(model.config, tokenizer)
-    data_dir = Path(config.output_dir, "data")  # for conversations that have to be tokenised
-    rows = load_aligned(config.train_data_path, tokenizer, config, run, prepared=data_dir / "train")
-    config.resolve(run, len(rows))
     if config.keep_rate is not None:
         refuse_sharing(model.config)
+    ids = special_ids(model.config, tokenizer)
+    data_dir = Path(config.output_dir, "data")  # for conversations that have to be tokenised
+    load = partial(load_aligned, tokenizer=tokenizer, max_length=config.max_length, run=run)
     make_stream = partial(AlignmentStream.over, config=config, run=run, ids=ids)
-    stream = make_stream(rows, rule=config.positions, windows=config.windows())
-    spare = range(len(tokenizer), model.config.embedding_size)
+    if config.asks_student:
+        stream, data = own_states(config, model, tokenizer, run, ids)
+    else:
+        rows = load(config.train_data_path, prepared=data_dir / "train")
+        config.resolve(run, len(rows))
+        stream = make_stream(rows, rule=config.positions, windows=config.windows())
+        data = f"{len(rows)} rows, {stream.lengths.sum()} tokens"
+    if config.on_policy == "drafts":
+        stream.starts_of = partial(starts_over_ranks, model, stream, config.dtype, run)
+    has_windows = config.positions == "windows" and not config.asks_student
     alignment = Alignment(
         config.objective(stream.has_teacher),
-        torch.tensor([ids.mask, *spare]),
-        uses_streaks=config.window_weights == "streak" and config.positions == "windows",
-        window_length=config.window_length if config.positions == "windows" else 0,
+        torch.tensor([ids.mask, *range(len(tokenizer), model.config.embedding_size)]),
+        uses_streaks=config.window_weights == "streak" and has_windows,
+        window_length=config.window_length if has_windows else 0,
         has_whole_windows=config.keep_rate is None,
     )
     validate = None
     if config.eval_data_path is not None:
-        held_out = load_aligned(
-            config.eval_data_path, tokenizer, config, run, prepared=data_dir / "validation"
-        )
+        held_out = load(config.eval_data_path, prepared=data_dir / "validation")
+        whole = replace(config.windows(), keep_rate=None)
         validate = partial(
             validation_numbers, alignment=alignment, config=config, run=run,
-            make_stream=partial(make_stream, held_out, windows=replace(config.windows(), keep_rate=None)),
+            make_stream=partial(make_stream, held_out, windows=whole),
         )  # fmt: skip
     fit(
-        model, tokenizer, config, run, stream=stream, loss=alignment.loss, validate=validate,
-        data=f"{len(rows)} rows, {stream.lengths.sum()} tokens",
+        model, tokenizer, config, run, stream=stream, loss=alignment.loss, validate=validate, data=data,
+        prefetch=config.on_policy == "none",  # what the student visits depends on its weights
     )  # fmt: skip
     end_training()
 
@@ -324,14 +252,15 @@ def validation_numbers(
     config: Config,
     run: Run,
 ) -> dict[str, float]:
-    """The held-out loss under the run's own rule; acceptance and tau always on draft windows."""
-    own, windows = make_stream(rule=config.positions), make_stream(rule="windows")
-    alignment = replace(alignment, has_whole_windows=True)
-    found = validation_means(model, stream=own, config=config, run=run, loss=alignment.loss)
-    if config.positions != "windows" and windows.has_teacher:
-        drafts = replace(alignment, uses_streaks=False, window_length=config.window_length)
-        on_windows = validation_means(model, stream=windows, config=config, run=run, loss=drafts.loss)
-        found = {**on_windows, "eval_loss": found["eval_loss"]}
+    """The held-out loss under --positions; acceptance and tau always on draft windows."""
+    measure = partial(validation_means, model, config=config, run=run)
+    drafts = replace(alignment, window_length=config.window_length, has_whole_windows=True)
+    if config.positions == "windows":
+        return measure(stream=make_stream(rule="windows"), loss=drafts.loss)
+    found = measure(stream=make_stream(rule=config.positions), loss=replace(drafts, window_length=0).loss)
+    windows = make_stream(rule="windows")
+    if windows.has_teacher:
+        found = {**measure(stream=windows, loss=drafts.loss), "eval_loss": found["eval_loss"]}
     return found
 
 

@@ -24,12 +24,15 @@ from functools import partial
 from llada.diffusion.settings import DPO_LOSSES
 from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.policies.config import PairConfig, ReferenceFlags
+from llada.policies.recipes import RecipeFlags
 from llada.training.config import finished_before
 
 
 @dataclass(kw_only=True)
-class Config(ReferenceFlags, PairConfig):
+class Config(ReferenceFlags, RecipeFlags, PairConfig):
     """Flags of DPO."""
+
+    stage = "rlhf/train_dpo.py"
 
     beta: float = flag(0.1, help="Strength of the tie to the reference.")
     loss_type: list[str] = flag(

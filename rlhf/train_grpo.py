@@ -36,22 +36,22 @@ from tempfile import TemporaryDirectory
 from llada.data.flags import QuestionFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
-from llada.policies.config import GrpoConfig, OlderFlags
+from llada.policies.config import OlderFlags
+from llada.policies.grpo_config import GrpoConfig
+from llada.policies.recipes import RecipeFlags
 from llada.rewards.flags import RewardFlags
 from llada.training.config import finished_before
 
 
 @dataclass(kw_only=True)
-class Config(QuestionFlags, RewardFlags, SamplerFlags, OlderFlags, GrpoConfig):
+class Config(QuestionFlags, RewardFlags, SamplerFlags, OlderFlags, RecipeFlags, GrpoConfig):
     """Flags of GRPO."""
 
-    # What decides a rollout, its advantages, or its loss.
+    stage = "rlhf/train_grpo.py"
+
     fixed = (
-        *GrpoConfig.fixed, "estimator", "num_generations", "num_iterations", "n_mc_samples", "mask_plan",
-        "l_sampling", "eos", "trajectory_steps", "order_term", "p_mask_prompt", "beta", "epsilon",
-        "epsilon_high", "loss_type", "scale_rewards", "advantages", "negative_weight", "reward_funcs",
-        "reward_weights", "gen_length", "block_length", "steps", "temperature", "remasking", "method",
-        "apply_chat_template",
+        *GrpoConfig.fixed, "reward_funcs", "reward_weights", "gen_length", "block_length", "steps",
+        "temperature", "remasking", "method", "apply_chat_template",
     )  # fmt: skip
 
     train_data_path: str = flag(
@@ -106,8 +106,10 @@ class Config(QuestionFlags, RewardFlags, SamplerFlags, OlderFlags, GrpoConfig):
         for name in ("stop_accuracy", "patience"):
             if getattr(self, name) and self.eval_data_path is None:
                 raise ValueError(f"--{name} needs --eval_data_path")
+        settings = sampler_settings(self)
+        self.check_likelihood(settings)
         if self.estimator == "trajectory":
-            check_settings(sampler_settings(self))
+            check_settings(settings, order=self.order_term)
 
     def resolve(self, run: "Run", num_records: int) -> None:
         """`num_records` completions are an epoch; --num_iterations steps learn from each."""
@@ -129,10 +131,10 @@ from llada.diffusion.sampler_likelihood import check_settings
 from llada.models.checkpoints import load_config
 from llada.policies.completions import Sampler
 from llada.policies.grpo import grpo_loss
-from llada.policies.likelihood_terms import TermBuilder
 from llada.policies.reference_model import make_reference
 from llada.policies.rollouts import RolloutStream, sums_of_known
 from llada.policies.stage import PolicyStage
+from llada.policies.term_builder import TermBuilder
 from llada.rewards.scoring import Reward
 from llada.run import Run, described_run, means_over_ranks
 from llada.training.dry_run import Rows
@@ -178,7 +180,10 @@ def make_validation(
     """
     mine = prompts[run.rank :: run.world_size]
     greedy = replace(
-        sampler, keep_trace=False, settings=sampler.settings.changed(temperature=0.0, num_return_sequences=1)
+        sampler,
+        keep_trace=False,
+        keep_canvas=False,
+        settings=sampler.settings.changed(temperature=0.0, num_return_sequences=1),
     )
 
     def validate(_: torch.nn.Module) -> dict[str, float]:
@@ -210,12 +215,13 @@ def make_stream(
             batch_size=config.rollout_batch_size,
             chat=config.apply_chat_template,
             keep_trace=config.estimator == "trajectory",
+            keep_canvas=config.eos == "canvas",
         ),
         prompts=prompts,
-        terms_of=TermBuilder(config, settings, stage.ids, config.seed, config.micro_batch_size),
+        terms_of=TermBuilder(config, settings, stage.ids),
         config=config,
         run=stage.run,
-        reference=make_reference(config, stage.run) if config.beta else None,
+        reference=make_reference(config, stage.run) if config.beta and config.kl_to == "reference" else None,
     )
 
 

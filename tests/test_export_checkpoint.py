@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from conftest import load_script
 from llada.models.building import load_for_inference
 from llada.models.saving import save_model
+from processes import run_ranks
 from speculation import make_verifier
-from test_stages import launch, pretrain_flags, sft_flags
+from test_stages import pretrain_flags, sft_flags
 
 export = load_script("scripts/export_checkpoint.py").main
 pretrain = load_script("pretraining/pretrain.py").main
@@ -44,7 +45,7 @@ def test_pretraining_from_scratch_at_the_end_and_on_the_way(tokenizer_dir, tmp_p
 @pytest.mark.parametrize("shard", ["none", "full"])
 def test_adapters_saved_by_two_ranks(shard, model_dir, tmp_path):
     flags = sft_flags(tmp_path / "run", model_dir, "--use_lora", "--lora_r", "2", "--shard", shard)
-    launch(2, "sft_training/train_sft.py", [*flags, "--micro_batch_size", "2"])
+    run_ranks(2, "sft_training/train_sft.py", [*flags, "--micro_batch_size", "2"], tmp_path)
     export(["--run", str(tmp_path / "run"), "--output_dir", str(tmp_path / "out")])
     assert_same(tmp_path / "out", tmp_path / "run/final")
     names = {path.name for path in (tmp_path / "run/final").iterdir()}
@@ -96,7 +97,7 @@ def drafter_dirs(tmp_path_factory):
     verifier.save_pretrained(folder / "verifier")
     tokenizer.save_pretrained(folder / "verifier")
     convert = load_script("scripts/convert_ar.py").main
-    out = ["--output_dir", str(folder / "drafter"), "--drafter", "causal", "--mask_token", "<|mdm_mask|>"]
+    out = ["--output_dir", str(folder / "drafter"), "--drafter", "causal"]
     convert(["--model_name_or_path", str(folder / "verifier"), *out])
     model, tokenizer = load_for_inference(str(folder / "drafter"), chat=False)
     with torch.no_grad(), torch.random.fork_rng():

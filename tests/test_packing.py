@@ -14,7 +14,8 @@ from llada.diffusion.stream import Curriculum, MaskedStream
 from llada.run import Run
 from llada.training.config import TrainConfig
 from llada.training.rows_stage import validation_loss
-from test_stages import SAMPLES, final_weights, launch, losses, pretrain_flags, sft_flags
+from processes import run_ranks
+from test_stages import SAMPLES, final_weights, losses, pretrain_flags, sft_flags
 from test_training import EOS, MASK, tiny_model
 
 LENGTHS = np.random.default_rng(0).integers(2, 20, size=60)
@@ -202,7 +203,7 @@ def test_packed_pretraining_resumes_exactly_and_on_two_ranks(tokenizer_dir, tmp_
     num_documents = len((SAMPLES / "pretrain.jsonl").read_text().splitlines())
     assert manifest["fingerprint"]["rows"] == "documents" and manifest["statistics"]["rows"] >= num_documents
 
-    launch(2, "pretraining/pretrain.py", folder("two", "--shard", "full"))
+    run_ranks(2, "pretraining/pretrain.py", folder("two", "--shard", "full"), tmp_path)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 

@@ -15,10 +15,10 @@ import exact_llada
 from llada.diffusion.sampler_likelihood import replay
 from llada.models.tokens import SpecialIds
 from llada.policies.completions import Completion
-from llada.policies.config import LikelihoodFlags, SurrogateFlags
 from llada.policies.grpo import GroupBatch, group_advantages, grpo_loss, term_losses, term_weights
-from llada.policies.likelihood_terms import Answer, TermBuilder
+from llada.policies.grpo_config import GrpoConfig, SurrogateFlags
 from llada.policies.rollouts import _flat, _per_owner
+from llada.policies.term_builder import Answer, TermBuilder
 from modelling_final import LLaDAGenerationConfig
 
 TOKENS, LENGTH = 3, 3  # what can be drawn is 0, 1, 2
@@ -30,8 +30,8 @@ IDS = SpecialIds(mask=MASK, eos=0, pad=0, eot=None)
 class Model(exact_llada.ExactModel):
     """Also gives logits as LLaDAModelLM does, with a column for the mask; token 3 is never predicted."""
 
-    def __init__(self, *, is_product=False, seed=0):
-        super().__init__(length=len(PROMPT) + LENGTH, seed=seed)
+    def __init__(self, *, is_product=False, seed=0, length=LENGTH):
+        super().__init__(length=len(PROMPT) + length, seed=seed)
         if is_product:  # positions that do not look at each other: all orders of decoding are one
             with torch.no_grad():
                 self.mixing.zero_()
@@ -58,11 +58,9 @@ def settings_of(**changes):
 
 
 def builder_of(settings, **changes):
-    build = {name: changes.pop(name, default) for name, default in (("seed", 0), ("micro_batch_size", 64))}
-    flags = LikelihoodFlags(
-        **{"estimator": "trajectory", "n_mc_samples": 2, "l_sampling": "uniform"} | changes
-    )
-    return TermBuilder(flags=flags, settings=settings, ids=IDS, **build)
+    options = {"estimator": "trajectory", "n_mc_samples": 2, "l_sampling": "uniform", "seed": 0,
+               "micro_batch_size": 64, "model_name_or_path": "x", "output_dir": "x"}  # fmt: skip
+    return TermBuilder(GrpoConfig(**options | changes), settings, IDS)
 
 
 def trajectories(settings):
@@ -210,8 +208,9 @@ def test_the_elbo_gradient_is_that_of_the_bound():
     answers = [Answer(PROMPT, (0, 1, 2), "a"), Answer(PROMPT, (2, 2), "b")]
     terms = builder_of(settings, estimator="elbo", n_mc_samples=7)(answers)
     advantages = torch.tensor([1.0, -0.5], dtype=torch.float64)
-    weights, count = term_weights("grpo", torch.tensor([3.0, 2.0], dtype=torch.float64), longest=LENGTH)
-    found = production_gradient(model, terms, advantages, weights=weights, total=count)
+    ones, lengths = torch.ones(2, dtype=torch.float64), torch.tensor([3.0, 2.0], dtype=torch.float64)
+    weights, units = term_weights("sequence", ones, lengths, longest=LENGTH)
+    found = production_gradient(model, terms, advantages, weights=weights, total=float(units.sum()))
 
     def bound(answer):
         total = torch.zeros((), dtype=torch.float64)
@@ -314,18 +313,28 @@ def test_the_surrogate_clips_as_ppo_does():
         torch.testing.assert_close(losses.detach(), expected)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo", "dr_grpo"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo", "dr_grpo", "sequence", "token", "sum"])
 def test_loss_types_against_their_definitions(loss_type):
     lengths = [3, 1, 4]
     per_token = [np.arange(1, n + 1) / (i + 1) for i, n in enumerate(lengths)]
-    weights, count = term_weights(loss_type, torch.tensor(lengths, dtype=torch.float64), longest=5)
-    found = sum(float(w) * values.sum() for w, values in zip(weights, per_token, strict=True)) / count
+    counts = torch.tensor(lengths, dtype=torch.float64)
+    weights, units = term_weights(loss_type, counts, counts, longest=5)
+    total = sum(float(w) * values.sum() for w, values in zip(weights, per_token, strict=True))
+    found = total / float(units.sum())
     expected = {
         "grpo": np.mean([values.mean() for values in per_token]),
         "dapo": sum(values.sum() for values in per_token) / sum(lengths),
         "dr_grpo": sum(values.sum() for values in per_token) / (3 * 5),
+        "sum": sum(values.sum() for values in per_token) / 3,
     }
+    expected["sequence"] = expected["grpo"]  # the same where a term is a token
     assert found == pytest.approx(expected.get(loss_type, expected["dapo"]))
+    # a completion of one term with the share of its tokens: its mean over tokens, or its tokens' weight
+    one_term = [float(values.mean()) for values in per_token]
+    weights, units = term_weights(loss_type, torch.ones(3, dtype=torch.float64), counts, longest=5)
+    if loss_type in ("sequence", "token", "sum"):
+        shared = zip(weights, lengths, one_term, strict=True)
+        assert found == pytest.approx(sum(float(w) * n * v for w, n, v in shared) / float(units.sum()))
 
 
 @pytest.mark.parametrize("estimator", ["elbo", "trajectory", "diffu"])
@@ -381,7 +390,7 @@ def test_steps_that_only_keep_ranks_in_step_belong_to_no_completion(monkeypatch)
         return owned, float(loss.value), loss.sums["ratio/mean"], len(loss.parts)
 
     owned, value, ratio, num_parts = remembered_and_loss()
-    monkeypatch.setattr("llada.policies.likelihood_terms.max_over_ranks", lambda own: own + 2)
+    monkeypatch.setattr("llada.policies.term_builder.max_over_ranks", lambda own: own + 2)
     padded = remembered_and_loss()
     assert padded[0] == owned and padded[1] == pytest.approx(value) and padded[3] == num_parts + 2
     assert ratio[0] == ratio[1] == padded[2][0]  # every ratio is 1

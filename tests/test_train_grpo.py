@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from conftest import ROOT, load_script
 from fake_judge import FakeServer
+from llada.flags.parser import parse
+from llada.policies.recipes import recipe_names
 from llada.training.metrics import read_metrics
 
 REWARD = (
@@ -266,3 +268,89 @@ def test_a_dry_run_never_trains(flags, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match=r"no/such\.jsonl"):
         main(*flags, *more, "--eval_data_path", "no/such.jsonl")
+
+
+TINY = ["--gen_length", "4", "--max_length", "64", "--batch_size", "16", "--num_generations", "4",
+        "--max_steps", "4", "--micro_batch_size", "8", "--learning_rate", "3e-3", "--lora_r", "2",
+        "--num_iterations", "2", "--save_interval", "3"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", recipe_names("rlhf/train_grpo.py"))
+def test_a_recipe_runs_and_resumes_and_says_what_it_is(flags, tmp_path, name, capsys):
+    recipe = [*flags, "--recipe", name, "--rollout_batch_size", "8", *TINY, "--lora_alpha", "4"]
+    recipe += ["--steps", "4", "--lr_scheduler_type", "constant", "--log_interval", "1"]
+    recipe += ["--block_length", "1" if name == "justgrpo" else "2"]
+    if name in ("d1", "wd1", "coupled", "unigrpo", "bgpo", "spg", "tracerl"):
+        recipe += ["--early_stop", "true"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    main(*recipe, "--output_dir", whole)
+    notes = (whole / "recipe.txt").read_text().splitlines()
+    assert notes[0].startswith(f"recipe {name} (") and notes[1].startswith("differs from the paper in: ")
+    assert "--gen_length 4 (recipe: " in notes[2] and all(
+        note in capsys.readouterr().out for note in notes[:1]
+    )
+    rows = logged(whole, "loss", "grad_norm")
+    assert len(rows) == 4 and any(norm > 0 for *_, norm in rows)
+
+    script = load_script("rlhf/train_grpo.py")
+    make = script.RolloutStream.__call__
+
+    def stop_at_three(stream, step):
+        if step == 3:
+            os.kill(os.getpid(), 15)
+        return make(stream, step)
+
+    script.RolloutStream.__call__ = stop_at_three
+    try:
+        main(*recipe, "--output_dir", cut)
+    finally:
+        script.RolloutStream.__call__ = make
+    assert (cut / "PREEMPTED").exists()
+    main(*recipe, "--output_dir", cut)
+    assert logged(cut, "loss", "grad_norm") == rows
+
+
+def test_redrawn_masks_are_shared_by_old_new_and_reference(flags, tmp_path):
+    more = ["--num_iterations", "3", "--redraw_masks", "true", "--group_masks", "false", "--beta", "0.1"]
+    more += [
+        "--learning_rate",
+        "0",
+        "--n_mc_samples",
+        "2",
+        "--max_steps",
+        "6",
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    main(*flags, *more)
+    rows = logged(tmp_path / "out", "ratio/mean", "kl", "grad_norm")
+    assert all(ratio == 1.0 and kl == 0.0 for _, ratio, kl, _ in rows)
+    norms = [norm for *_, norm in rows]
+    assert len(set(norms[:3])) == 3  # other masks, other gradients
+
+
+def test_recipes_are_refused_by_name(flags, tmp_path):
+    for name, message in (
+        ("d2", "--recipe d2: not one of bgpo, cj, "),
+        ("vrpo", "--recipe vrpo: a recipe of rlhf/train_dpo.py"),
+        ("d-opsd", "--recipe d-opsd: cannot be said yet; missing: a teacher that sees part"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(*flags, "--recipe", name, "--output_dir", tmp_path / "out")
+    for more, message in (
+        (["--ratio_level", "step"], "--ratio_level step: --estimator elbo has no such terms"),
+        (["--estimator", "trajectory", "--ratio_level", "token"], "--ratio_level token, --trajectory_shrink"),
+        (["--eos", "canvas", "--early_stop", "true"], "--eos canvas: "),
+        (["--mask_plan", "block", "--n_mc_samples", "2"], "--mask_plan block: 2 masks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(*flags, *more, "--output_dir", tmp_path / "out")
+
+
+def test_a_recipe_in_a_config_file_gives_way_to_the_file_and_the_command_line(tmp_path):
+    config_class = load_script("rlhf/train_grpo.py").Config
+    file = tmp_path / "run.yaml"
+    file.write_text("recipe: espo\nbeta: 0.5\nmodel_name_or_path: x\noutput_dir: y\nreward_funcs: [math]\n")
+    config = parse(config_class, ["--config", str(file), "--epsilon", "0.1", "--model_name_or_path", "a/b"])
+    assert (config.beta, config.epsilon, config.mask_plan) == (0.5, 0.1, "complementary")
+    assert config.recipe_notes[2] == "overridden: --epsilon 0.1 (recipe: 0.2), --beta 0.5 (recipe: 0.001)"

@@ -101,6 +101,36 @@ class TeacherModel:
         for answer in spoken:
             yield None if answer is None else next(scored)
 
+    def judge(
+        self, questions: Sequence[Question], answers: Sequence[list[int]]
+    ) -> list[TeacherAnswer | None]:
+        """Distributions along answers that the student wrote, in its tokens; None where they are no text."""
+        spoken = [
+            self._of_student(question, answer) for question, answer in zip(questions, answers, strict=True)
+        ]
+        scored = self._scored([found for found in spoken if found is not None])
+        return [None if found is None else next(scored) for found in spoken]
+
+    def _of_student(self, question: Question, answer: list[int]) -> _Spoken | None:
+        prompt_ids = render_prompt(question.messages, self.student.tokenizer, chat=True)
+        prompt = self._prompt(question.messages)
+        if self.vocabulary.is_identity:
+            return _Spoken(prompt_ids, answer, prompt, answer, np.arange(len(answer)))
+        table = self.student.table
+        text = _text(table.decode(answer))
+        if text is None or any(table.texts[i] is None for i in answer[:-1]):
+            return None  # half a character, or a special token within the answer
+        ours = encode_texts([text], self.tokenizer)[0]
+        closing = self.vocabulary.source.closing
+        is_closed = table.texts[answer[-1]] is None and closing is not None
+        teacher_answer = [*ours, *([closing] if is_closed else [])]
+        source = self.vocabulary.source
+        index = align_answer(
+            answer, [source.texts[i] for i in teacher_answer], self.student,
+            drops_first_space=source.drops_first_space, where=question.where,
+        )  # fmt: skip
+        return _Spoken(prompt_ids, answer, prompt, teacher_answer, index)
+
     def _prompt(self, messages: Sequence[Message]) -> list[int]:
         """The teacher's tokens of a prompt, in its own chat format if it has one."""
         if self.tokenizer.chat_template is None:

@@ -11,6 +11,7 @@ Everything is a function of (seed, step), as in llada/diffusion/stream.py.
 B sequences, L positions, M scored rows, G masks of a window, n places where a window can begin.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -106,7 +107,7 @@ class Windows:
         return np.maximum(rate ** np.arange(self.length), min(self.keep_min, 1.0))
 
 
-_NO_ROWS = {
+NO_ROWS = {
     "rows": np.empty(0, dtype=np.int64),
     "targets": np.empty(0, dtype=np.int64),
     "weights": np.empty(0, dtype=np.float32),
@@ -138,12 +139,17 @@ class _Shared(Noised):
 
 @dataclass(kw_only=True)
 class AlignmentStream(MaskedStream):
-    """Micro-batches of prepared rows under one of the rules; rows without teacher columns have none."""
+    """Micro-batches of prepared rows under one of the rules; rows without teacher columns have none.
+
+    Attributes:
+        starts_of: record ids -> the places of each answer where windows begin, in training; None: anywhere.
+    """
 
     rows: Dataset
     table: TeacherTable | None
     rule: str
     windows: Windows
+    starts_of: Callable[[Sequence[int]], dict[int, np.ndarray]] | None = None
 
     @classmethod
     def over(
@@ -159,6 +165,15 @@ class AlignmentStream(MaskedStream):
 
     def __post_init__(self) -> None:
         self.purpose = "window" if self.rule == "windows" else "mask"
+        self._starts: dict[int, np.ndarray] = {}
+
+    def __call__(self, step: int) -> list[AlignedBatch]:
+        """This rank's micro-batches of one step."""
+        if self.starts_of is not None:
+            self._starts = self.starts_of([record_id for record_id, _ in self.records_of(step)])
+        batches = super().__call__(step)
+        self._starts = {}
+        return batches
 
     def hide(
         self,
@@ -173,9 +188,10 @@ class AlignmentStream(MaskedStream):
         if self.rule != "windows":
             return super().hide(example, record_id, random, stratum, *noise, **more_noise)
         scored = np.flatnonzero(example.maskable)
+        starts = scored[self._starts[record_id]] if record_id in self._starts else scored
         if self.windows.keep_rate is not None:
-            return self._all_windows(example, record_id, random, scored)
-        first = int(scored[int(stratum.time(random.random()) * len(scored))])
+            return self._all_windows(example, record_id, random, starts, int(scored[-1]))
+        first = int(starts[int(stratum.time(random.random()) * len(starts))])
         canvas = np.full(first + self.windows.length, self.pad_id, dtype=np.int64)
         known = example.input_ids[: len(canvas)]
         canvas[: len(known)] = known
@@ -183,24 +199,24 @@ class AlignmentStream(MaskedStream):
         return Noised(replace(example, input_ids=canvas, maskable=is_masked), is_masked, 1.0, record_id)
 
     def _all_windows(
-        self, example: Example, record_id: int, random: np.random.Generator, scored: np.ndarray
+        self, example: Example, record_id: int, random: np.random.Generator, starts: np.ndarray, last: int
     ) -> _Shared:
-        """The text, and behind it the masks of a window from every place that is scored."""
-        num, shares = len(scored), self.windows.shares()
+        """The text, and behind it the masks of a window from each of these positions, up to the last one."""
+        num, shares = len(starts), self.windows.shares()
         # One number for each window, spread evenly: the k-th masks kept are those of the k-1-th, thinned out.
         drawn = (random.permutation(num) + random.random()) / num
-        lengths = np.minimum((shares[None] > drawn[:, None]).sum(1), num - np.arange(num))
+        lengths = np.minimum((shares[None] > drawn[:, None]).sum(1), last + 1 - starts)
         window = np.repeat(np.arange(num), lengths)  # of each scored row, which is one of its places
         place = np.arange(len(window)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         # Row i of a shifted model predicts token i + 1: the text gives the first place, a mask the next one.
         is_mask = place < lengths[window] - 1
         columns = len(example.input_ids) + np.cumsum(is_mask) - is_mask
-        read = np.where(place == 0, scored[window], np.roll(columns, 1) + 1)
-        tokens = scored[window] + place
+        read = np.where(place == 0, starts[window], np.roll(columns, 1) + 1)
+        tokens = starts[window] + place
         text = np.arange(len(example.input_ids))
         num_masks = int(is_mask.sum()) + 1  # and one column that only stands behind the last of them
         canvas = np.concatenate([example.input_ids, np.full(num_masks, self.pad_id)])
-        begins = np.concatenate([np.full(len(text), -1), scored[window][is_mask], [_NOWHERE]])
+        begins = np.concatenate([np.full(len(text), -1), starts[window][is_mask], [_NOWHERE]])
         positions = np.concatenate([text, tokens[is_mask], [0]])
         weights = (self.windows.weights() / shares)[place] / num
         rows = _Rows(read, tokens, weights.astype(np.float32), place + 1)
@@ -212,7 +228,7 @@ class AlignmentStream(MaskedStream):
         """The batch with the rows that the rule scores, and their distributions."""
         batch = super()._collate(rows)
         width, items = batch.input_ids.shape[1], [row[0] for row in rows]
-        scored, parts = [_NO_ROWS], []
+        scored, parts = [NO_ROWS], []
         for b, item in enumerate(items):
             own, known = self._scored(item), self._known(item.record_id)
             is_known = np.isin(own.tokens, known)
@@ -233,7 +249,7 @@ class AlignmentStream(MaskedStream):
             if is_known.any():
                 index = np.searchsorted(known, own.tokens[is_known])
                 parts.append((self.table.distributions(item.record_id), index))
-        tensors = {name: torch.from_numpy(np.concatenate([r[name] for r in scored])) for name in _NO_ROWS}
+        tensors = {name: torch.from_numpy(np.concatenate([r[name] for r in scored])) for name in NO_ROWS}
         return AlignedBatch(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, **tensors,
             teacher=TeacherChunks(parts), num_units=batch.num_units, record_ids=batch.record_ids,

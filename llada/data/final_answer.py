@@ -120,11 +120,14 @@ def _inside(text: str, start: str, end: str) -> str | None:
         return inside if is_balanced(inside) else None
     if start == "$":
         return None if "$" in inside.replace(r"\$", "") else inside
+    if start == "**":  # inside, x**2 is a power
+        return None if re.search(r"(?:^|\s)\*\*|\*\*(?:\s|$)", inside) else inside
     return None if start in inside or end in inside else inside
 
 
 def _without_half_pairs(text: str) -> str:
     """Without the one end of a pair whose other end was cut off, or stood before "The answer is"."""
+    text = re.sub(r"^\*\*\s+|\s+\*\*$", "", text)
     if text.count("**") == 1:
         text = text.removeprefix("**").removesuffix("**").strip()
     if text.endswith("$") and text.count("$") == 1 and not text.endswith(r"\$"):
@@ -177,12 +180,17 @@ def last_tag(text: str) -> str | None:
     return None
 
 
+def said_last(text: str) -> str:
+    """All that follows the last "The answer is"; the text itself where it does not say so."""
+    said = re.split(_SAYS, text)[-1]
+    return said if said.strip() else text
+
+
 def _said(text: str) -> str | None:
     """What follows the last "The answer is": to the end of its sentence, and lines below it without words."""
-    _, *said = re.split(_SAYS, text)
-    if not said or not said[-1].strip():
+    if (said := said_last(text)) == text:
         return None
-    first, *lines = said[-1].strip().splitlines()
+    first, *lines = said.strip().splitlines()
     statement = [re.split(r"(?<=[^\s.])[.!]\s+(?=[A-Z])", first)[0]]
     for line in lines:
         if re.search(r"(?<!\\)\b[A-Za-z]{3,}", line):

@@ -52,6 +52,8 @@ def plan_masks(num_tokens: int, random: np.random.Generator, settings: MaskSetti
         return _iid(num_tokens, num_masks, random, law)
     if settings.estimator == "complementary":
         return _complementary(num_tokens, num_masks, random)
+    if settings.estimator == "gauss":
+        return _gauss(num_tokens, num_masks, random)
     return _reference(num_tokens, num_masks, random, settings.reference_batch)
 
 
@@ -148,6 +150,17 @@ def _reference(num_tokens: int, num_masks: int, random: np.random.Generator, bat
     )
 
 
+def _gauss(num_tokens: int, num_masks: int, random: np.random.Generator) -> MaskPlan:
+    """int(t T) tokens at each of N Gauss-Legendre nodes t of (0, 1), with weight w / t.
+
+    A node with t T < 1 masks nothing. Source: GDPO likelihood_estimators.py, gauss-N.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(num_masks)
+    times = 0.5 + 0.5 * nodes
+    sizes = (times * num_tokens).astype(np.int64)
+    return MaskPlan(_random_masks(sizes, num_tokens, random), 0.5 * weights / times, "gauss")
+
+
 # Neighbours by offset; a feature is whether all of them are masked.
 NEIGHBOURS = ((-1,), (1,), (-2,), (2,), (-1, 1), (-2, -1), (1, 2))
 SHRINKAGE = 1.0  # of the tokens' own coefficients: one observation's worth
@@ -155,6 +168,13 @@ SMALL_SAMPLE = 5  # draws spent on the fit, by which the error of few masks woul
 # n / (n - 2.5) times the variance: 1.96 errors then reach as far as Student's t of n pairs. 8 masks: 4 pairs.
 FEW_PAIRS = 2.5
 MIN_DRAWS = 8  # fewer masks cannot carry a regression
+
+
+def draw_of(plan: MaskPlan) -> np.ndarray:
+    """[N] the independent draw that each mask belongs to; a complementary pair is one, as is a full mask."""
+    if plan.design != "complementary":
+        return np.arange(len(plan.masks))
+    return (np.cumsum(np.where(plan.masks.all(axis=1), 2, 1)) - 1) // 2
 
 
 def estimate(plan: MaskPlan, log_probs: np.ndarray) -> tuple[float, float]:
@@ -173,12 +193,9 @@ def estimate(plan: MaskPlan, log_probs: np.ndarray) -> tuple[float, float]:
     if plan.design == "stratified" and len(sums) >= MIN_DRAWS:
         return _regression_estimate(plan, log_probs)
     draws = plan.weights * sums
-    if plan.design == "complementary":  # the two masks of a pair are one draw
-        full = plan.masks.all(axis=1)
-        pairs = np.cumsum(np.where(full, 2, 1)) - 1
-        draws = np.bincount(pairs // 2, draws)
+    draws = np.bincount(draw_of(plan), draws)
     num_draws = len(draws)
-    if num_draws < 2:
+    if num_draws < 2 or plan.design == "gauss":  # nodes are no sample
         return value, math.nan
     variance = num_draws * draws.var(ddof=1)
     if plan.design == "complementary":

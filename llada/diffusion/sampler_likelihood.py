@@ -43,9 +43,15 @@ UNSCORED = {
 }
 
 
-def check_settings(settings: LLaDAGenerationConfig) -> None:
-    """ValueError unless the steps of a sampler with these settings have the likelihood above."""
+def check_settings(settings: LLaDAGenerationConfig, *, order: bool = True) -> None:
+    """ValueError unless the steps of a sampler with these settings have the likelihood above.
+
+    Args:
+        order: the order term is wanted. Without it, tokens alone are scored, however many a step decides.
+    """
     for name, value in UNSCORED.items():
+        if name == "parallel_decoding" and not order:
+            continue
         if getattr(settings, name) != value:
             raise ValueError(
                 f"--estimator trajectory: {name} {getattr(settings, name)!r} has no exact step likelihood; "
@@ -107,6 +113,24 @@ def replay(
     return states
 
 
+def merge_steps(states: Sequence[State], shrink: int) -> list[State]:
+    """Every `shrink` neighbouring steps of a sequence as one: what they decided, from the first one's state.
+
+    Which positions stayed open is forgotten, so merged steps have token terms only. Source: TraceRL.
+    """
+    if shrink == 1:
+        return list(states)
+    merged = []
+    for start in range(0, len(states), shrink):
+        group = states[start : start + shrink]
+        positions = np.concatenate([state.positions[state.is_chosen] for state in group])
+        tokens = np.concatenate([state.tokens[state.is_chosen] for state in group])
+        order = np.argsort(positions)
+        is_chosen = np.ones(len(positions), dtype=bool)
+        merged.append(State(group[0].token_ids, positions[order], tokens[order], is_chosen))
+    return merged
+
+
 @dataclass(frozen=True)
 class StateBatch:
     """States as one forward takes them."""
@@ -157,16 +181,28 @@ def collate_states(states: Sequence[State], *, pad_id: int) -> StateBatch:
 
 
 def batch_log_probs(
-    model: torch.nn.Module, batch: StateBatch, settings: LLaDAGenerationConfig, *, mask_id: int, order: bool
+    model: torch.nn.Module,
+    batch: StateBatch,
+    settings: LLaDAGenerationConfig,
+    *,
+    mask_id: int,
+    order: bool,
+    by_token: bool = False,
 ) -> Tensor:
-    """[S] log pi of each step under the model, with its graph. Arguments as in `step_log_probs`."""
+    """[S] log pi of each step under the model, with its graph; arguments as in `step_log_probs`.
+
+    With `by_token` log q of every chosen token instead, state after state.
+    """
     # Asked as the sampler asks: the same rows of the last block, so the same bits.
     logits = model(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, query_positions=batch.columns
     ).logits
     logits = logits.flatten(0, 1).index_select(0, batch.rows)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if by_token:
+        return _token_log_probs(logits, batch, settings.temperature, mask_id)[1]
     return step_log_probs(
-        logits if logits.dtype == torch.float64 else logits.float(),
+        logits,
         batch,
         temperature=settings.temperature,
         mask_id=mask_id,
@@ -187,6 +223,17 @@ def log_odds(logits: Tensor) -> Tensor:
     return (log_p - torch.log1p(-log_p.exp())).scatter(1, index, best - others)
 
 
+def _token_log_probs(
+    logits: Tensor, batch: StateBatch, temperature: float, mask_id: int
+) -> tuple[Tensor, Tensor]:
+    """([M, E] log q, log q of the chosen tokens)."""
+    is_mask = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    is_mask[mask_id] = True
+    log_q = (logits / temperature).masked_fill(is_mask, -torch.inf).log_softmax(dim=-1)
+    chosen = batch.is_chosen
+    return log_q, log_q[chosen].gather(1, batch.tokens[chosen, None])[:, 0]
+
+
 def step_log_probs(
     logits: Tensor, batch: StateBatch, *, temperature: float, mask_id: int, order: bool
 ) -> Tensor:
@@ -198,12 +245,9 @@ def step_log_probs(
         mask_id: never drawn.
         order: add the order term.
     """
-    is_mask = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    is_mask[mask_id] = True
-    log_q = (logits / temperature).masked_fill(is_mask, -torch.inf).log_softmax(dim=-1)
+    log_q, taken = _token_log_probs(logits, batch, temperature, mask_id)
     zeros = log_q.new_zeros(batch.num_states)
     chosen = batch.is_chosen
-    taken = log_q[chosen].gather(1, batch.tokens[chosen, None])[:, 0]
     total = zeros.index_add(0, batch.owners[chosen], taken)
     if not order or bool(chosen.all()):
         return total

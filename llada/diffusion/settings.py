@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-ESTIMATORS = ("stratified", "iid", "complementary", "reference")
+ESTIMATORS = ("stratified", "iid", "complementary", "reference", "gauss")
 SIZE_LAWS = ("uniform", "inv_sqrt")
 EXACT_TOKENS = 7  # 2^7 - 1 = 127 forwards: no more than the 128 draws of the published evaluations
 LIKELIHOODS = ("elbo", "l2r", "policy")
@@ -19,7 +19,8 @@ class MaskSettings:
             all 2^T - 1 masks fit in N.
         estimator: `stratified` spreads the mask sizes evenly and lets each token be masked equally often;
             `iid` draws every size and mask on its own (VRPO, ELBO-KTO); `complementary` draws pairs M, not M
-            (ESPO); `reference` is LLaDA's published get_log_likelihood, whose sizes are biased.
+            (ESPO); `reference` is LLaDA's published get_log_likelihood, whose sizes are biased; `gauss` has
+            one mask at each Gauss-Legendre node of t (GDPO): little noise, some bias.
         size_law: `uniform`, or `inv_sqrt`: sizes drawn with probability proportional to l^-1/2, which lowers
             the variance of gradients; for `iid` and `stratified`.
         exact_tokens: longest answer whose masks are always enumerated; 0 to enumerate only what fits.

@@ -132,7 +132,7 @@ def _to_bool(text: str) -> bool:
 
 
 def parse(config_class: type[T], argv: Sequence[str] | None = None, *, description: str | None = None) -> T:
-    """The filled and checked dataclass, from `--config` and the command line.
+    """The filled and checked dataclass, from `--recipe`, `--config` and the command line; the later wins.
 
     Args:
         config_class: a dataclass whose fields were made by `flag`. Where it or a base has a method
@@ -146,7 +146,13 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, *, descripti
     """
     parser = _Parser(config_class, description)
     words = [_with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
-    words = todays_words(_words_of_config_file(parser, words) + words, parser.fields)
+    path = _last_value(words, "config")
+    if path is not None:
+        words = _words_of(parser, path, read_yaml(path)) + words
+    recipe = _last_value(words, "recipe") if "recipe" in parser.fields else None
+    if recipe is not None:
+        words = _words_of(parser, f"recipe {recipe}", config_class.flags_of_recipe(recipe)) + words
+    words = todays_words(words, parser.fields)
     namespace, unknown = parser.parse_known_args(words)
     if unknown:
         name = unknown[0].removeprefix("--").split("=")[0]
@@ -174,17 +180,20 @@ def _with_underscores(word: str) -> str:
     return name[:2] + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
 
-def _words_of_config_file(parser: _Parser, words: list[str]) -> list[str]:
-    path = None
+def _last_value(words: list[str], name: str) -> str | None:
+    value = None
     for i, word in enumerate(words):
-        if word == "--config" and i + 1 < len(words):
-            path = words[i + 1]
-        elif word.startswith("--config="):
-            path = word.removeprefix("--config=")
-    if path is None:
-        return []
+        if word == f"--{name}" and i + 1 < len(words):
+            value = words[i + 1]
+        elif word.startswith(f"--{name}="):
+            value = word.removeprefix(f"--{name}=")
+    return value
+
+
+def _words_of(parser: _Parser, path: str, values: Mapping[str, Any]) -> list[str]:
+    """Flags in a YAML file, as words of a command line."""
     found: list[str] = []
-    for key, value in read_yaml(path).items():
+    for key, value in values.items():
         name = str(key).replace("-", "_")
         if not parser.known(name):
             raise ValueError(f"{path}: unknown key {shown(key)}: {parser.suggest(name)}")

@@ -84,7 +84,7 @@ def convert(
 
     Args:
         causal: keep the causal form and the number of rows, for a drafter that engines run with the source.
-        mask_token: a token that serves as mask; default a new one.
+        mask_token: a token that serves as mask; default the tokenizer's own, or a new one.
         mask_id: the row of the mask, where the source was trained with one.
 
     Raises:
@@ -94,19 +94,16 @@ def convert(
     num_known = max(known.values()) + 1
     if mask_token is not None and mask_token not in known:
         raise ValueError(f"--mask_token {mask_token!r}: the tokenizer has no such token")
-    if (
-        causal
-        and mask_token is None
-        and mask_id is None
-        and num_known >= source.get_input_embeddings().num_embeddings
-    ):
+    if mask_token is None and mask_id in known.values():
+        mask_token = tokenizer.convert_ids_to_tokens(mask_id)
+    mask_token = mask_token or tokenizer.mask_token or SPECIAL_TOKENS["mask"]
+    num_rows = source.get_input_embeddings().num_embeddings
+    if causal and mask_id is None and mask_token not in known and num_known >= num_rows:
         raise ValueError(
             "--drafter causal: every row of the embedding belongs to a token; name one that no text holds "
             f"with --mask_token, for example {' or '.join(_unused(tokenizer)[:3]) or 'a reserved token'}"
         )
-    if mask_token is None and mask_id in known.values():
-        mask_token = tokenizer.convert_ids_to_tokens(mask_id)
-    tokenizer.add_special_tokens({"mask_token": mask_token or SPECIAL_TOKENS["mask"]})
+    tokenizer.add_special_tokens({"mask_token": mask_token})
     config = llada_config(source, tokenizer, logit_shift=logit_shift or causal, causal=causal)
     if mask_id is not None:
         config.mask_token_id = mask_id

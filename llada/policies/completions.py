@@ -30,8 +30,10 @@ class Completion:
     reward: float | None = None
     rewards: dict[str, float | None] = field(default_factory=dict)
     advantage: float = 0.0
-    old: list[float] | None = None  # log-likelihood of each of its terms under the policy that gave it
-    ref: list[float] | None = None
+    canvas: list[int] = field(default_factory=list)  # all tokens sampled, where those behind the end count
+    # For each set of masks the log-likelihood of its terms, under the policy that gave it and the reference.
+    old: list[list[float]] | None = None
+    ref: list[list[float]] | None = None
 
 
 def as_messages(text: str, *, chat: bool) -> str | list[dict[str, str]]:
@@ -47,6 +49,7 @@ class Sampler:
         batch_size: sequences generated together.
         chat: rewards see messages, not texts.
         keep_trace: note what every step decided, for the likelihood of the trajectory.
+        keep_canvas: note what was sampled behind the end.
     """
 
     model: LLaDAModelLM
@@ -56,6 +59,7 @@ class Sampler:
     batch_size: int
     chat: bool
     keep_trace: bool = False
+    keep_canvas: bool = False
 
     def answer(self, prompts: Sequence[Prompt], *, seed: int, num_generations: int) -> list[Completion]:
         """`num_generations` completions of each prompt, scored; a prompt's are after one another."""
@@ -74,6 +78,7 @@ class Sampler:
             [owner.record for owner in owners],
             where=[owner.where for owner in owners],
             completion_ids=[completion.answer for completion in completions],
+            num_forwards=[completion.steps for completion in completions],
             was_cut=[not completion.has_ended for completion in completions],
         )
         for i, completion in enumerate(completions):
@@ -105,6 +110,7 @@ class Sampler:
                 has_ended=size < length,
                 steps=int(output.steps[i]),
                 trace=traces[i] if self.keep_trace else None,
+                canvas=row if self.keep_canvas else [],
             )
             for i, (row, size) in enumerate(zip(rows, sizes, strict=True))
         ]

@@ -35,10 +35,6 @@ class OlderFlags:
 
 
 DEFAULT_LORA_RANK = 128
-LIKELIHOODS = ("elbo", "trajectory", "diffu")
-BASELINES = ("group_mean", "leave_one_out")
-SCALES = ("group", "batch", "none")
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 
 
 @dataclass(kw_only=True)
@@ -165,80 +161,3 @@ class PairConfig(PairFlags, PolicyConfig):
         shared = {field.name for field in fields(PairConfig)}
         own = [field.name for field in fields(self) if field.name not in shared]
         return super().agreed() | {name: getattr(self, name) for name in own}
-
-
-@dataclass(kw_only=True)
-class LikelihoodFlags:
-    """Flags of GRPO: the log-likelihood that is raised, and its terms (likelihood_terms.py)."""
-
-    estimator: str = flag("elbo", help="The likelihood that is raised.", choices=LIKELIHOODS)
-    n_mc_samples: int = flag(2, help="elbo: masks per completion (K).")
-    mask_plan: str = flag(
-        "stratified",
-        help="elbo: mask sizes spread evenly, drawn independently, or complementary pairs (ESPO).",
-        choices=ESTIMATORS[:3],
-    )
-    l_sampling: str = flag(
-        "inv_sqrt",
-        help="elbo: law of the mask sizes; inv_sqrt has less noise.",
-        choices=SIZE_LAWS,
-    )
-    eos: str = flag(
-        "one",
-        help="elbo, diffu: what ends an answer: the end token that was sampled; or that, and EOS that count "
-        "up to the end of the canvas, for models trained with --eos_padding.",
-        choices=["one", "filled"],
-    )
-    trajectory_steps: int = flag(
-        0, help="trajectory: score so many random steps of a completion, weighted up; 0 = all."
-    )
-    order_term: bool = flag(True, help="trajectory: count which positions were decided, not only the tokens.")
-    p_mask_prompt: float = flag(0.15, help="diffu: share of the prompt that is masked.")
-
-
-@dataclass(kw_only=True)
-class SurrogateFlags:
-    """Flags of GRPO: the loss of a term (grpo.py)."""
-
-    beta: float = flag(0.0, help="Weight of the KL to the reference (k2); 0: no reference is loaded.")
-    epsilon: float = flag(0.2, help="Ratios count up to 1 + epsilon, and down to 1 - epsilon.")
-    epsilon_high: float | None = flag(None, help="The upper limit's own value; default epsilon.")
-    loss_type: str = flag(
-        "grpo",
-        help="Mean over completions (grpo), over all terms of the global batch (dapo, bnpo), or sum over "
-        "terms / --gen_length (dr_grpo).",
-        choices=LOSS_TYPES,
-    )
-
-
-@dataclass(kw_only=True)
-class GroupFlags:
-    """Flags of GRPO: groups of completions, and what each is worth (rollouts.py)."""
-
-    num_generations: int = flag(8, help="Completions per prompt (G).")
-    rollout_batch_size: int = flag(256, help="Sequences sampled together on a device.")
-    num_iterations: int = flag(1, help="Steps that learn from the same completions (mu).")
-    scale_rewards: str = flag(
-        "none",
-        help="Divide advantages by the standard deviation of the group, of the batch, or not.",
-        choices=[*SCALES, "true", "false"],
-    )
-    advantages: str = flag(
-        "leave_one_out", help="What a reward is compared with in its group.", choices=BASELINES
-    )
-    negative_weight: float = flag(
-        1.0,
-        help="Factor of advantages below 0. elbo pushes a bad answer down under masks that never led to it, "
-        "which can harm a good model: then give less; 0 learns from what beat its group alone.",
-    )
-    max_dead_steps: int = flag(
-        10,
-        help="Stop after so many steps in a row in which no completion has a reward; 0 = never.",
-        at_least=0,
-    )
-    log_completions: bool = flag(True, help="Write every completion to completions.jsonl.")
-
-
-@dataclass(kw_only=True)
-class GrpoConfig(LikelihoodFlags, SurrogateFlags, GroupFlags, ReferenceFlags, PolicyConfig):
-    """Flags of GRPO but for those of the sampler and the rewards."""

@@ -1,17 +1,13 @@
 """Group-relative policy optimisation: advantages, the clipped surrogate, and what it sums over.
 
-The surrogate is a sum over terms. What a term is, and its log-likelihood, is the estimator's choice:
+The surrogate is a sum over terms (likelihood_terms.py). With ratio = exp((log pi - log pi_old) / size) and
+the completion's advantage A
 
-    elbo        one term a completion: the any-order bound B, all tokens at once (sequence level; ESPO)
-    trajectory  one term a denoising step: the sampler's own likelihood of it
-    diffu       one term a token: log p of it with the whole answer masked
+    clip     -sum_terms w min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A) + beta w KL / size
+    linear   -sum_terms w A log pi / size
+    squared   sum_terms w (clamp(log pi - log pi_old) / size - psi A)^2
 
-(likelihood_terms.py). With ratio = exp((log pi - log pi_old) / size) and the completion's advantage A
-
-    loss = -sum_terms w min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A) + beta w KL2 / size
-    KL2  = (log pi - log pi_ref)^2 / 2,   whose expected gradient under the policy is that of KL(pi || pi_ref)
-
-where size is the number of tokens for `elbo` (so ratios of long answers stay near 1) and 1 otherwise.
+where size is the number of tokens for terms that hold many (so ratios of long answers stay near 1), else 1.
 
 Shapes: N completions in groups of G, T terms.
 
@@ -26,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llada.policies.config import SurrogateFlags
+from llada.policies.grpo_config import SurrogateFlags
 from llada.policies.likelihood_terms import Terms
 from llada.run import Sums
 from llada.training.loop import LossParts
@@ -60,41 +56,83 @@ def group_advantages(
     return (centred if scale == "none" else centred / (std + STD_EPSILON)).reshape(-1)
 
 
-def term_weights(loss_type: str, lengths: Tensor, *, longest: int) -> tuple[Tensor, float]:
-    """([N] weight of a completion's every term, what this rank adds to the units).
+def softmax_advantages(rewards: np.ndarray, num_generations: int) -> np.ndarray:
+    """[N] G (softmax(A) - softmax(-A)) within each group, A the centred rewards; nan has 0.
+
+    Source: wd1 (arXiv 2507.08838), rev_grpo_trainer.py; its sum over a group is here a mean, hence G.
+    """
+    groups = rewards.reshape(-1, num_generations)
+    known = ~np.isnan(groups)
+    mean = np.where(known, groups, 0.0).sum(axis=1, keepdims=True) / np.maximum(
+        1, known.sum(1, keepdims=True)
+    )
+    centred = np.where(known, groups - mean, -np.inf)
+
+    def softmax(values: np.ndarray) -> np.ndarray:
+        powers = np.where(known, np.exp(values - np.where(known, values, -np.inf).max(1, keepdims=True)), 0.0)
+        return powers / np.maximum(powers.sum(axis=1, keepdims=True), 1e-300)
+
+    return (num_generations * (softmax(centred) - softmax(-centred))).reshape(-1)
+
+
+def term_weights(loss_type: str, counts: Tensor, shares: Tensor, *, longest: int) -> tuple[Tensor, Tensor]:
+    """([N] weight of a completion's every term, [N] what it adds to the units).
 
     grpo: mean over completions of the mean over terms. dapo, bnpo: mean over all terms of the global batch.
-    dr_grpo: sum over terms / (completions x longest).
+    dr_grpo: sum over terms / (completions x longest). sequence, token, sum: as grpo, dapo, and the plain sum,
+    by tokens instead of terms.
+
+    Args:
+        counts, shares: [N] as `TermBuilder.counts` gives them.
     """
-    if loss_type == "grpo":
-        return 1.0 / lengths, float(len(lengths))
-    if loss_type == "dr_grpo":
-        return torch.full_like(lengths, 1.0 / longest), float(len(lengths))
-    return torch.ones_like(lengths), float(lengths.sum())
+    ones = torch.ones_like(counts)
+    return {
+        "grpo": (1.0 / counts, ones),
+        "dr_grpo": (ones / longest, ones),
+        "sequence": (1.0 / shares, ones),
+        "token": (ones, shares),
+        "sum": (ones, ones),
+    }.get(loss_type, (ones, counts))
 
 
 def term_losses(
     flags: SurrogateFlags, new: Tensor, old: Tensor, ref: Tensor | None, advantages: Tensor, sizes: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """([T] loss of each term before its weight, [T] values to log)."""
-    high = flags.epsilon if flags.epsilon_high is None else flags.epsilon_high
-    ratio = ((new - old) / sizes).exp()
-    clipped = ratio.clamp(1 - flags.epsilon, 1 + high)
-    losses = -torch.minimum(ratio * advantages, clipped * advantages)
-    seen = ratio.detach()
-    low_clip = (seen < 1 - flags.epsilon) & (advantages < 0)
-    high_clip = (seen > 1 + high) & (advantages > 0)
-    logged = {
-        "ratio/mean": seen,
-        "clip_ratio/low_mean": low_clip.double(),
-        "clip_ratio/high_mean": high_clip.double(),
-        "clip_ratio/region_mean": (low_clip | high_clip).double(),
-    }
+    low, high = flags.epsilon, flags.epsilon if flags.epsilon_high is None else flags.epsilon_high
+    logged = {}
+    if flags.surrogate == "linear":
+        losses = -advantages * new / sizes
+    elif flags.surrogate == "squared":
+        moved = (new - old).clamp(math.log(1 - low), math.log(1 + high))
+        losses = (moved / sizes - flags.squared_target * advantages) ** 2
+    else:
+        ratio = ((new - old) / sizes).exp()
+        losses = -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+        seen = ratio.detach()
+        low_clip, high_clip = (seen < 1 - low) & (advantages < 0), (seen > 1 + high) & (advantages > 0)
+        logged = {
+            "ratio/mean": seen,
+            "clip_ratio/low_mean": low_clip.double(),
+            "clip_ratio/high_mean": high_clip.double(),
+            "clip_ratio/region_mean": (low_clip | high_clip).double(),
+        }
     if ref is not None:
-        kl = (new - ref) ** 2 / (2 * sizes)
+        kl = kl_terms(new - ref, flags.kl_estimator) / sizes
         losses = losses + flags.beta * kl
         logged["kl"] = kl.detach()
     return losses, logged
+
+
+def kl_terms(difference: Tensor, estimator: str) -> Tensor:
+    """Of d = log pi - log pi_ref: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d.
+
+    On policy the means of k1 and k3 are the KL. The expected gradient of k2 is the KL's, that of k1 is 0, and
+    that of k3 is that of KL(pi_ref || pi). Source: Schulman, http://joschu.net/blog/kl-approx.html
+    """
+    if estimator == "k1":
+        return difference
+    return difference**2 / 2 if estimator == "k2" else torch.expm1(-difference) + difference
 
 
 @dataclass
@@ -149,5 +187,10 @@ def grpo_loss(
             )
         return (losses * weights[which]).sum()
 
-    value, parts = terms.parts(model, loss_of, on_policy=batch.old is None and batch.ref is None)
+    value, parts = terms.parts(
+        model,
+        loss_of,
+        on_policy=batch.old is None and batch.ref is None and flags.surrogate != "linear",
+        is_linear=batch.ref is None and flags.surrogate == "linear",
+    )
     return LossParts(value, parts, sums)

@@ -1,11 +1,13 @@
 """What a policy gradient sums over: the log-likelihoods of completions in terms, with gradients.
 
-    elbo        one term a completion: the any-order bound B, all tokens at once (sequence level; ESPO)
-    trajectory  one term a denoising step: the sampler's own likelihood of it (sampler_likelihood.py)
-    diffu       one term a token: log p of it from one copy with the whole answer masked (diffu-GRPO)
+    elbo        the any-order bound B, one term a completion (ESPO), a mask (GDSD) or a masked token (UniGRPO)
+    trajectory  the sampler's own likelihood (sampler_likelihood.py), one term a denoising step, or a token
+    diffu       log p of each token from one copy with the whole answer masked (diffu-GRPO)
+    coupled     the mean of that and of log p from a mask or its complement (DiffuCoder)
 
 Only `trajectory` is the likelihood of the sampler that made the completions, and its policy gradient exact.
-`elbo` is that of random order as far as the model's predictions agree with each other; `diffu` is cheap.
+`elbo` is that of random order as far as the model's predictions agree with each other; `diffu` is cheap, and
+`coupled` no log-likelihood at all: its weights do not sum to 1.
 
 Shapes: N completions, T terms, R masked and scored tokens of all forwards, S states, L positions.
 
@@ -13,24 +15,17 @@ Source: ESPO (arXiv 2512.03759); d1 (arXiv 2504.12216); for a subset of steps wi
 AGRPO (arXiv 2510.04019).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llada.diffusion.batches import Example, MaskedBatch, Noised, collate
-from llada.diffusion.bound_estimator import plan_masks
+from llada.diffusion.batches import MaskedBatch
 from llada.diffusion.bound_gradient import differentiate
-from llada.diffusion.masking import generator
-from llada.diffusion.sampler_likelihood import StateBatch, batch_log_probs, collate_states, replay
-from llada.diffusion.settings import MaskSettings
-from llada.models.tokens import SpecialIds
-from llada.policies.config import LikelihoodFlags
-from llada.run import max_over_ranks
+from llada.diffusion.sampler_likelihood import StateBatch, batch_log_probs
 from modelling_final import LLaDAGenerationConfig
 
 LossOf = Callable[[Tensor, slice], Tensor]
@@ -47,7 +42,8 @@ class Terms:
         chunks: what the model is asked, a forward at a time.
         owners: [T] the completion that a term belongs to.
         sizes: [T] by which a difference of log-likelihoods is divided before it becomes a ratio.
-        shares: [T] how many tokens (or steps, where not all are scored) a term stands for.
+        shares: [T] how many tokens (or steps, where not all are scored) a term stands for; with 0 it only
+            keeps ranks in step.
     """
 
     chunks: Sequence[MaskedBatch | StateBatch]
@@ -77,205 +73,112 @@ class MaskedTerms(Terms):
 
     terms: Tensor
     weights: Tensor
+    is_linear = True  # in log p, so its slopes can be had without its values
 
     def _log_probs(self, model: torch.nn.Module) -> Tensor:
         return torch.cat([-model(**batch.inputs).nll.cpu().double() for batch in self.chunks])
 
-    def _sums(self, log_probs: Tensor) -> Tensor:
+    def _of(self, log_probs: Tensor) -> Tensor:
+        """[T] the terms, given [R] log p."""
         zeros = torch.zeros(len(self.owners), dtype=torch.float64)
         return zeros.index_add(0, self.terms, self.weights * log_probs)
 
     @torch.no_grad()
     def values(self, model: torch.nn.Module) -> Tensor:
         """[T] float64, without gradients."""
-        return self._sums(self._log_probs(model))
+        return self._of(self._log_probs(model))
 
-    def parts(self, model: torch.nn.Module, loss_of: LossOf, *, on_policy: bool) -> tuple[Tensor, list[Part]]:
+    def parts(
+        self, model: torch.nn.Module, loss_of: LossOf, *, on_policy: bool, is_linear: bool = False
+    ) -> tuple[Tensor, list[Part]]:
         """(value of the loss, the functions whose gradients are its gradient), in the memory of one forward.
 
-        On policy every ratio is 1 whatever the values, so they need not be known.
+        Args:
+            on_policy: the loss depends on differences to what the terms are now, so they need not be known.
+            is_linear: the loss is linear in the terms: then its value comes while the parts are called.
         """
+        known = not self.is_linear or not (on_policy or is_linear)
         with torch.no_grad():
-            found = torch.zeros(len(self.terms), dtype=torch.float64) if on_policy else self._log_probs(model)
-        loss = loss_of(self._sums(found.requires_grad_()), slice(None))
+            found = self._log_probs(model) if known else torch.zeros(len(self.terms), dtype=torch.float64)
+        loss = loss_of(self._of(found.requires_grad_()), slice(None))
         slopes = differentiate(loss, found).split([len(batch.rows) for batch in self.chunks])
+        value = loss.detach()
 
         def part(batch: MaskedBatch, slope: Tensor) -> Tensor:
-            return model(**batch.inputs, weights=-slope.to(batch.rows.device)).loss
+            loss = model(**batch.inputs, weights=-slope.to(batch.rows.device)).loss
+            if is_linear and not known:
+                value.add_(loss.detach().cpu())
+            return loss
 
-        return loss.detach(), [partial(part, *pair) for pair in zip(self.chunks, slopes, strict=True)]
+        return value, [partial(part, *pair) for pair in zip(self.chunks, slopes, strict=True)]
+
+
+@dataclass
+class EuboTerms(MaskedTerms):
+    """Completions, those with an advantage below 0 by a mixture with an upper bound (SPG), in nats.
+
+        L [weight / b mean_k log mean_n(1(k in S_n) p_k^b / t_n) + (1 - weight) B / L],   t_n = |S_n| / L
+
+    over the tokens k that some mask S_n covers. The constant that makes it a bound is left out, as published.
+
+    Attributes:
+        places: [R] which token of all completions a row is.
+        rates: [R] t_n times the number of masks.
+        is_negative: [T] bool.
+    """
+
+    places: Tensor
+    rates: Tensor
+    is_negative: Tensor
+    weight: float
+    exponent: float
+    is_linear = False
+
+    def _of(self, log_probs: Tensor) -> Tensor:
+        lower = super()._of(log_probs)
+        tokens, place = torch.unique(self.places, return_inverse=True)
+        owner = torch.zeros(len(tokens), dtype=torch.long).index_copy(0, place, self.terms)
+        # in logarithms: a token that the model finds impossible is where this term matters
+        logs = self.exponent * log_probs - self.rates.log()
+        most = torch.full((len(tokens),), -torch.inf, dtype=torch.float64)
+        most = most.scatter_reduce(0, place, logs.detach(), "amax")
+        total = torch.zeros_like(most).index_add(0, place, (logs - most[place]).exp())
+        upper = torch.zeros_like(lower).index_add(0, owner, (total.log() + most) / self.exponent)
+        count = torch.bincount(owner, minlength=len(lower)).clamp(min=1)
+        mixed = self.weight * self.sizes * upper / count + (1 - self.weight) * lower
+        return torch.where(self.is_negative, mixed, lower)
 
 
 @dataclass
 class StepTerms(Terms):
-    """Denoising steps of every completion, each with the sampler's likelihood of it."""
+    """Denoising steps of every completion, or their tokens, each with the sampler's likelihood of it."""
 
     settings: LLaDAGenerationConfig
     mask_id: int
     order: bool
+    by_token: bool = False
 
     def _log_probs(self, model: torch.nn.Module, batch: StateBatch) -> Tensor:
-        return batch_log_probs(model, batch, self.settings, mask_id=self.mask_id, order=self.order)
+        how = {"mask_id": self.mask_id, "order": self.order, "by_token": self.by_token}
+        return batch_log_probs(model, batch, self.settings, **how).cpu().double()
 
     @torch.no_grad()
     def values(self, model: torch.nn.Module) -> Tensor:
         """[T] float64, without gradients."""
-        return torch.cat([self._log_probs(model, batch).cpu().double() for batch in self.chunks])
+        return torch.cat([self._log_probs(model, batch) for batch in self.chunks])
 
-    def parts(self, model: torch.nn.Module, loss_of: LossOf, *, on_policy: bool) -> tuple[Tensor, list[Part]]:
+    def parts(
+        self, model: torch.nn.Module, loss_of: LossOf, *, on_policy: bool, is_linear: bool = False
+    ) -> tuple[Tensor, list[Part]]:
         """(value of the loss, filled while the parts are called; the functions that give its gradient)."""
         value = torch.zeros((), dtype=torch.float64)
 
         def part(batch: StateBatch, which: slice) -> Tensor:
-            loss = loss_of(self._log_probs(model, batch).cpu().double(), which)
+            loss = loss_of(self._log_probs(model, batch), which)
             value.add_(loss.detach())
             return loss
 
-        ends = np.cumsum([batch.num_states for batch in self.chunks]).tolist()
-        starts = [0, *ends[:-1]]
-        return value, [
-            partial(part, batch, slice(start, end))
-            for batch, start, end in zip(self.chunks, starts, ends, strict=True)
-        ]
-
-
-class View(NamedTuple):
-    """A completion as one forward sees it.
-
-    tokens: [L] prompt and answer; what is hidden and not scored is the mask already.
-    is_scored: [L] bool, masked and scored.
-    terms: [L] int64, the completion's term that log p of a scored token adds to.
-    weight: of each.
-    """
-
-    tokens: np.ndarray
-    is_scored: np.ndarray
-    terms: np.ndarray
-    weight: float
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A completion as the terms see it: token ids of prompt and answer, the name of its random draws."""
-
-    prompt: Sequence[int]
-    answer: Sequence[int]
-    key: str
-    trace: Sequence[dict[str, Any]] | None = None
-
-
-@dataclass(frozen=True)
-class TermBuilder:
-    """Makes the terms of completions; their masks and subsets are keyed by (seed, the completion's key).
-
-    Attributes:
-        micro_batch_size: sequences a forward.
-    """
-
-    flags: LikelihoodFlags
-    settings: LLaDAGenerationConfig
-    ids: SpecialIds
-    seed: int
-    micro_batch_size: int
-
-    def __call__(self, answers: Sequence[Answer]) -> Terms:
-        """The terms of these completions, those of one after another."""
-        if self.flags.estimator == "trajectory":
-            return self._steps(answers)
-        return self._masked(answers)
-
-    def lengths(self, answers: Sequence[Answer]) -> Tensor:
-        """[N] float64: terms of each completion, those that --trajectory_steps leaves out included."""
-        count = {
-            "elbo": lambda answer: 1,
-            "trajectory": lambda answer: len(answer.trace),
-            "diffu": lambda answer: len(self._filled(answer.answer)),
-        }[self.flags.estimator]
-        return torch.tensor([count(answer) for answer in answers], dtype=torch.float64)
-
-    def _filled(self, answer: Sequence[int]) -> tuple[int, ...]:
-        padding = self.settings.gen_length - len(answer) if self.flags.eos == "filled" else 0
-        return (*answer, *[self.ids.eos] * padding)
-
-    def _chunks(self, items: Sequence[Any]) -> list[Sequence[Any]]:
-        size = self.micro_batch_size
-        return [items[start : start + size] for start in range(0, len(items), size)]
-
-    def _views(self, answer: Answer) -> Iterator[View]:
-        """As many for every completion, or ranks would not forward in step."""
-        prompt = np.asarray(answer.prompt, dtype=np.int64)
-        filled = np.asarray(self._filled(answer.answer), dtype=np.int64)
-        size, flags = len(filled), self.flags
-        if flags.estimator == "diffu":
-            chance = generator(self.seed, "prompt mask", answer.key).random(len(prompt))
-            prompt = np.where(chance < flags.p_mask_prompt, self.ids.mask, prompt)
-            masks, weights = np.ones((1, size), dtype=bool), np.ones(1)
-        else:
-            settings = MaskSettings(flags.n_mc_samples, flags.mask_plan, flags.l_sampling, exact_tokens=0)
-            plan = plan_masks(size, generator(self.seed, "grpo", answer.key), settings)
-            missing = flags.n_mc_samples - len(plan.masks)  # short answers have fewer distinct masks
-            masks = np.pad(plan.masks, ((0, missing), (0, 0)))
-            weights = np.pad(plan.weights, (0, missing))
-        tokens = np.concatenate([prompt, filled])
-        place = np.arange(len(tokens)) - len(prompt)
-        terms = place if flags.estimator == "diffu" else np.zeros_like(place)
-        for mask, weight in zip(masks, weights, strict=True):
-            yield View(tokens, np.concatenate([np.zeros(len(prompt), dtype=bool), mask]), terms, weight)
-
-    def _masked(self, answers: Sequence[Answer]) -> MaskedTerms:
-        """Every completion's views: micro-batches of first views, then of second ones, ..."""
-        by_token = self.flags.estimator == "diffu"
-        lengths = [len(self._filled(answer.answer)) for answer in answers]
-        counts = lengths if by_token else [1] * len(answers)
-        starts = np.cumsum([0, *counts])
-        batches, terms, weights = [], [], []
-        for own in self._chunks(range(len(answers))):
-            for views in zip(*(self._views(answers[n]) for n in own), strict=True):
-                rows = [
-                    [Noised(Example(view.tokens, view.is_scored, 1.0, 1.0), view.is_scored, 1.0, n)]
-                    for n, view in zip(own, views, strict=True)
-                ]
-                batches.append(collate(rows, mask_id=self.ids.mask, pad_id=self.ids.pad))
-                for n, view in zip(own, views, strict=True):
-                    found = starts[n] + view.terms[view.is_scored]
-                    terms.append(found)
-                    weights.append(np.full(len(found), view.weight))
-        sizes = torch.tensor([1] * sum(lengths) if by_token else lengths, dtype=torch.float64)
-        return MaskedTerms(
-            batches,
-            owners=torch.repeat_interleave(torch.arange(len(answers)), torch.tensor(counts)),
-            sizes=sizes,
-            shares=sizes,
-            terms=torch.from_numpy(np.concatenate(terms)),
-            weights=torch.from_numpy(np.concatenate(weights)),
-        )
-
-    def _steps(self, answers: Sequence[Answer]) -> StepTerms:
-        states, owners, shares = [], [], []
-        for n, answer in enumerate(answers):
-            found = replay(answer.prompt, answer.trace, self.settings, mask_id=self.ids.mask)
-            chosen = np.arange(len(found))
-            if 0 < self.flags.trajectory_steps < len(found):
-                random = generator(self.seed, "steps", answer.key)
-                chosen = np.sort(random.choice(chosen, self.flags.trajectory_steps, replace=False))
-            states += [found[i] for i in chosen]
-            owners += [n] * len(chosen)
-            shares += [len(found) / len(chosen)] * len(chosen)
-        own = len(self._chunks(states))
-        most = int(max_over_ranks(own))
-        # every rank takes part in as many forwards, or sharded ones would wait for ever
-        padding = self.micro_batch_size * most - len(states) if most > own else 0
-        states += states[:1] * padding
-        owners += owners[:1] * padding
-        shares += [0.0] * padding
-        chunks = [collate_states(part, pad_id=self.ids.pad) for part in self._chunks(states)]
-        shares = torch.tensor(shares, dtype=torch.float64)
-        return StepTerms(
-            chunks,
-            owners=torch.tensor(owners, dtype=torch.long),
-            sizes=torch.ones_like(shares),
-            shares=shares,
-            settings=self.settings,
-            mask_id=self.ids.mask,
-            order=self.flags.order_term,
-        )
+        sizes = [int(batch.is_chosen.sum()) if self.by_token else batch.num_states for batch in self.chunks]
+        ends = np.cumsum(sizes).tolist()
+        bounds = zip(self.chunks, [0, *ends[:-1]], ends, strict=True)
+        return value, [partial(part, batch, slice(start, end)) for batch, start, end in bounds]

@@ -21,10 +21,11 @@ from llada.data.prompts import Prompt
 from llada.diffusion.masking import generator
 from llada.diffusion.stream import records_of
 from llada.policies.completions import Completion, Sampler
-from llada.policies.config import GrpoConfig
-from llada.policies.grpo import GroupBatch, group_advantages, term_weights
-from llada.policies.likelihood_terms import Answer, TermBuilder, Terms
+from llada.policies.grpo import GroupBatch, group_advantages, softmax_advantages, term_weights
+from llada.policies.grpo_config import GrpoConfig
+from llada.policies.likelihood_terms import Terms
 from llada.policies.reference_model import Reference
+from llada.policies.term_builder import Answer, TermBuilder
 from llada.resumable import write_atomically
 from llada.rewards.scoring import sums_of_rewards
 from llada.run import Run, Sums, autocast, max_over_ranks, means_over_ranks, sum_over_ranks
@@ -136,7 +137,7 @@ class RolloutStream:
                 self._completions = self._files.load(rollout, places, self.config.num_generations)
             self._rollout = rollout
             self._metrics = self._measure()
-        return [self._batch(rollout)]
+        return [self._batch(rollout, iteration)]
 
     def _prompts_of(self, rollout: int) -> tuple[list[Prompt], list[int]]:
         """This rank's prompts, and their places in the global batch."""
@@ -151,18 +152,8 @@ class RolloutStream:
             completions = self.sampler.answer(prompts, seed=seed, num_generations=self.config.num_generations)
         for i, completion in enumerate(completions):
             completion.place = places[i // self.config.num_generations]
-        rewards = np.array([math.nan if c.reward is None else c.reward for c in completions])
-        advantages = group_advantages(
-            rewards,
-            self.config.num_generations,
-            baseline=self.config.advantages,
-            scale=self.config.scale_rewards,
-            batch_std=_global_std(rewards),
-        )
-        advantages = np.where(advantages < 0, self.config.negative_weight * advantages, advantages)
-        for completion, advantage in zip(completions, advantages.tolist(), strict=True):
-            completion.advantage = advantage
-        if self.config.num_iterations > 1 or self.reference is not None:
+        self._give_advantages(completions)
+        if self._needs_old or self.reference is not None:
             self._remember(completions, rollout)
         if self.config.num_iterations > 1:  # a run may be stopped between the steps that learn from it
             self._files.save(completions, rollout, num_iterations=self.config.num_iterations)
@@ -170,45 +161,90 @@ class RolloutStream:
             self._files.log(completions, rollout * self.config.num_iterations, self._by_index)
         return completions
 
-    def _remember(self, completions: list[Completion], rollout: int) -> None:
-        """Log-likelihoods under the policy and the reference, before the policy changes."""
-        terms = self.terms_of(self._answers(completions, rollout)).to(self.run.device)
-        model = self.sampler.model
-        with autocast(self.run.device, self.config.dtype):
-            if self.config.num_iterations > 1:
-                for completion, values in _per_owner(completions, terms, terms.values(model)):
-                    completion.old = values
-            if self.reference is not None:
-                with self.reference(model) as reference:
-                    for completion, values in _per_owner(completions, terms, terms.values(reference)):
-                        completion.ref = values
+    def _give_advantages(self, completions: list[Completion]) -> None:
+        config = self.config
+        rewards = np.array([math.nan if c.reward is None else c.reward for c in completions])
+        if config.advantages == "softmax":
+            advantages = softmax_advantages(rewards, config.num_generations)
+        else:
+            how = {"baseline": config.advantages, "scale": config.scale_rewards}
+            batch_std = _global_std(rewards)
+            advantages = group_advantages(rewards, config.num_generations, batch_std=batch_std, **how)
+        advantages = np.where(advantages < 0, config.negative_weight * advantages, advantages)
+        low, high = config.group_accuracy
+        for start in range(0, len(completions) if (low, high) != (0.0, 1.0) else 0, config.num_generations):
+            group = slice(start, start + config.num_generations)
+            first = [c.rewards[self.sampler.rewards[0].name] for c in completions[group]]
+            known = [reward for reward in first if reward is not None]
+            if not known or not low <= math.fsum(known) / len(known) <= high:
+                advantages[group] = 0.0
+        for completion, advantage in zip(completions, advantages.tolist(), strict=True):
+            completion.advantage = advantage
 
-    def _answers(self, completions: Sequence[Completion], rollout: int) -> list[Answer]:
+    @property
+    def _needs_old(self) -> bool:
+        has_ratio = self.config.surrogate != "linear"
+        return self.config.num_iterations > 1 and (has_ratio or self.config.kl_to == "old")
+
+    def _remember(self, completions: list[Completion], rollout: int) -> None:
+        """Log-likelihoods under the policy and the reference, before the policy changes, under all masks."""
+        model = self.sampler.model
+        for completion in completions:
+            completion.old, completion.ref = (
+                ([] if self._needs_old else None),
+                ([] if self.reference else None),
+            )
+        for iteration in range(self.config.num_iterations if self.config.redraw_masks else 1):
+            terms = self.terms_of(self._answers(completions, rollout, iteration)).to(self.run.device)
+            with autocast(self.run.device, self.config.dtype):
+                if self._needs_old:
+                    for completion, values in _per_owner(completions, terms, terms.values(model)):
+                        completion.old.append(values)
+                if self.reference is not None:
+                    with self.reference(model) as reference:
+                        for completion, values in _per_owner(completions, terms, terms.values(reference)):
+                            completion.ref.append(values)
+
+    def _answers(self, completions: Sequence[Completion], rollout: int, iteration: int) -> list[Answer]:
+        config = self.config
         return [
-            # A group shares its masks: what its completions have in common then cancels.
-            Answer(self._by_index[c.prompt].token_ids, c.answer, f"{rollout}/{c.prompt}", c.trace)
+            Answer(
+                self._by_index[c.prompt].token_ids,
+                c.answer,
+                # A group that shares its masks: what its completions have in common cancels.
+                f"{rollout}/{c.prompt}"
+                + ("" if config.group_masks else f"/{c.candidate}")
+                + (f"@{iteration}" if config.redraw_masks else ""),
+                c.trace,
+                canvas=c.canvas,
+                iteration=iteration,
+                is_negative=c.advantage < 0,
+            )
             for c in completions
         ]
 
-    def _batch(self, rollout: int) -> GroupBatch:
-        completions = self._completions
-        answers = self._answers(completions, rollout)
-        lengths = self.terms_of.lengths(answers)
+    def _batch(self, rollout: int, iteration: int) -> GroupBatch:
+        config, completions = self.config, self._completions
+        answers = self._answers(completions, rollout, iteration)
         longest = self.sampler.settings.gen_length
-        weights, num_units = term_weights(self.config.loss_type, lengths, longest=longest)
+        weights, units = term_weights(config.loss_type, *self.terms_of.counts(answers), longest=longest)
         advantages = [c.advantage for c in completions]
+        if not config.count_zero_advantages:
+            units = units * torch.tensor([advantage != 0 for advantage in advantages])
         chosen = list(range(len(completions)))
-        if completions[0].old is None and completions[0].ref is None:
+        if not completions[0].old and not completions[0].ref:
             chosen, advantages = self._needed()
         completions = [completions[i] for i in chosen]
         terms = self.terms_of([answers[i] for i in chosen])
+        drawn = iteration if config.redraw_masks else 0
+        old = _flat([c.old and c.old[drawn] for c in completions], terms)
         return GroupBatch(
             terms=terms,
             advantages=torch.tensor(advantages, dtype=torch.float64),
             weights=weights[chosen],
-            old=_flat([c.old for c in completions], terms),
-            ref=_flat([c.ref for c in completions], terms),
-            num_units=num_units,
+            old=None if config.surrogate == "linear" else old,
+            ref=old if config.kl_to == "old" else _flat([c.ref and c.ref[drawn] for c in completions], terms),
+            num_units=max(float(units.sum()), 1e-9),  # else nothing would be divided by nothing
             record_ids=[c.prompt for c in completions],
             sums={name: (value, 1.0) for name, value in self._metrics.items()},
         )
@@ -216,13 +252,15 @@ class RolloutStream:
     def _needed(self) -> tuple[list[int], list[float]]:
         """(completions without which the gradient on policy would be another, their advantages).
 
-        One with advantage 0 is not needed. Equal completions of a prompt share their masks, so one of them
-        stands for all, with the sum of their advantages. Every rank gets as many.
+        One with advantage 0 is not needed. Of equal completions under equal masks one stands for all, with
+        the sum of their advantages, where the loss is linear in these. Every rank gets as many.
         """
+        config = self.config
+        merges = config.group_masks and config.surrogate != "squared" and not config.eubo_weight
         sums: dict[object, float] = {}
         first: dict[object, int] = {}
         for i, c in enumerate(self._completions):
-            name = (c.prompt, *c.answer) if c.trace is None else i
+            name = (c.prompt, *c.answer, *c.canvas) if merges and c.trace is None else i
             sums[name] = sums.get(name, 0.0) + c.advantage
             first.setdefault(name, i)
         needed = {first[name]: total for name, total in sums.items() if total != 0}

@@ -10,6 +10,7 @@ from llada.models.building import run_tokenizer
 from llada.models.tokens import special_ids
 from llada.policies.answer_stream import AnswersOf, AnswerStream
 from llada.policies.config import PolicyConfig
+from llada.policies.recipes import RecipeFlags
 from llada.run import described_run
 from llada.training import dry_run as preflight
 from llada.training.loop import Loss, Stream, end_training, fit, load_trainable, start_training
@@ -42,7 +43,10 @@ class PolicyStage:
             rows_of: how the stage reads a file, for the dry run.
             train, held_out: the files.
         """
-        config.settle(described_run(config.device))  # a dry run of 64 ranks has no peers to meet
+        run = described_run(config.device)  # a dry run of 64 ranks has no peers to meet
+        if isinstance(config, RecipeFlags) and run.is_main:
+            config.tell_recipe(None if config.dry_run else config.output_dir)
+        config.settle(run)
         if not config.dry_run:
             return cls(config)
         preflight.report(

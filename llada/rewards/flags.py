@@ -20,7 +20,7 @@ class RewardFlags:
     reward_funcs: list[str] = flag(
         ["judge"],
         help="What a completion is scored by: reasoning_gym, reasoning_gym_partial, math, sudoku, "
-        "sudoku_cells, countdown, countdown_graded, code, format, reasoning_format, judge, "
+        "sudoku_cells, countdown, countdown_graded, code, format, reasoning_format, speed, judge, "
         "package.module:function or file.py:function (TRL's signature).",
     )
     reward_weights: list[float] | None = flag(None, help="Weight of each; default 1.")

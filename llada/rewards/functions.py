@@ -18,7 +18,14 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from llada.data.final_answer import code_blocks, final_answer, last_tag, undressed, without_thoughts
+from llada.data.final_answer import (
+    code_blocks,
+    final_answer,
+    last_tag,
+    said_last,
+    undressed,
+    without_thoughts,
+)
 from llada.rewards import verifiers
 from llada.rewards.mathematics import canonical, compare, is_comparable
 from llada.rewards.sandbox import ConfinedModule, on_all_cores, runs_through
@@ -80,9 +87,13 @@ def of_each(reward: Callable[..., float | None], **settings: Any) -> RewardFunct
 @of_each
 def reasoning_gym_partial(text: str, *, task: str, answer: Any, metadata: Any) -> float:
     """reasoning-gym's own score of the final answer, from 0 to 1: most tasks give credit for a near miss."""
-    given, entry = final_answer(text), {"answer": answer, "metadata": metadata}
-    score = _libraries.call("reasoning_gym", task, given, entry, seconds=SECONDS, failed=0.0)
-    return 1.0 if canonical(given) == canonical(str(answer)) != "" else score
+    # some puzzles are answered in many lines, or sentences
+    given = {final_answer(text), undressed(said_last(without_thoughts(text)))}
+    if canonical(str(answer)) in map(canonical, given) and str(answer).strip():
+        return 1.0
+    entry = {"answer": answer, "metadata": metadata}
+    ask = functools.partial(_libraries.call, "reasoning_gym", task, seconds=SECONDS, failed=0.0)
+    return max(ask(text, entry) for text in given)
 
 
 @of_each
@@ -124,9 +135,9 @@ def sudoku(text: str, *, puzzle: Any, was_cut: bool | None = None) -> bool:
 
 
 @of_each
-def sudoku_cells(text: str, *, puzzle: Any, solution: Any) -> float:
+def sudoku_cells(text: str, *, puzzle: Any, solution: Any, was_cut: bool | None = None) -> float:
     """Share of the empty cells of `puzzle` that the final answer fills as `solution` does: d1's score."""
-    return verifiers.sudoku_cells(text, cells(puzzle), cells(solution))
+    return verifiers.sudoku_cells(text, cells(puzzle), cells(solution), was_cut=was_cut)
 
 
 @of_each
@@ -189,11 +200,20 @@ def _is_program(text: str) -> bool:
         return False
 
 
+@of_each
+def speed(text: str, *, completion_ids: Sequence[int], num_forwards: int) -> float:
+    """Tokens per forward: what --parallel_decoding threshold gains. Weigh it below the reward that it serves.
+
+    Source: LightningRL rl_reward.py.
+    """
+    return len(completion_ids) / max(1, num_forwards)
+
+
 BUILT_IN: dict[str, RewardFunction] = {
     reward.__name__: reward
     for reward in (
         *(reasoning_gym, reasoning_gym_partial, math, sudoku, sudoku_cells, countdown, countdown_graded),
-        *(code, format, reasoning_format),
+        *(code, format, reasoning_format, speed),
     )
 }
 # Of these an empty completion tells whether a record can be scored at all.

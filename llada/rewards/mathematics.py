@@ -58,7 +58,7 @@ class Number(NamedTuple):
 
 def canonical(text: str) -> str:
     """What all spellings of one answer have in common: no dress, no spaces but between words."""
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", plain(undressed(text)))
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", plain(undressed(text)).rstrip("."))
     # letters have their case where they are variables; a word has not
     text = re.sub(r"(?<!\\)[A-Za-z]{2,}", lambda word: word[0].lower(), text)
     return re.sub(r"\s(?!\w)|(?<!\w)\s", "", text)

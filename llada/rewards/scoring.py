@@ -91,7 +91,8 @@ def compute_rewards(
     Args:
         records: the record that each completion answers; its fields reach the functions as columns.
         where: how errors name the records; default their ids.
-        columns: what else the functions are given of each completion, `completion_ids` and `was_cut`.
+        columns: what else the functions are given of each completion: `completion_ids`, `was_cut`,
+            `num_forwards`.
 
     Raises:
         ValueError: a function failed, or did not give one finite number or None for each completion.

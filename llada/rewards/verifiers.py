@@ -86,22 +86,32 @@ def _grid_of(answer: str) -> str:
     return "".join(reversed(rows))
 
 
-def sudoku_cells(completion: str, puzzle: Sequence[int], solution: Sequence[int]) -> float:
-    """Share of the puzzle's empty cells that are filled as in its solution; the answer is padded, or cut.
+def sudoku_cells(
+    completion: str, puzzle: Sequence[int], solution: Sequence[int], *, was_cut: bool | None = None
+) -> float:
+    """Share of the puzzle's empty cells that are filled as in its solution.
 
-    Source: d1's parse_and_get_acc.py, to the cell: what is no digit of an answer stands in a cell's place.
+    An answer in `<answer>` tags is padded or cut to the grid; what is no digit stands in a cell's place, as
+    in d1's parse_and_get_acc.py; one without tags is found as for the other rewards.
     """
     size, text = len(puzzle), without_thoughts(completion)
-    tagged = [part.partition("<answer>")[2] for part in text.split("</answer>")[:-1]]
-    tagged = [inside for inside in tagged if inside.strip()]
-    given = _LINES.sub("", undressed(tagged[-1]) if tagged else final_answer(text))
-    if not tagged and not given.isdecimal():
-        found = re.search(rf"(\d{{{size}}})\s*</answer>|\b\d{{{size}}}\b", text)
-        given = found[1] or found[0] if found else ""
-    if len(given) > MAX_CHARACTERS:
+    before, opened, rest = text.partition("<answer>")
+    inside, closed, behind = (rest if opened else before).partition("</answer>")
+    given = ""
+    if opened and (closed or not was_cut):
+        fence = re.search(r"```\s*([\d\s]+)```", rest)
+        given = fence[1] if fence else undressed(inside)
+    if closed and not given.strip():
+        given = behind
+    if not given.strip():
+        digits = re.search(rf"(\d{{{size}}})\s*</answer>|\b\d{{{size}}}\b", text)
+        given = _grid_of(final_answer(text)) or (digits[1] or digits[0] if digits else "")
+    drawn = _LINES.sub("", given)
+    cells = drawn if drawn.isdecimal() and len(drawn) == size else re.sub(r"\s", "", given)
+    if len(cells) > MAX_CHARACTERS:
         return 0.0
     empty = [i for i, cell in enumerate(puzzle) if cell == 0]
-    return sum(given[i : i + 1] == str(solution[i]) for i in empty) / max(len(empty), 1)
+    return sum(cells[i : i + 1] == str(solution[i]) for i in empty) / max(len(empty), 1)
 
 
 def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:

@@ -99,7 +99,12 @@ STAGES = {
         reads_checkpoint=True,
         trains=True,
         variants={
-            "trajectory": ("--estimator", "trajectory", "--loss_type", "dapo", "--scale_rewards", "batch")
+            "trajectory": ("--estimator", "trajectory", "--loss_type", "dapo", "--scale_rewards", "batch"),
+            "redrawn": (
+                *("--mask_plan", "block", "--block_length", "4", "--eos", "tail", "--loss_type", "token"),
+                *("--redraw_masks", "true", "--group_masks", "false", "--num_iterations", "2"),
+                *("--beta", "0.1", "--kl_estimator", "k3", "--count_zero_advantages", "false"),
+            ),
         },
     ),
     "inference": Stage("inference/generate.py", after=("sft",), reads_checkpoint=True),

@@ -62,10 +62,10 @@ if __name__ == "__main__":
     check_command_line(Config, __doc__)
 
 import numpy as np
-from llada.policies.recipes import RecipeFlags
 
 from finished_runs import NUM_RESAMPLES, interval, records_of_task, run_once
 from llada.diffusion.masking import generator
+from llada.policies.recipes import RecipeFlags
 from llada.rewards.functions import puzzle_solved
 
 Flags = dict[str, Any]

@@ -1,0 +1,311 @@
+"""Alignment on the student's own tracks: states that its sampler visits, and drafts that it makes.
+
+    answers   the student answers a prompt; a state on the way is drawn; the teacher scores what came out by
+              its causal prefixes; KL at the masks of that state (OPDLM, arXiv 2606.06712)
+    self      the same, but the teacher is the student itself, which sees a verified answer of its own behind
+              the state (d-OPSD, arXiv 2606.18195)
+    drafts    windows begin where drafts of the student would, behind what the verifier has accepted
+
+A step's states follow from the weights and (seed, step), so a resumed run is the same.
+
+B prompts of a micro-batch, N answers, L positions, G answer tokens.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from llada.autoregressive.causal_lm import load_causal_lm
+from llada.autoregressive.teacher_model import Question, TeacherModel
+from llada.autoregressive.teacher_rows import Distributions, Student, TeacherChunks, from_logits
+from llada.autoregressive.teacher_stream import NO_ROWS, AlignedBatch, AlignmentStream
+from llada.autoregressive.vocabulary import VocabMap
+from llada.data.prompts import Prompt, read_prompts
+from llada.diffusion.masking import generator
+from llada.diffusion.stream import records_of
+from llada.models.tokens import SpecialIds
+from llada.rewards.scoring import Reward, compute_rewards, load_rewards
+from llada.run import Run, autocast
+from modelling_final import LLaDAGenerationConfig
+from modelling_final.generation_llada import generate
+
+
+@dataclass(frozen=True)
+class State:
+    """A state of a trajectory, and the answer that came of it."""
+
+    prompt: Prompt
+    canvas: np.ndarray  # [G] tokens, masks among them
+    answer: list[int]  # with the token that ended it
+    is_scored: np.ndarray  # [len(answer)] bool
+
+
+Guide = Callable[[Sequence[State]], list[tuple[np.ndarray, Distributions] | None]]
+"""The teacher at each state: (places in the answer, their distributions); None: it has nothing to say."""
+
+
+@dataclass
+class OwnStates:
+    """Stream of states that the student's sampler visits.
+
+    Attributes:
+        model: the student, as it is while the stream is asked.
+        settings: of its sampler; `num_return_sequences` answers to each prompt.
+        guide: what a teacher says of them.
+        batch_size: prompts per step over all ranks; micro_batch_size: prompts per forward.
+    """
+
+    model: torch.nn.Module
+    prompts: Sequence[Prompt]
+    settings: LLaDAGenerationConfig
+    guide: Guide
+    batch_size: int
+    micro_batch_size: int
+    seed: int
+    run: Run
+    mask_id: int
+    pad_id: int
+    dtype: str = "float32"
+
+    has_teacher = True
+
+    def __call__(self, step: int) -> list[AlignedBatch]:
+        """This rank's micro-batches of one step."""
+        ids = [i for i, _ in records_of(step, self.batch_size, num_records=len(self.prompts), seed=self.seed)]
+        size = self.micro_batch_size
+        starts = range(self.run.rank * size, self.batch_size, self.run.world_size * size)
+        with autocast(self.run.device, self.dtype):
+            return [
+                self._batch(step, range(start, start + size), ids[start : start + size]) for start in starts
+            ]
+
+    def _batch(self, step: int, places: Sequence[int], ids: Sequence[int]) -> AlignedBatch:
+        states = self.visit([self.prompts[i] for i in ids], [step * self.batch_size + p for p in places])
+        scored, rows, parts = [NO_ROWS], [], []
+        for state, found in zip(states, self.guide(states), strict=True):
+            if found is None:
+                continue
+            known, distributions = found
+            index = np.flatnonzero(state.is_scored[known])
+            if not len(index):
+                continue
+            positions = len(state.prompt.token_ids) + known[index]
+            weights = np.full(len(index), 1 / len(index), dtype=np.float32)
+            scored.append({
+                "rows": positions, "targets": np.array(state.answer)[known[index]], "weights": weights,
+                "teacher_weights": weights, "has_teacher": np.ones(len(index), bool),
+                "places": np.ones(len(index), np.int64),
+            })  # fmt: skip
+            rows.append(np.concatenate([state.prompt.token_ids, state.canvas]))
+            parts.append((distributions, index))
+        input_ids, mask = padded(rows or [np.array([self.pad_id])], self.pad_id)
+        for b, values in enumerate(scored[1:]):
+            values["rows"] = values["rows"] + b * input_ids.shape[1]
+        tensors = {name: torch.from_numpy(np.concatenate([r[name] for r in scored])) for name in NO_ROWS}
+        return AlignedBatch(
+            input_ids=input_ids, attention_mask=mask, **tensors, teacher=TeacherChunks(parts),
+            num_units=float(len(parts)), record_ids=list(ids), num_tokens=sum(map(len, rows)),
+        )  # fmt: skip
+
+    def visit(self, prompts: Sequence[Prompt], keys: Sequence[int]) -> list[State]:
+        """One state of each trajectory that the student takes from these prompts.
+
+        Args:
+            keys: of the draws, one for each prompt.
+        """
+        output = generate(
+            self.model, [prompt.token_ids for prompt in prompts], generation_config=self.settings,
+            record_ids=keys, return_trace=True,
+        )  # fmt: skip
+        length, num = self.settings.gen_length, self.settings.num_return_sequences
+        traces: list[list[dict[str, Any]]] = [[] for _ in output.completions]
+        for entry in output.trace:
+            traces[entry["row"]].append(entry)
+        states = []
+        for row, (tokens, trace) in enumerate(zip(output.sequences.tolist(), traces, strict=True)):
+            answer = tokens[-length:][: len(output.completions[row]) + 1]
+            stop = int(generator(self.seed, "state", keys[row // num], row % num).integers(len(trace)))
+            canvas = np.full(length, self.mask_id)
+            for entry in trace[:stop]:
+                canvas[entry["positions"]] = entry["token_ids"]
+            block = self.settings.block_length or length
+            in_block = np.arange(length) // block == trace[stop]["block"]  # later ones are not looked at yet
+            is_scored = ((canvas == self.mask_id) & in_block)[: len(answer)]
+            states.append(State(prompts[row // num], canvas, answer, is_scored))
+        return states
+
+
+def padded(rows: Sequence[np.ndarray], pad_id: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """([B, L] tokens, [B, L] 1 = token, or None where all rows are full)."""
+    width = max(map(len, rows))
+    tokens = np.full((len(rows), width), pad_id, dtype=np.int64)
+    mask = np.zeros((len(rows), width), dtype=np.int64)
+    for b, row in enumerate(rows):
+        tokens[b, : len(row)], mask[b, : len(row)] = row, 1
+    return torch.from_numpy(tokens), None if mask.all() else torch.from_numpy(mask)
+
+
+@dataclass(frozen=True)
+class AutoregressiveGuide:
+    """An autoregressive teacher, by the causal prefixes of the student's answers."""
+
+    teacher: TeacherModel
+
+    def __call__(self, states: Sequence[State]) -> list[tuple[np.ndarray, Distributions] | None]:
+        questions = [Question(state.prompt.where, state.prompt.prompt, None) for state in states]
+        answers = self.teacher.judge(questions, [state.answer for state in states])
+        return [None if found is None else (found.positions, found.distributions) for found in answers]
+
+
+@dataclass(frozen=True)
+class OwnGuide:
+    """The student, which sees one of its own verified answers behind the state."""
+
+    model: torch.nn.Module
+    vocabulary: VocabMap  # of the student's tokenizer onto itself
+    verify: Callable[[Sequence[State]], np.ndarray]  # [N] bool, whether the answer is right
+    top_k: int
+    pad_id: int
+
+    @torch.no_grad()
+    def __call__(self, states: Sequence[State]) -> list[tuple[np.ndarray, Distributions] | None]:
+        right: dict[int, list[State]] = {}
+        for state, is_right in zip(states, self.verify(states), strict=True):
+            if is_right:
+                right.setdefault(state.prompt.index, []).append(state)
+        shown = [self._of_another(state, right.get(state.prompt.index, [])) for state in states]
+        told = [n for n, answer in enumerate(shown) if answer is not None]
+        found: list[tuple[np.ndarray, Distributions] | None] = [None] * len(states)
+        if not told:
+            return found
+        rows = [np.concatenate([states[n].prompt.token_ids, states[n].canvas, shown[n]]) for n in told]
+        input_ids, mask = padded(rows, self.pad_id)
+        device, was_training = next(self.model.parameters()).device, self.model.training
+        self.model.eval()
+        logits = self.model(
+            input_ids=input_ids.to(device), attention_mask=None if mask is None else mask.to(device)
+        ).logits
+        self.model.train(was_training)
+        for n, row in zip(told, logits, strict=True):
+            places = np.flatnonzero(states[n].is_scored)
+            wanted = row[places + len(states[n].prompt.token_ids)].cpu()
+            found[n] = (places, from_logits(wanted, self.vocabulary, top_k=self.top_k))
+        return found
+
+    @staticmethod
+    def _of_another(state: State, right: list[State]) -> list[int] | None:
+        """A right answer to the same prompt, by another trajectory if there is one."""
+        others = [other for other in right if other is not state]
+        return (others or right)[0].answer if right else None
+
+
+def verified_by(rewards: list[Reward], decode: Callable[[list[int]], str]) -> Callable[..., np.ndarray]:
+    """Whether the answers of states earn more than 0.5."""
+
+    def verify(states: Sequence[State]) -> np.ndarray:
+        texts = [[{"role": "assistant", "content": decode(state.answer)}] for state in states]
+        prompts, records = ([getattr(s.prompt, name) for s in states] for name in ("prompt", "record"))
+        totals, _ = compute_rewards(rewards, prompts, texts, records)
+        return np.nan_to_num(totals) > 0.5
+
+    return verify
+
+
+@torch.no_grad()
+def draft_starts(
+    model: torch.nn.Module, stream: AlignmentStream, record_ids: Sequence[int]
+) -> dict[int, np.ndarray]:
+    """Places of each record's answer at which the student begins to draft where the verifier says the answer.
+
+    A draft of G most likely tokens stays as far as the answer says the same; the next begins behind the token
+    that the verifier adds.
+    """
+    length, device, was_training = stream.windows.length, next(model.parameters()).device, model.training
+    texts = {i: stream.example_of(i, 0, 0) for i in set(record_ids)}
+    answers = {i: np.flatnonzero(text.maskable) for i, text in texts.items()}
+    starts: dict[int, list[int]] = {i: [0] for i in texts}
+    active = list(texts)
+    model.eval()
+    while active:
+        firsts = [int(answers[i][starts[i][-1]]) for i in active]
+        canvases = [
+            np.concatenate([texts[i].input_ids[:first], np.full(length, stream.mask_id)])
+            for i, first in zip(active, firsts, strict=True)
+        ]
+        input_ids, mask = padded(canvases, stream.pad_id)
+        columns = torch.tensor(firsts)[:, None] + torch.arange(length)
+        logits = model(
+            input_ids=input_ids.to(device),
+            attention_mask=None if mask is None else mask.to(device),
+            query_positions=columns.to(device),
+        ).logits
+        logits[..., stream.mask_id] = -torch.inf
+        drafts = logits.argmax(-1).cpu().numpy()
+        for i, first, draft in zip(active, firsts, drafts, strict=True):
+            tokens = texts[i].input_ids[first : first + length]
+            agrees = np.append(draft[: len(tokens)] == tokens, False)
+            starts[i].append(starts[i][-1] + int(np.argmin(agrees)) + 1)
+        active = [i for i in active if starts[i][-1] < len(answers[i])]
+    model.train(was_training)
+    return {i: np.array(found[:-1]) for i, found in starts.items()}
+
+
+def starts_over_ranks(
+    model: torch.nn.Module, stream: AlignmentStream, dtype: str, run: Run, record_ids: list[int]
+) -> dict[int, np.ndarray]:
+    """`draft_starts` of a step's records, shared out over the ranks."""
+    with autocast(run.device, dtype):
+        mine = draft_starts(model, stream, record_ids[run.rank :: run.world_size])
+    parts = [mine]
+    if run.world_size > 1:
+        parts = [{} for _ in range(run.world_size)]
+        dist.all_gather_object(parts, mine)
+    return {record_id: starts for part in parts for record_id, starts in part.items()}
+
+
+def prompts_of(config: Any, path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], Counter]:
+    """Prompts to answer in the model's context."""
+    return read_prompts(path, tokenizer, chat=True, context=config.max_length, gen_length=config.gen_length)
+
+
+def own_states(
+    config: Any, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, run: Run, ids: SpecialIds
+) -> tuple[OwnStates, str]:
+    """The stream of states that the student visits when it answers prompts, and what it holds."""
+    settings = LLaDAGenerationConfig(
+        method="semi_autoregressive_padding" if config.block_length else "fixed_length",
+        **{
+            name: getattr(config, name)
+            for name in ("gen_length", "block_length", "steps", "remasking", "seed")
+        },
+        temperature=config.sampling_temperature,
+        num_return_sequences=config.num_generations if config.on_policy == "self" else 1,
+    )
+    prompts, _ = prompts_of(config, config.train_data_path, tokenizer)
+    config.resolve(run, len(prompts))
+    student = Student(tokenizer)
+    if config.on_policy == "answers":
+        judge, own = load_causal_lm(
+            config.teacher, flag="--teacher", dtype=config.teacher_dtype, device=run.device
+        )
+        guide = AutoregressiveGuide(TeacherModel(judge, own, student, top_k=config.teacher_top_k))
+    elif model.config.attention_pattern != "full":
+        raise ValueError("--on_policy self: a block-causal model cannot see an answer behind the state")
+    else:
+        verify = verified_by(
+            load_rewards(config.reward_funcs, None), partial(tokenizer.decode, skip_special_tokens=True)
+        )
+        vocabulary = VocabMap.between(tokenizer, tokenizer)
+        guide = OwnGuide(model, vocabulary, verify, config.teacher_top_k, ids.pad)
+    stream = OwnStates(
+        model, prompts, settings, guide, config.batch_size, config.micro_batch_size, config.seed, run,
+        ids.mask, ids.pad, config.dtype,
+    )  # fmt: skip
+    return stream, f"{len(prompts)} prompts"

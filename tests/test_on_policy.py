@@ -1,0 +1,214 @@
+"""Alignment on the student's own tracks: what it visits, what is said of it there, and runs that resume."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import ROOT, load_script
+from llada.autoregressive.causal_lm import load_causal_lm
+from llada.autoregressive.on_policy import (
+    AutoregressiveGuide,
+    OwnGuide,
+    OwnStates,
+    draft_starts,
+    verified_by,
+)
+from llada.autoregressive.teacher_model import TeacherModel
+from llada.autoregressive.teacher_rows import Student
+from llada.autoregressive.teacher_stream import Windows
+from llada.autoregressive.vocabulary import VocabMap
+from llada.data.prompts import read_prompts
+from llada.diffusion.batches import Example
+from llada.models.building import load_for_inference
+from llada.rewards.scoring import Reward
+from llada.run import Run
+from llada.speculative.decoder import SpeculativeDecoder
+from llada.speculative.settings import SpeculativeSettings
+from modelling_final import LLaDAGenerationConfig
+from speculation import IdsOnly, make_drafter, make_verifier
+from test_precompute_teacher import save_teacher
+from test_speculative_models import Tokenizer
+
+train_kl = load_script("alignment/train_kl.py")
+PROMPTS = ROOT / "data/samples/prompts.jsonl"
+ALONE = Run(rank=0, world_size=1, device=torch.device("cpu"))
+V, MASK = 48, 48
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_windows_begin_where_the_decoder_begins_its_drafts(causal):
+    verifier = make_verifier(V)
+    drafter = make_drafter(verifier, Tokenizer(), noise=0.6, causal=causal)
+    settings = SpeculativeSettings(draft_length=4, max_new_tokens=40, draft_cache=False)
+    decoder = SpeculativeDecoder(drafter, verifier, IdsOnly(V, MASK), settings)
+    texts, rounds = [], []
+    for prompt in ([7, 3, 9], [1, 2]):
+        answer, stats = decoder.decode(prompt, prompt, record_id=0, is_done=lambda answer: False)
+        in_answer = np.arange(len(prompt) + len(answer)) >= len(prompt)
+        texts.append(Example(np.array([*prompt, *answer]), in_answer, 1.0, 1.0))
+        rounds.append(stats.rounds)
+    stream = SimpleNamespace(
+        windows=Windows(4), example_of=lambda i, *_: texts[i], mask_id=MASK, pad_id=0
+    )  # fmt: skip
+    starts = draft_starts(drafter, stream, [1, 0, 1])
+    assert [len(starts[i]) for i in (0, 1)] == rounds and min(rounds) > 10
+    assert all(found[0] == 0 and (np.diff(found) >= 1).all() and found[-1] < 40 for found in starts.values())
+
+
+@pytest.fixture(scope="module")
+def pair(model_dir, tokenizer_dir, tmp_path_factory):
+    """A student, an autoregressive teacher of its vocabulary, and prompts."""
+    student, tokenizer = load_for_inference(str(model_dir), chat=True)
+    folder = save_teacher(tmp_path_factory.mktemp("judge"), tokenizer)
+    teacher, own = load_causal_lm(str(folder), flag="--teacher")
+    prompts, _ = read_prompts(str(PROMPTS), tokenizer, chat=True, context=256, gen_length=12)
+    judge = TeacherModel(teacher, own, Student(tokenizer), top_k=0)
+    return SimpleNamespace(student=student, tokenizer=tokenizer, judge=judge, prompts=prompts, folder=folder)
+
+
+def stream_of(pair, guide, *, run=ALONE, micro_batch_size=4, **settings):
+    sampler = LLaDAGenerationConfig(**{"gen_length": 12, "temperature": 1.0, "seed": 3, **settings})
+    ids = pair.student.config
+    return OwnStates(
+        pair.student, pair.prompts, sampler, guide, 4, micro_batch_size, 0, run, ids.mask_token_id,
+        ids.pad_token_id,
+    )  # fmt: skip
+
+
+def test_a_state_is_one_of_the_trajectory_and_the_teacher_speaks_of_its_masks(pair):
+    stream = stream_of(
+        pair, AutoregressiveGuide(pair.judge), block_length=4, method="semi_autoregressive_padding"
+    )
+    mask_id, seen = stream.mask_id, set()
+    for step in range(4):
+        (batch,) = stream(step)
+        states = stream.visit([pair.prompts[i] for i in batch.record_ids], [step * 4 + p for p in range(4)])
+        width = batch.input_ids.shape[1]
+        for b, state in enumerate(states):
+            num = len(state.prompt.token_ids)
+            given = batch.input_ids[b, num : num + 12].numpy()
+            assert (given == state.canvas).all()
+            decided = np.flatnonzero(given[: len(state.answer)] != mask_id)
+            assert (given[decided] == np.array(state.answer)[decided]).all()
+            rows = [r % width - num for r in batch.rows.tolist() if r // width == b]
+            assert rows == np.flatnonzero(state.is_scored).tolist()
+            # masks of one block: those before it are decided, those behind it not looked at
+            assert (
+                len({r // 4 for r in rows}) <= 1 and (given[: min(rows, default=0) // 4 * 4] != mask_id).all()
+            )
+            seen.add(len(decided))
+            text = torch.tensor([state.prompt.token_ids + state.answer])
+            log_p = pair.judge.model(text).logits[0].log_softmax(-1)[num - 1 :]
+            mine = [n for n, r in enumerate(batch.rows.tolist()) if r // width == b]
+            if not mine:
+                continue
+            told = batch.teacher.take(mine[0], mine[-1] + 1, torch.device("cpu"))
+            torch.testing.assert_close(told.log_probs, log_p[rows][:, : told.log_probs.shape[1]])
+            assert batch.targets[mine].tolist() == [state.answer[r] for r in rows]
+            assert float(batch.teacher_weights[mine].sum()) == pytest.approx(1.0)
+    assert len(seen) > 4  # states from all over the trajectories
+
+
+def test_a_verified_answer_behind_the_state_makes_the_student_its_teacher(pair):
+    def hashed(prompts, completions, **columns):
+        return [float(len(text[0]["content"]) % 2) for text in completions]
+
+    verify = verified_by([Reward("hashed", hashed, 1.0)], pair.tokenizer.decode)
+    vocabulary = VocabMap.between(pair.tokenizer, pair.tokenizer)
+    guide = OwnGuide(pair.student, vocabulary, verify, 0, pair.student.config.pad_token_id)
+    stream = stream_of(pair, guide, num_return_sequences=3)
+    states = stream.visit(pair.prompts[:4], [5, 6, 7, 8])
+    right, found = verify(states), guide(states)
+    assert len(states) == 12 and right.any() and not right.all()
+    for n, (state, told) in enumerate(zip(states, found, strict=True)):
+        group = range(n // 3 * 3, n // 3 * 3 + 3)
+        others = [m for m in group if right[m] and m != n] or [m for m in group if right[m]]
+        assert (told is None) == (not others)
+        if told is None:
+            continue
+        text = np.concatenate([state.prompt.token_ids, state.canvas, states[others[0]].answer])
+        with torch.no_grad():
+            logits = pair.student(torch.from_numpy(text)[None]).logits[0]
+        places = np.flatnonzero(state.is_scored)
+        assert (told[0] == places).all()
+        expected = logits[places + len(state.prompt.token_ids)].log_softmax(-1)
+        shown = torch.from_numpy(told[1].log_probs)
+        torch.testing.assert_close(shown, expected[:, : shown.shape[1]], atol=1e-4, rtol=1e-4)
+
+
+def test_ranks_share_a_step(pair):
+    guide = AutoregressiveGuide(pair.judge)
+    (whole,) = stream_of(pair, guide)(2)
+    parts = [
+        stream_of(pair, guide, run=replace(ALONE, rank=rank, world_size=2), micro_batch_size=2)(2)
+        for rank in (0, 1)
+    ]
+    assert [ids for (part,) in parts for ids in part.record_ids] == whole.record_ids
+    assert torch.equal(torch.cat([part.targets for (part,) in parts]), whole.targets)
+    assert sum(part.num_units for (part,) in parts) == whole.num_units
+
+
+def flags(folder, model_dir, data, *more):
+    return [
+        "--model_name_or_path", str(model_dir), "--train_data_path", str(data), "--output_dir", str(folder),
+        "--max_length", "256", "--batch_size", "4", "--learning_rate", "1e-2", "--warmup_steps", "0",
+        "--log_interval", "1", "--max_steps", "4", "--lr_scheduler_type", "constant", *more,
+    ]  # fmt: skip
+
+
+def rows_of(pair, folder):
+    load_script("alignment/precompute_teacher.py").main(
+        ["--input", str(ROOT / "data/samples/sft.jsonl"), "--tokenizer", str(pair.folder), "--teacher",
+         str(pair.folder), "--output_dir", str(folder), "--max_length", "256"]
+    )  # fmt: skip
+    return folder
+
+
+def reward_file(folder):
+    path = folder / "even.py"
+    path.write_text(
+        "def even(prompts, completions, **columns):\n"
+        "    return [float(len(text[0]['content']) % 2 == 0) for text in completions]\n"
+    )
+    return f"{path}:even"
+
+
+@pytest.mark.parametrize("kind", ["answers", "self", "drafts"])
+def test_a_resumed_run_is_bitwise_the_same(kind, pair, model_dir, tmp_path):
+    data, more = PROMPTS, ["--gen_length", "12", "--steps", "6", "--on_policy", kind]
+    if kind == "answers":
+        more += ["--teacher", str(pair.folder)]
+    elif kind == "self":
+        more += ["--reward_funcs", reward_file(tmp_path), "--num_generations", "3"]
+    else:
+        data, more = rows_of(pair, tmp_path / "rows"), ["--on_policy", "drafts", "--window_length", "4"]
+    train_kl.main(flags(tmp_path / "whole", model_dir, data, *more, "--save_interval", "2"))
+    resume = ["--resume_from_checkpoint", str(tmp_path / "whole/step-2")]
+    train_kl.main(flags(tmp_path / "half", model_dir, data, *more, *resume))
+    weights = [load_file(tmp_path / name / "final/model.safetensors") for name in ("whole", "half")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    start = load_file(model_dir / "model.safetensors")
+    assert any(not torch.equal(value, start[name]) for name, value in weights[0].items())
+    assert json.loads((tmp_path / "whole/results.json").read_text())["steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--on_policy", "answers"], "--on_policy answers needs --teacher"),
+        (["--on_policy", "self"], "--on_policy self needs --reward_funcs"),
+        (
+            ["--on_policy", "drafts", "--positions", "masked"],
+            "--on_policy drafts is about --positions windows",
+        ),
+        (["--on_policy", "drafts", "--shard", "full"], "--on_policy drafts asks the whole model"),
+    ],
+)
+def test_wrong_flags(more, message, model_dir, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train_kl.main(flags(tmp_path, model_dir, PROMPTS, *more))
