@@ -16,30 +16,28 @@ from llada.models.tokens import load_tokenizer
 
 AWAY = """
 import sys, torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
-folder, adapter = sys.argv[1:]
+from peft import PeftModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, pipeline
 ids = torch.arange(1, 9)[None]
 found = {}
-for auto in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):
-    model, report = auto.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
-    assert not any(report.values())
-    found[auto.__name__] = model.eval()(ids).logits.detach()
+for root in sys.argv[1:]:
+    folder = root + "/model"
+    for auto in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):
+        model, report = auto.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+        assert not any(report.values())
+        found[root, auto.__name__] = model.eval()(ids).logits.detach()
+    adapted = PeftModel.from_pretrained(model, root + "/adapter").eval()
+    found[root, "PeftModel"] = adapted(ids).logits.detach()
+    assert adapted.generate(ids, max_new_tokens=8).shape == (1, 16)
 assert not {"llada", "modelling_final"} & set(sys.modules)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 assert tokenizer.mask_token_id == model.config.mask_token_id and tokenizer.chat_template
-from peft import PeftModel
-found["PeftModel"] = PeftModel.from_pretrained(model, adapter).eval()(ids).logits.detach()
-torch.save(found, adapter + "/found.pt")
-"""
+torch.save(found, "found.pt")
 
-
-PIPELINES = """
-import sys, torch
-from transformers import pipeline
-fill = pipeline("fill-mask", model=sys.argv[1], trust_remote_code=True)
+fill = pipeline("fill-mask", model=folder, trust_remote_code=True)
 guesses = fill(f"12 + {fill.tokenizer.mask_token} = 3", top_k=2)
 assert len(guesses) == 2 and guesses[0]["score"] >= guesses[1]["score"]
-write = pipeline("text-generation", model=sys.argv[1], trust_remote_code=True)
+write = pipeline("text-generation", model=folder, trust_remote_code=True)
 (greedy,), (again,) = (write("12 + 3", max_new_tokens=8, do_sample=False) for _ in range(2))
 assert greedy == again and greedy["generated_text"].startswith("12 + 3")
 assert [len(rows) for rows in write(["one", "two"], max_new_tokens=8, num_return_sequences=2)] == [2, 2]
@@ -48,15 +46,13 @@ assert reply["generated_text"][-1]["role"] == "assistant"
 """
 
 
-@pytest.fixture(scope="module", params=["untied", "tied"])
-def folders(request, tokenizer_dir, tmp_path_factory):
-    """(a model folder, an adapter folder for it), saved as training saves them."""
-    root = tmp_path_factory.mktemp(request.param)
+def save_pair(root, tokenizer, *, tied):
+    """A model folder and an adapter folder for it, as training saves them."""
+    root.mkdir()
     (root / "size.yaml").write_text(
         "{d_model: 16, n_layers: 2, n_heads: 2, n_kv_heads: 2, mlp_hidden_size: 24, rope_theta: 1e4, "
-        f"weight_tying: {str(request.param == 'tied').lower()}}}"
+        f"weight_tying: {str(tied).lower()}}}"
     )
-    tokenizer = load_tokenizer(str(tokenizer_dir), chat=True)
     model = new_model(str(root / "size.yaml"), tokenizer, seed=0, max_length=256)
     flags = {"train_data_path": "rows/train", "learning_rate": 1e-3}
     save_model(model, tokenizer, root / "model", origin=Origin("train.py", None, flags, {"eval_loss": 2.5}))
@@ -68,37 +64,37 @@ def folders(request, tokenizer_dir, tmp_path_factory):
             if "lora_B" in name:
                 parameter.normal_(generator=torch.Generator().manual_seed(0))
     save_model(adapted, tokenizer, root / "adapter", origin=Origin("train.py", str(root / "model")))
-    return root / "model", root / "adapter"
+    return root
 
 
-def away(code, *arguments, tmp_path):
-    """Runs code in a process that knows nothing of this repository."""
+@pytest.fixture(scope="module")
+def roots(tokenizer_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("travelling")
+    tokenizer = load_tokenizer(str(tokenizer_dir), chat=True)
+    return [save_pair(folder / name, tokenizer, tied=name == "tied") for name in ("tied", "untied")]
+
+
+def test_auto_classes_peft_generate_and_pipelines(roots, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-P", "-c", code, *map(str, arguments)]
+    command = [sys.executable, "-P", "-c", AWAY, *map(str, roots)]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_auto_classes_and_peft_give_the_same_logits(folders, tmp_path):
-    away(AWAY, *folders, tmp_path=tmp_path)
-    found = torch.load(folders[1] / "found.pt")
+    found = torch.load(tmp_path / "found.pt")
     ids = torch.arange(1, 9)[None]
-    with torch.no_grad():
-        expected = load_model(str(folders[0])).eval()(ids).logits
-        adapted = load_model(str(folders[1]), merge_adapter=False).eval()(ids).logits
-    for name in ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"):
-        assert torch.equal(found[name], expected), name
-    assert torch.equal(found["PeftModel"], adapted) and not torch.equal(adapted, expected)
+    for root in roots:
+        with torch.no_grad():
+            expected = load_model(str(root / "model")).eval()(ids).logits
+            adapted = load_model(str(root / "adapter"), merge_adapter=False).eval()(ids).logits
+        for name in ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"):
+            assert torch.equal(found[str(root), name], expected), (root.name, name)
+        assert torch.equal(found[str(root), "PeftModel"], adapted) and not torch.equal(adapted, expected)
 
 
-def test_pipelines_fill_masks_and_write(folders, tmp_path):
-    away(PIPELINES, folders[0], tmp_path=tmp_path)
-
-
-def test_what_a_folder_holds(folders):
-    model, _ = folders
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_a_folder_holds(roots, tied):
+    folders = [roots[0 if tied else 1] / name for name in ("model", "adapter")]
+    model = folders[0]
     code = {path.name for path in model.glob("*_llada.py")}
     assert {"modeling_llada.py", "configuration_llada.py", "generation_llada.py"} <= code
     for folder in folders:
@@ -110,14 +106,14 @@ def test_what_a_folder_holds(folders):
         assert (settings["eos_token_id"], settings["pad_token_id"]) == (ends, config["pad_token_id"])
     with safe_open(model / "model.safetensors", "pt") as file:
         heads = {"model.transformer.ff_out.weight", "model.transformer.wte.weight"} & set(file.keys())
-    assert len(heads) == (1 if config["weight_tying"] else 2)
+    assert config["weight_tying"] == tied and len(heads) == (1 if tied else 2)
 
 
-def test_model_cards_tell_what_it_is_and_how_to_load_it(folders):
-    model, adapter = ((folder / "README.md").read_text() for folder in folders)
+def test_model_cards_tell_what_it_is_and_how_to_load_it(roots):
+    model, adapter = ((roots[0] / name / "README.md").read_text() for name in ("model", "adapter"))
     for text in ("# model\n", "masked diffusion language model", "Made by `train.py` from new weights."):
         assert text in model
     assert "- train_data_path: rows/train" in model and "| eval_loss | 2.5 |" in model
     assert "learning_rate: 0.001" in model and 'from_pretrained("FOLDER", trust_remote_code=True)' in model
     assert "library_name: peft" in adapter and 'PeftModel.from_pretrained(model, "FOLDER")' in adapter
-    assert f'from_pretrained("{folders[0]}", trust_remote_code=True)' in adapter
+    assert f'from_pretrained("{roots[0] / "model"}", trust_remote_code=True)' in adapter
