@@ -45,11 +45,12 @@ from pathlib import Path
 from llada.autoregressive.flags import OnPolicyFlags
 from llada.flags.declaration import own_names
 from llada.flags.parser import check_command_line, flag, parse, run_main
+from llada.models.flags import MaskTokenFlag
 from llada.training.config import TrainConfig, finished_before
 
 
 @dataclass(kw_only=True)
-class Config(OnPolicyFlags, TrainConfig):
+class Config(OnPolicyFlags, TrainConfig, MaskTokenFlag):
     """Flags of alignment."""
 
     fixed = (

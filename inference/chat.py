@@ -29,10 +29,11 @@ from typing import Any, TextIO
 
 from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
+from llada.models.flags import MaskTokenFlag
 
 
 @dataclass(kw_only=True)
-class Config(SamplerFlags):
+class Config(SamplerFlags, MaskTokenFlag):
     """Flags of this script."""
 
     model_name_or_path: str = flag(help="Checkpoint or run folder, LoRA adapter folder, or hub name.")
@@ -291,6 +292,7 @@ def main(argv: list[str] | None = None, stream: TextIO | None = None) -> None:
         adapter_path=config.adapter_path,
         attn_implementation=config.attn_implementation,
         device=run.device,
+        mask_token_id=config.mask_token_id,
     )
     if config.system is not None and drops_system(tokenizer):
         raise ValueError("--system: this model's chat template leaves system messages out")

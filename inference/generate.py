@@ -33,10 +33,11 @@ from typing import Any, TextIO
 from llada.data.flags import PromptFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
+from llada.models.flags import MaskTokenFlag
 
 
 @dataclass(kw_only=True)
-class Config(PromptFlags, SamplerFlags):
+class Config(PromptFlags, SamplerFlags, MaskTokenFlag):
     """Flags of this script, beside those of the sampler."""
 
     model_name_or_path: str = flag(help="Checkpoint or run folder, LoRA adapter folder, or hub name.")
@@ -220,6 +221,7 @@ def main(argv: list[str] | None = None) -> None:
         adapter_path=config.adapter_path,
         attn_implementation=config.attn_implementation,
         device=run.device,
+        mask_token_id=config.mask_token_id,
     )
     context = model.config.max_sequence_length
     prompts, counts = read_asked_prompts(

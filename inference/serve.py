@@ -20,10 +20,11 @@ from dataclasses import dataclass
 
 from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
+from llada.models.flags import MaskTokenFlag
 
 
 @dataclass(kw_only=True)
-class Config(SamplerFlags):
+class Config(SamplerFlags, MaskTokenFlag):
     """Flags of this script, beside the sampler's: those are the defaults of every request."""
 
     model_name_or_path: str = flag(help="Checkpoint or run folder, LoRA adapter folder, or hub name.")
@@ -66,6 +67,7 @@ def make_service(config: Config) -> Service:
         adapter_path=config.adapter_path,
         attn_implementation=config.attn_implementation,
         device=run.device,
+        mask_token_id=config.mask_token_id,
     )
     return Service(
         model,

@@ -24,11 +24,12 @@ from functools import partial
 
 from llada.data.flags import TextFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
+from llada.models.flags import MaskTokenFlag
 from llada.training.config import TrainConfig, finished_before
 
 
 @dataclass(kw_only=True)
-class Config(TextFlags, TrainConfig):
+class Config(TextFlags, TrainConfig, MaskTokenFlag):
     """Flags of pretraining."""
 
     fixed = (

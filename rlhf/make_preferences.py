@@ -29,11 +29,12 @@ from typing import Any
 from llada.data.flags import QuestionFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
+from llada.models.flags import MaskTokenFlag
 from llada.rewards.flags import RewardFlags
 
 
 @dataclass(kw_only=True)
-class Config(QuestionFlags, SamplerFlags, RewardFlags):
+class Config(QuestionFlags, SamplerFlags, RewardFlags, MaskTokenFlag):
     """Flags of the preference maker."""
 
     model_name_or_path: str = flag(help="Checkpoint or run folder, adapter folder, or hub name.")
@@ -177,6 +178,7 @@ def main(argv: list[str] | None = None) -> None:
         dtype=config.dtype,
         adapter_path=config.adapter_path,
         device=run.device,
+        mask_token_id=config.mask_token_id,
     )
     prompts, counts = read_prompts(
         config.prompts_file,

@@ -200,7 +200,8 @@ def main(argv: list[str] | None = None) -> None:
     run = start_run(config.device)
     if config.dtype == "auto":
         config.dtype = "bfloat16" if run.device.type == "cuda" else "float32"
-    tokenizer = load_tokenizer(config.tokenizer_name or config.model_path, chat=True)
+    path = config.tokenizer_name or config.model_path
+    tokenizer = load_tokenizer(path, chat=True, mask_token_id=config.mask_id)
     reader, losses = config.reader(), Counter()
     items = labelled_answers(
         source_of(config), reader, losses, split=config.split, max_samples=config.max_samples
@@ -216,7 +217,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     usable = [n for n, found in enumerate(encoded) if found.outcome != "bad"]
     items, encoded = [items[n] for n in usable], [encoded[n] for n in usable]
-    model = load_model(config.model_path, dtype=config.weights_dtype, device=run.device).eval()
+    model = load_model(
+        config.model_path, dtype=config.weights_dtype, device=run.device, mask_token_id=config.mask_id
+    ).eval()
     ids = special_ids(model.config, tokenizer)
     check_mask_token(config, ids.mask, tokenizer)
     flags = (config.eos, config.apply_chat_template, config.dtype, config.weights_dtype)

@@ -8,10 +8,12 @@ the last ids, as in LLaDA's own tokenizer; padding is EOS.
 Run:
     python scripts/train_tokenizer.py --data data/samples/pretrain.jsonl data/samples/sft.jsonl \\
         --vocab_size 512 --output_dir runs/tokenizer
+    python scripts/train_tokenizer.py --extend checkpoints/other --output_dir runs/extended  # EOS, mask, chat
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from llada.flags.parser import check_command_line, flag, parse, run_main
 
@@ -20,8 +22,12 @@ from llada.flags.parser import check_command_line, flag, parse, run_main
 class Config:
     """Flags of this script."""
 
-    data: list[str] = flag(help="Files or folders: JSONL with text or conversations, plain text, Parquet.")
     output_dir: str = flag(help="Folder that receives the tokenizer.")
+    data: list[str] = flag([], help="Files or folders: JSONL with text or conversations, text, Parquet.")
+    extend: str | None = flag(
+        None,
+        help="Tokenizer or checkpoint folder: a copy with the special tokens it lacks, instead of training.",
+    )
     vocab_size: int = flag(4096, help="Number of tokens, bytes and special tokens included.")
 
 
@@ -33,7 +39,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llada.data.reading import to_messages
 from llada.data.records import read_records
-from llada.models.tokens import CHAT_TEMPLATE, SPECIAL_TOKENS
+from llada.models.tokens import CHAT_TEMPLATE, SPECIAL_TOKENS, extend_tokenizer
 
 NUM_BYTES = 256
 
@@ -89,9 +95,16 @@ def read_texts(paths: list[str]) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train on --data and write the tokenizer to --output_dir."""
+    """Train on --data, or extend another tokenizer, and write it to --output_dir."""
     config = parse(Config, argv, description=__doc__)
-    tokenizer = train_tokenizer(read_texts(config.data), vocab_size=config.vocab_size)
+    if bool(config.data) == (config.extend is not None):
+        raise ValueError("give either --data to train on, or --extend with a tokenizer")
+    if Path(config.output_dir, "config.json").is_file():
+        raise ValueError(f"--output_dir {config.output_dir}: holds a model, whose tokenizer is its own")
+    if config.extend is not None:
+        tokenizer = extend_tokenizer(config.extend)
+    else:
+        tokenizer = train_tokenizer(read_texts(config.data), vocab_size=config.vocab_size)
     tokenizer.save_pretrained(config.output_dir)
     print(f"{len(tokenizer)} tokens -> {config.output_dir}")
 

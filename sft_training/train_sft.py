@@ -23,11 +23,12 @@ from functools import partial
 
 from llada.data.flags import ConversationFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
+from llada.models.flags import MaskTokenFlag
 from llada.training.config import TrainConfig, finished_before
 
 
 @dataclass(kw_only=True)
-class Config(ConversationFlags, TrainConfig):
+class Config(ConversationFlags, TrainConfig, MaskTokenFlag):
     """Flags of SFT."""
 
     fixed = (*TrainConfig.fixed, "eos_padding", "full_padding_probability")

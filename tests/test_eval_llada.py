@@ -364,7 +364,7 @@ def test_bad_model_args_are_explained(lm, checkpoint):
     assert "--steps: invalid int value: 'many'" in refuse({"model_path": "x", "steps": "many"})
     with pytest.raises(ValueError, match="load_lora=True needs adapter_path"):
         parse_model_args({"model_path": "x", "load_lora": True})
-    with pytest.raises(ValueError, match=r"mask_id=5: .* has mask_id="):
+    with pytest.raises(ValueError, match=r"--mask_token_id 5: .* has \d+ in config.json"):
         lm(mask_id=5)
     lm(mask_id=lm().worker.ids.mask)
     with pytest.raises(ValueError, match="no checkpoint there"):

@@ -18,7 +18,7 @@ class ModelArgs(SamplerFlags):
     dtype: str = flag("auto", help="Of the weights: float32, bfloat16, float16, or auto (as saved).")
     attn_implementation: str | None = flag(None, help="Attention kernel by transformers' name.")
     device: str | None = flag(None, help="cpu, cuda, cuda:1; default the GPU of this rank, else the CPU.")
-    mask_id: int | None = flag(None, help="Only checked: it must be the model's own mask token.")
+    mask_id: int | None = flag(None, help="Mask token id of a checkpoint that names none.")
     max_length: int | None = flag(
         None, help="Longest sequence; default the model's. Contexts lose their start."
     )

@@ -64,20 +64,16 @@ class EvalRank:
         self.run = start_run(args.device)
         # Requests and results travel on the CPU, whatever the device of the model.
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.run.world_size > 1 else None
-        self.tokenizer = load_tokenizer(args.model_path)
+        self.tokenizer = load_tokenizer(args.model_path, mask_token_id=args.mask_id)
         self.model = load_model(
             args.model_path,
             dtype=args.dtype,
             adapter_path=args.adapter_path,
             attn_implementation=args.attn_implementation,
             device=self.run.device,
+            mask_token_id=args.mask_id,
         ).eval()
         self.ids = special_ids(self.model.config, self.tokenizer)
-        if args.mask_id is not None and args.mask_id != self.ids.mask:
-            raise ValueError(
-                f"--model_args mask_id={args.mask_id}: {args.model_path} has mask_id={self.ids.mask}; "
-                "leave it out, it is read from the model"
-            )
         settings = {k: value for k, value in dataclasses.asdict(args).items() if k not in NO_EFFECT}
         settings["checkpoint"] = describe_checkpoint(args.model_path, args.adapter_path)
         # a folder for each setting: an evaluation of several tasks may write into one --output_path

@@ -87,7 +87,7 @@ class LLaDADist(TemplateLM):
     ) -> str:
         """The conversation as one string, ending where the assistant starts to speak."""
         if self.tokenizer.chat_template is None:
-            self.tokenizer = load_tokenizer(self.args.model_path, chat=True)
+            self.tokenizer = load_tokenizer(self.args.model_path, chat=True, mask_token_id=self.args.mask_id)
         render = partial(
             self.tokenizer.apply_chat_template,
             tokenize=False,

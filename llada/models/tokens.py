@@ -59,15 +59,7 @@ def load_tokenizer(
         chat: also make sure of `CHAT_ROLES` and of a chat template; added to LLaDA-8B-Base's tokenizer, the
             three tokens get the ids that they have in Instruct's.
     """
-    if not Path(path, "tokenizer_config.json").is_file():
-        path = resolve_checkpoint(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except OSError as error:
-        raise not_found(path, error) from error
-    except ValueError as error:  # damaged files, or a class that only code beside them defines
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--tokenizer_name {path}: cannot be read: {reason}") from error
+    path, tokenizer = _read(path)
     if tokenizer.eos_token is None:
         raise ValueError(f"--tokenizer_name {path}: it has no EOS token; {HOW_TO_ADD.format(path)}")
     if tokenizer.pad_token is None:
@@ -78,14 +70,42 @@ def load_tokenizer(
     if tokenizer.mask_token is None and mask_token_id is not None:
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask_token_id)
     if chat:
-        if tokenizer.chat_template is None:
-            tokenizer.chat_template = CHAT_TEMPLATE
-        wanted = [SPECIAL_TOKENS[role] for role in CHAT_ROLES]
-        missing = [token for token in wanted if token not in tokenizer.get_vocab()]
-        if missing and SPECIAL_TOKENS["start_header"] in tokenizer.chat_template:
-            added = {"additional_special_tokens": missing}
-            tokenizer.add_special_tokens(added, replace_extra_special_tokens=False)
+        _add_chat(tokenizer)
     return tokenizer
+
+
+def extend_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """A tokenizer with the special tokens that it lacks: EOS, mask, padding, and a chat template's."""
+    _, tokenizer = _read(path)
+    for name, role in (("eos_token", "eos"), ("mask_token", "mask")):
+        if getattr(tokenizer, name) is None:
+            tokenizer.add_special_tokens({name: SPECIAL_TOKENS[role]})
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    _add_chat(tokenizer)
+    return tokenizer
+
+
+def _read(path: str) -> tuple[str, PreTrainedTokenizerBase]:
+    if not Path(path, "tokenizer_config.json").is_file():
+        path = resolve_checkpoint(path)
+    try:
+        return path, AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except OSError as error:
+        raise not_found(path, error) from error
+    except ValueError as error:  # damaged files, or a class that only code beside them defines
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--tokenizer_name {path}: cannot be read: {reason}") from error
+
+
+def _add_chat(tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    wanted = [SPECIAL_TOKENS[role] for role in CHAT_ROLES]
+    missing = [token for token in wanted if token not in tokenizer.get_vocab()]
+    if missing and SPECIAL_TOKENS["start_header"] in tokenizer.chat_template:
+        added = {"additional_special_tokens": missing}
+        tokenizer.add_special_tokens(added, replace_extra_special_tokens=False)
 
 
 def special_ids(config: LLaDAConfig, tokenizer: PreTrainedTokenizerBase) -> SpecialIds:

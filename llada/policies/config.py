@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from llada.data.flags import PairFlags
 from llada.diffusion.settings import ESTIMATORS, SIZE_LAWS
 from llada.flags.declaration import flag
+from llada.models.flags import MaskTokenFlag
 from llada.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class ReferenceFlags:
 
 
 @dataclass(kw_only=True)
-class PolicyConfig(TrainConfig):
+class PolicyConfig(TrainConfig, MaskTokenFlag):
     """Flags of every stage that trains a policy."""
 
     output_dir: str = flag(
