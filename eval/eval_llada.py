@@ -1,10 +1,10 @@
 """Evaluate a LLaDA checkpoint with lm_eval, as the model `llada_dist`.
 
 Every flag of lm_eval's command line works (`--help`); `--model_args` takes the names of `ModelArgs` in
-llada/inference/. `--preset NAME` fills in a published setting of eval/presets.yaml and prints its
-published score; what is given beside it wins. Requests are sharded over the ranks. With `--output_path` the
-results and every raw generation are saved there, and a killed run that is started again continues where it
-stopped.
+llada/inference/. `--preset NAME` fills in a published setting of eval/presets.yaml and prints the scores to
+expect; what is given beside it wins. Requests are sharded over the ranks. With `--output_path` the results,
+the command and every raw generation are saved there, and a killed run that is started again continues where
+it stopped. `--compare FOLDER FOLDER` sets two such outputs beside each other, question by question.
 
 Run:
     python eval/eval_llada.py --tasks gsm8k --model llada_dist --num_fewshot 5 --apply_chat_template \\
@@ -14,6 +14,7 @@ Run:
     accelerate launch eval/eval_llada.py --tasks gsm8k_local --include_path eval/tasks \\
         --model_args model_path=CHECKPOINT,gen_length=256 --output_path runs/eval
     python eval/eval_llada.py --config configs/debug/eval_llada.yaml
+    python eval/eval_llada.py --compare runs/eval-sft runs/eval-grpo
 
 Tasks that run offline, presets and what the numbers mean: docs/evaluation.md.
 """
@@ -24,6 +25,7 @@ import functools
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -63,7 +65,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """
     ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     ours.add_argument("--preset")
+    ours.add_argument("--compare", nargs=2, metavar=("FOLDER", "FOLDER"))
     known, rest = ours.parse_known_args(argv)
+    if known.compare is not None:
+        return known
     # what lm_eval's own entry point does with sys.argv
     arguments = HarnessCLI()._parser.parse_args(["run", *rest])
     if arguments.config is not None:
@@ -73,7 +78,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         _fill(arguments, read_preset(known.preset), f"--preset {known.preset}")
     if arguments.model in (None, MODEL):
         _prepare_model_args(arguments)
+    if arguments.include_path is None and any(
+        (TASKS / f"{task}.yaml").is_file() for task in _task_names(arguments)
+    ):
+        arguments.include_path = str(TASKS)
     _check_tasks(arguments)
+    arguments.compare = None
     return arguments
 
 
@@ -90,7 +100,7 @@ def _check_tasks(arguments: argparse.Namespace) -> None:
     files, words = _task_words(arguments.include_path)
     for name in _task_names(arguments):
         if name not in words and "*" not in name and not Path(name).exists():
-            raise ValueError(_about_unknown_task(name, arguments.include_path, files))
+            raise ValueError(_about_unknown_task(name, files))
 
 
 @functools.cache
@@ -104,12 +114,10 @@ def _task_words(include_path: str | None) -> tuple[list[Path], set[str]]:
     return files, words
 
 
-def _about_unknown_task(name: str, include_path: str | None, files: Iterable[Path]) -> str:
-    known = dict.fromkeys((path.stem for path in files), "")
-    if include_path is None:
-        known = {path.stem: f" (with --include_path {TASKS})" for path in TASKS.glob("*.yaml")} | known
+def _about_unknown_task(name: str, files: Iterable[Path]) -> str:
+    known = {path.stem for path in (*files, *TASKS.glob("*.yaml"))}
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]!r}{known[near[0]]}? " if near else ""
+    hint = f"did you mean {near[0]!r}? " if near else ""
     return f"--tasks {name}: unknown; {hint}all names: lm-eval ls tasks"
 
 
@@ -126,16 +134,19 @@ def _fill(arguments: argparse.Namespace, values: dict[str, Any], where: str) -> 
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """lm_eval's arguments of a published setting; says what score it was published with.
+    """lm_eval's arguments of a published setting; says which scores to expect.
 
     Raises:
         ValueError: no such preset.
     """
     presets = yaml.safe_load(PRESETS.read_text(encoding="utf-8"))
+    del presets["_shared"]
     if name not in presets:
         raise ValueError(f"--preset {name}: unknown; {_did_you_mean(name, presets)}")
     preset = presets[name]
-    log.warning("--preset %s: %s is published with %s", name, preset["published_for"], preset["published"])
+    scores = {"published": preset["published"], "reached by others with these prompts": preset["reachable"]}
+    told = [f"{what}: {score or 'no score known'}" for what, score in scores.items()]
+    log.warning("--preset %s, for %s; %s", name, preset["for"], "; ".join(told))
     return preset["arguments"]
 
 
@@ -160,6 +171,7 @@ if __name__ == "__main__":
 import lm_eval.tasks
 from lm_eval.tasks import TaskManager
 
+from llada.inference.eval_compare import table
 from llada.inference.eval_worker import EvalRank
 from llada.inference.lm_eval_model import LLaDADist, with_flags
 from llada.run import end_run
@@ -184,7 +196,11 @@ def main(argv: list[str] | None = None) -> None:
     rank = int(os.environ.get("RANK", "0"))
     if rank != 0:
         logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    arguments = parse_arguments(list(sys.argv[1:] if argv is None else argv))
+    argv = list(sys.argv[1:] if argv is None else argv)
+    arguments = parse_arguments(argv)
+    if arguments.compare is not None:
+        print(table(*arguments.compare))
+        return
     if arguments.include_path is not None:
         sys.path.append(str(Path(arguments.include_path).resolve()))  # tasks' files may import each other
     if rank != 0 and arguments.model == MODEL:
@@ -197,11 +213,13 @@ def main(argv: list[str] | None = None) -> None:
                 if not str(error).startswith(NOT_FOUND):
                     raise
                 name = str(error).removeprefix(NOT_FOUND)
-                raise ValueError(
-                    _about_unknown_task(name, arguments.include_path, TASKS.glob("*.yaml"))
-                ) from error
+                raise ValueError(_about_unknown_task(name, _task_words(arguments.include_path)[0])) from error
         if LLaDADist.latest is not None:
             LLaDADist.latest.worker.dismiss()
+        command = shlex.join(["python", "eval/eval_llada.py", *argv])
+        print(f"command: {command}")
+        if arguments.output_path is not None:
+            Path(arguments.output_path, "command.txt").write_text(command + "\n", encoding="utf-8")
     end_run()
 
 
