@@ -34,61 +34,63 @@ from llada.flags.parser import check_command_line, flag, parse, run_main
 
 @dataclass(kw_only=True)
 class Config(ConversationFlags):
-    """Flags of this script."""
+    """Teacher rows."""
 
-    input: list[str] = flag(help="Conversations, prompts, or records with logits: .json, .jsonl, ...")
-    validation_input: list[str] | None = flag(
-        None, help="Records to validate on: OUTPUT_DIR then gets train/ and validation/."
+    input: list[str] = flag(
+        help="Conversations, prompts, or records with logits: .json, .jsonl, ...", reads="path"
     )
-    output_dir: str = flag(help="Folder for the rows.")
-    tokenizer: str = flag(help="Folder of the student's tokenizer, or of its checkpoint.")
-    teacher: str | None = flag(None, help="Autoregressive checkpoint folder or hub name.")
-    teacher_gguf_file: str | None = flag(None, help="Name of a GGUF file in that folder.")
+    validation_input: list[str] | None = flag(
+        None, "Records to validate on: OUTPUT_DIR then gets train/ and validation/.", reads="path"
+    )
+    output_dir: str = flag(help="Folder for the rows.", writes="folder")
+    tokenizer_name: str = flag(help="Folder of the student's tokenizer, or of its checkpoint.", reads="model")
+    teacher: str | None = flag(None, "Autoregressive checkpoint folder or hub name.", reads="model")
+    teacher_gguf_file: str | None = flag(None, "Name of a GGUF file in that folder.", needs="teacher")
     teacher_dtype: str = flag(
-        "auto", help="Of its weights; auto: as saved.", choices=["auto", "float32", "bfloat16", "float16"]
+        "auto",
+        "Of its weights; auto: as saved.",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        needs="teacher",
     )
     teacher_tokenizer: str | None = flag(
-        None, help="Tokenizer of the model that made the records' logits; default the student's."
+        None,
+        "Tokenizer of the model that made the records' logits; default the student's.",
+        reads="model",
     )
-    server: str | None = flag(None, help="Base URL of an OpenAI-compatible server, up to /v1.")
-    server_model: str = flag("default", help="Model name that the server knows.")
-    server_key_env: str = flag("OPENAI_API_KEY", help="Environment variable with the server's key, if any.")
-    server_concurrency: int = flag(4, help="Requests at once.")
-    server_timeout: float = flag(120.0, help="Seconds for one answer.")
+    server: str | None = flag(None, "Base URL of an OpenAI-compatible server, up to /v1.")
+    server_model: str = flag("default", "Model name that the server knows.", needs="server")
+    server_key_env: str = flag(
+        "OPENAI_API_KEY", "Environment variable with the server's key, if any.", needs="server"
+    )
+    server_concurrency: int = flag(4, "Requests at once.", at_least=1, needs="server")
+    server_timeout: float = flag(120.0, "Seconds for one answer.", above=0, needs="server")
     responses: str = flag(
-        "given", help="With --teacher: the records' answers, or its own.", choices=["given", "generate"]
+        "given", "The records' answers, or the teacher's own.", choices=["given", "generate"], needs="teacher"
     )
-    top_k: int = flag(32, help="Tokens kept of each distribution; 0 = all of them, 4 bytes each.")
-    temperature: float = flag(1.0, help="Of generated answers; the stored distributions are at 1.")
-    max_new_tokens: int = flag(256, help="Longest generated answer in the teacher's tokens.")
-    max_length: int = flag(4096, help="Longest row in the student's tokens.")
+    top_k: int = flag(32, "Tokens kept of each distribution; 0 = all of them, 4 bytes each.", at_least=0)
+    temperature: float = flag(1.0, "Of generated answers; the stored distributions are at 1.", at_least=0)
+    max_new_tokens: int = flag(256, "Longest generated answer in the teacher's tokens.", at_least=1)
+    max_length: int = flag(4096, "Longest row in the student's tokens.", at_least=1)
     long: str = flag(
-        "error",
-        help="Rows over --max_length: error, drop, or truncate.",
-        choices=["error", "drop", "truncate"],
+        "error", "Rows over --max_length: error, drop, or truncate.", choices=["error", "drop", "truncate"]
     )
-    limit: int | None = flag(None, help="Only the first N records.")
-    batch_size: int = flag(16, help="Answers in one forward of the teacher.")
+    limit: int | None = flag(None, "Only the first N records.", at_least=1)
+    batch_size: int = flag(16, "Answers in one forward of the teacher.", at_least=1)
     shard_size: int | None = flag(
-        None, help="Records a shard: a stopped run repeats at most one. Default 256, with --top_k 0 8."
+        None,
+        "Records a shard: a stopped run repeats at most one. Default 256, with --top_k 0 8.",
+        at_least=1,
     )
-    seed: int = flag(0, help="Key of generated answers.")
-    device: str | None = flag(None, help="cpu, cuda, ...; default the GPU if there is one.")
-    overwrite: bool = flag(False, help="Start again where OUTPUT_DIR holds rows already.")
+    seed: int = flag(42, "Key of generated answers.", at_least=0)
+    device: str | None = flag(None, "cpu, cuda, ...; default the GPU if there is one.")
+    overwrite: bool = flag(False, "Start again where OUTPUT_DIR holds rows already.")
 
-    def check(self) -> None:
-        """ValueError for flags that do not go together."""
+    def check_flags(self) -> None:
+        """One teacher, and what it can give."""
         if self.teacher is not None and self.server is not None:
             raise ValueError("give --teacher or --server, not both")
-        for name in ("top_k", "temperature"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} {getattr(self, name)} must not be negative")
         if self.server is not None and not self.top_k:
             raise ValueError("--top_k 0: a server gives the most likely tokens only; ask for 1 to 20")
-        for name in ("max_length", "batch_size", "shard_size", "max_new_tokens", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} {value} must be at least 1")
 
 
 if __name__ == "__main__":
@@ -156,8 +158,7 @@ def encode(
 def main(argv: list[str] | None = None) -> None:
     """Writes the rows and prints what they hold."""
     config = parse(Config, argv, description=__doc__)
-    config.check()
-    student = Student(load_tokenizer(config.tokenizer, chat=True))
+    student = Student(load_tokenizer(config.tokenizer_name, chat=True))
     if config.server is not None:
         from_server(config, student)
     elif config.teacher is not None:

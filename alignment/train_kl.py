@@ -36,90 +36,105 @@ The same command continues an interrupted run.
 
 import logging
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from llada.autoregressive.flags import OnPolicyFlags
 from llada.flags.declaration import own_names
 from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.models.flags import MaskTokenFlag
-from llada.training.config import TrainConfig, finished_before
+from llada.training.config import (
+    LoraDropoutFlags,
+    PrefetchFlags,
+    ScaleFlags,
+    TrainConfig,
+    finished_before,
+)
 
 
 @dataclass(kw_only=True)
-class Config(OnPolicyFlags, TrainConfig, MaskTokenFlag):
-    """Flags of alignment."""
+class Config(OnPolicyFlags, LoraDropoutFlags, ScaleFlags, PrefetchFlags, TrainConfig, MaskTokenFlag):
+    """Alignment."""
 
-    fixed = (
-        *TrainConfig.fixed, "positions", "loss_type", "alpha", "beta", "temperature", "temperature_squared",
-        "window_length", "window_weights", "window_decay", "keep_rate", "keep_min",
-        *own_names(OnPolicyFlags),
-    )  # fmt: skip
-
-    model_name_or_path: str = flag(help="Checkpoint to align.")
-    train_data_path: str = flag(help="Folder made by precompute_teacher.py, or prompts.")
-    eval_data_path: str | None = flag(None, help="The same for validation.")
+    model_name_or_path: str = flag(help="Checkpoint to align.", reads="model")
+    train_data_path: str = flag(help="Folder made by precompute_teacher.py, or prompts.", reads="path")
+    eval_data_path: str | None = flag(None, "The same for validation.", reads="path")
     loss_type: str = flag(
         "auto",
-        help="ce, kl, hybrid, lk; auto: kl with a teacher.",
+        "ce, kl, hybrid, lk; auto: kl with a teacher.",
         choices=["auto", "ce", "kl", "hybrid", "lk"],
+        fixed=True,
     )
     positions: str = flag(
-        "windows", help="What is masked and scored.", choices=["masked", "answer", "windows"]
+        "windows", "What is masked and scored.", choices=["masked", "answer", "windows"], fixed=True
     )
-    alpha: float = flag(0.5, help="Hybrid: weight of the cross-entropy.")
-    beta: float = flag(0.5, help="Hybrid: weight of the KL.")
-    temperature: float = flag(1.0, help="Of both distributions in the KL.")
-    temperature_squared: bool = flag(False, help="Multiply the KL with T^2.")
-    window_length: int = flag(8, help="Masks of a window.")
+    t_sampling: str = flag(
+        "iid",
+        "Times t of a batch: iid, or one in each of batch_size equal parts of (0, 1).",
+        choices=["iid", "stratified"],
+        needs="positions=masked|answer",
+        fixed=True,
+    )
+    mask_count: str = flag(
+        "bernoulli",
+        "Tokens masked given t: each with probability p, or exactly ceil(t n).",
+        choices=["bernoulli", "exact"],
+        needs="positions=masked|answer",
+        fixed=True,
+    )
+    alpha: float = flag(0.5, "Weight of the cross-entropy.", at_least=0, needs="loss_type=hybrid", fixed=True)
+    beta: float = flag(0.5, "Weight of the KL.", at_least=0, needs="loss_type=hybrid", fixed=True)
+    temperature: float = flag(1.0, "Of both distributions in the KL.", above=0, fixed=True)
+    temperature_squared: bool = flag(False, "Multiply the KL with T^2.", fixed=True)
+    window_length: int = flag(8, "Masks of a window.", at_least=1, fixed=True)
     window_weights: str = flag(
         "uniform",
-        help="Weight of the k-th mask: all alike; exp(-(k - 1) / --window_decay); or the probability that "
-        "all before it are accepted (streak).",
+        "Weight of the k-th mask: all alike; exp(-(k - 1) / --window_decay); or the probability that all "
+        "before it are accepted (streak).",
         choices=["uniform", "decay", "streak"],
+        needs="positions=windows",
+        fixed=True,
     )
-    window_decay: float = flag(4.0, help="With --window_weights decay.")
+    window_decay: float = flag(
+        4.0, "Masks over which a weight falls to 1 / e.", above=0, needs="window_weights=decay", fixed=True
+    )
     keep_rate: float | None = flag(
         None,
-        help="For causal drafters: a window from every place of the answer in one forward, of which a share "
+        "For causal drafters: a window from every place of the answer in one forward, of which a share "
         "max(rate^(k-1), --keep_min) keeps its k-th mask. PARD takes 0.7; 1 keeps all.",
         above=0,
         at_most=1,
         needs="positions=windows",
+        fixed=True,
     )
-    keep_min: float = flag(0.2, help="Least share that --keep_rate keeps.", at_least=0, at_most=1)
-    learning_rate: float = flag(2.5e-5, help="Peak learning rate.")
-    weight_decay: float = flag(0.1, help="AdamW weight decay, on matrices only.")
-    warmup_steps: int = flag(50, help="Steps of linear warm-up from 0.")
-    lr_scheduler_type: str = flag(
-        "linear", help="Shape after the warm-up.", choices=["constant", "linear", "cosine", "wsd"]
+    keep_min: float = flag(
+        0.2, "Least share that --keep_rate keeps.", at_least=0, at_most=1, needs="keep_rate", fixed=True
     )
-    gradient_accumulation_steps: int = flag(
-        1, help="Forwards per step and rank, each of --batch_size / ranks; multiplies --batch_size."
-    )
-    local_rank: int = flag(-1, help="Accepted for old launchers; torchrun tells the rank.")
+    learning_rate: float = 2.5e-5
+    weight_decay: float = 0.1
+    warmup_steps: int = 50
+    lr_scheduler_type: str = "linear"
     log_level: str = flag(
         "INFO",
-        help="Of OUTPUT_DIR/training_log.log; DEBUG has a line a micro-batch.",
+        "Of OUTPUT_DIR/training_log.log; DEBUG has a line a micro-batch.",
         choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
     )
 
-    def check(self) -> None:
-        """ValueError for numbers out of range."""
-        for name in ("temperature", "window_length", "window_decay", "gradient_accumulation_steps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name} {getattr(self, name)} must be above 0")
-        for name in ("alpha", "beta"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} {getattr(self, name)} must not be negative")
-        self.check_on_policy()
+    def agreed(self) -> dict[str, Any]:
+        """With the flags of what the student visits."""
+        return super().agreed() | {name: getattr(self, name) for name in own_names(OnPolicyFlags)}
+
+    def check_flags(self) -> None:
+        """A loss that is more than nothing, and states that there are."""
         if self.on_policy != "none" and self.shard != "none":
             raise ValueError(
                 f"--on_policy {self.on_policy} asks the whole model: leave --shard {self.shard} out"
             )
+        if self.on_policy != "none":
+            self.num_workers = 0  # what the student visits depends on its weights
         if self.on_policy == "drafts" and self.positions != "windows":
             raise ValueError(f"--on_policy drafts is about --positions windows, not {self.positions}")
         if self.loss_type == "hybrid" and self.alpha + self.beta == 0:
@@ -190,12 +205,6 @@ def log_to_file(path: Path, level: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Runs alignment with the given flags."""
     config = parse(Config, argv, description=__doc__)
-    config.check()
-    if config.gradient_accumulation_steps > 1:
-        if config.micro_batch_size is None:
-            config.micro_batch_size = max(1, config.batch_size // int(os.environ.get("WORLD_SIZE", "1")))
-        config.batch_size *= config.gradient_accumulation_steps
-        config.gradient_accumulation_steps = 1  # so that the written config.yaml says the same
     if config.dry_run:
         preflight.report(
             config, partial(planned_rows, config=config), train=[config.train_data_path],
@@ -240,7 +249,6 @@ def main(argv: list[str] | None = None) -> None:
         )  # fmt: skip
     fit(
         model, tokenizer, config, run, stream=stream, loss=alignment.loss, validate=validate, data=data,
-        prefetch=config.on_policy == "none",  # what the student visits depends on its weights
     )  # fmt: skip
     end_training()
 

@@ -17,18 +17,23 @@ from functools import partial
 
 from llada.data.flags import ConversationFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
-from llada.training.config import TrainConfig, finished_before
+from llada.training.config import PrefetchFlags, TrainConfig, finished_before
 
 
 @dataclass(kw_only=True)
-class Config(ConversationFlags, TrainConfig):
-    """Flags of teacher training."""
+class Config(ConversationFlags, PrefetchFlags, TrainConfig):
+    """Teacher training."""
 
-    train_data_path: str = flag(help="Conversations: raw, or made by prepare_sft.py.")
-    eval_data_path: str | None = flag(None, help="The same for validation.")
+    train_data_path: str = flag(help="Conversations: raw, or made by prepare_sft.py.", reads="path")
+    eval_data_path: str | None = flag(None, "The same for validation.", reads="path")
     tokenizer_name: str = flag(help="Tokenizer folder; the student's, for a shared vocabulary.")
-    config_name: str | None = flag(None, help="From scratch: a size in configs/models.")
-    model_name_or_path: str | None = flag(None, help="Causal checkpoint to continue.")
+    config_name: str | None = flag(None, "From scratch: a size in configs/models.")
+    model_name_or_path: str | None = flag(None, "Causal checkpoint to continue.", reads="model")
+
+    def check_flags(self) -> None:
+        """What the run starts from."""
+        if (self.model_name_or_path is None) == (self.config_name is None):
+            raise ValueError("give either --config_name (from scratch) or --model_name_or_path (continue)")
 
 
 if __name__ == "__main__":
@@ -113,14 +118,6 @@ def load_causal(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[tor
 def main(argv: list[str] | None = None) -> None:
     """Trains the teacher with the given flags."""
     config = parse(Config, argv, description=__doc__)
-    if (config.model_name_or_path is None) == (config.config_name is None):
-        raise ValueError("give either --config_name (from scratch) or --model_name_or_path (continue)")
-    if config.use_lora or config.shard != "none" or config.recompute != "none" or config.compile:
-        raise ValueError(
-            "a small teacher is trained whole: --use_lora, --shard, --compile and recomputing are for LLaDA"
-        )
-    if config.dry_run:
-        raise ValueError("--dry_run looks at LLaDA checkpoints; a teacher of this size is tried out directly")
     train_on_rows(
         config,
         ConversationRows(config.max_length, config.reader(), config.parse_special_tokens),

@@ -28,24 +28,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from llada.flags.parser import check_command_line, flag, parse, run_main
-from llada.inference.sampler_flags import SamplerFlags, sampler_settings
-from llada.models.flags import MaskTokenFlag
+from llada.inference.sampler_flags import ModelFlags, SamplerFlags, sampler_settings
 
 
 @dataclass(kw_only=True)
-class Config(SamplerFlags, MaskTokenFlag):
-    """Flags of this script."""
+class Config(ModelFlags, SamplerFlags):
+    """Chat."""
 
-    model_name_or_path: str = flag(help="Checkpoint or run folder, LoRA adapter folder, or hub name.")
-    adapter_path: str | None = flag(None, help="LoRA adapter to put on the model.")
-    dtype: str = flag(
-        "auto", help="Of the weights.", choices=["auto", "float32", "bfloat16", "float16", "float64"]
-    )
-    device: str | None = flag(None, help="cpu, cuda, ...; default the GPU, else the CPU.")
-    attn_implementation: str | None = flag(None, help="Attention kernel by transformers' name.")
-    system: str | None = flag(None, help="System message at the start of the conversation.")
-    load: str | None = flag(None, help="File whose first conversation is continued.")
-    watch: bool = flag(False, help="Show answers while they are decided.")
+    system: str | None = flag(None, "System message at the start of the conversation.")
+    load: str | None = flag(None, "File whose first conversation is continued.", reads="path")
+    watch: bool = flag(False, "Show answers while they are decided.")
 
 
 if __name__ == "__main__":
@@ -285,15 +277,7 @@ def main(argv: list[str] | None = None, stream: TextIO | None = None) -> None:
     config = parse(Config, argv, description=__doc__)
     settings = sampler_settings(config)
     run = start_run(config.device)
-    model, tokenizer = load_for_inference(
-        config.model_name_or_path,
-        chat=True,
-        dtype=config.dtype,
-        adapter_path=config.adapter_path,
-        attn_implementation=config.attn_implementation,
-        device=run.device,
-        mask_token_id=config.mask_token_id,
-    )
+    model, tokenizer = load_for_inference(**config.to_load(), chat=True, device=run.device)
     if config.system is not None and drops_system(tokenizer):
         raise ValueError("--system: this model's chat template leaves system messages out")
     chat = Chat(model, tokenizer, settings, system=config.system, watch=config.watch)

@@ -32,42 +32,40 @@ from typing import Any, TextIO
 
 from llada.data.flags import PromptFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
-from llada.inference.sampler_flags import SamplerFlags, sampler_settings
-from llada.models.flags import MaskTokenFlag
+from llada.inference.sampler_flags import ModelFlags, SamplerFlags, sampler_settings
 
 
 @dataclass(kw_only=True)
-class Config(PromptFlags, SamplerFlags, MaskTokenFlag):
-    """Flags of this script, beside those of the sampler."""
+class Config(PromptFlags, ModelFlags, SamplerFlags):
+    """Generation."""
 
-    model_name_or_path: str = flag(help="Checkpoint or run folder, LoRA adapter folder, or hub name.")
-    adapter_path: str | None = flag(None, help="LoRA adapter to put on the model.")
-    dtype: str = flag(
-        "auto", help="Of the weights.", choices=["auto", "float32", "bfloat16", "float16", "float64"]
-    )
-    device: str | None = flag(None, help="cpu, cuda, ...; default the GPU of this process, else the CPU.")
-    attn_implementation: str | None = flag(None, help="Attention kernel by transformers' name.")
-    num_gpus: int = flag(1, help="Processes to start, at most one a GPU (without GPUs, a CPU core).")
-    batch_size: int = flag(8, help="Prompts generated together.")
-    long_prompts: str = flag(
-        "error",
-        help="Prompts that with their answer exceed the context: stop, leave them out, or keep their end.",
-        choices=["error", "drop", "truncate"],
-    )
-    completion_format: str = flag(
-        "text",
-        help="Of `completion` in the output: a text, or messages, and then of `prompt` too.",
-        choices=["text", "messages"],
-    )
-    trace: str | None = flag(None, help="JSONL file that receives every denoising step.")
-
-    num_return_sequences: int = flag(1, help="Answers per prompt; all are written as `completions`.")
+    num_return_sequences: int = flag(1, "Answers per prompt; all are written as `completions`.", at_least=1)
     best_of: str = flag(
         "first",
-        help="Which of several answers is `completion`: the first, the one whose final answer is the most "
+        "Which of several answers is `completion`: the first, the one whose final answer is the most "
         "frequent, or the most likely one for its length.",
         choices=["first", "majority", "likelihood"],
     )
+    completion_format: str = flag(
+        "text",
+        "Of `completion` in the output: a text, or messages, and then of `prompt` too.",
+        choices=["text", "messages"],
+    )
+    long_prompts: str = flag(
+        "error",
+        "Prompts that with their answer exceed the context: stop, leave them out, or keep their end.",
+        choices=["error", "drop", "truncate"],
+    )
+    batch_size: int = flag(8, "Prompts generated together.", at_least=1)
+    num_gpus: int = flag(1, "Processes to start, at most one a GPU (without GPUs, a CPU core).", at_least=1)
+    trace: str | None = flag(None, "JSONL file that receives every denoising step.", writes="file")
+
+    def check_flags(self) -> None:
+        """Several answers to choose from."""
+        if self.best_of != "first" and self.num_return_sequences == 1:
+            raise ValueError(
+                f"--best_of {self.best_of}: has no effect without --num_return_sequences 2 or more"
+            )
 
 
 if __name__ == "__main__":
@@ -209,20 +207,10 @@ def main(argv: list[str] | None = None) -> None:
     """Answers the prompts."""
     config = parse(Config, argv, description=__doc__)
     settings = sampler_settings(config)
-    if config.best_of != "first" and config.num_return_sequences == 1:
-        raise ValueError(f"--best_of {config.best_of} chooses among answers: set --num_return_sequences")
     if start_processes(__file__, argv, config.num_gpus, config.device):
         return
     run = start_run(config.device)
-    model, tokenizer = load_for_inference(
-        config.model_name_or_path,
-        chat=config.is_instruct,
-        dtype=config.dtype,
-        adapter_path=config.adapter_path,
-        attn_implementation=config.attn_implementation,
-        device=run.device,
-        mask_token_id=config.mask_token_id,
-    )
+    model, tokenizer = load_for_inference(**config.to_load(), chat=config.is_instruct, device=run.device)
     context = model.config.max_sequence_length
     prompts, counts = read_asked_prompts(
         config, tokenizer, context=context, gen_length=config.gen_length, long=config.long_prompts

@@ -19,27 +19,19 @@ import os
 from dataclasses import dataclass
 
 from llada.flags.parser import check_command_line, flag, parse, run_main
-from llada.inference.sampler_flags import SamplerFlags, sampler_settings
-from llada.models.flags import MaskTokenFlag
+from llada.inference.sampler_flags import ModelFlags, SamplerFlags, sampler_settings
 
 
 @dataclass(kw_only=True)
-class Config(SamplerFlags, MaskTokenFlag):
-    """Flags of this script, beside the sampler's: those are the defaults of every request."""
+class Config(ModelFlags, SamplerFlags):
+    """The server. The sampler's flags are the defaults of every request."""
 
-    model_name_or_path: str = flag(help="Checkpoint or run folder, LoRA adapter folder, or hub name.")
-    adapter_path: str | None = flag(None, help="LoRA adapter to put on the model.")
-    served_model_name: str | None = flag(None, help="Name in the API; default the checkpoint's path.")
-    dtype: str = flag(
-        "auto", help="Of the weights.", choices=["auto", "float32", "bfloat16", "float16", "float64"]
-    )
-    device: str | None = flag(None, help="cpu, cuda, ...; default the GPU, else the CPU.")
-    attn_implementation: str | None = flag(None, help="Attention kernel by transformers' name.")
-    host: str = flag("127.0.0.1", help="Address to listen on; 0.0.0.0: every network of this machine.")
-    port: int = flag(8000, help="Port to listen on; 0: any free one.")
-    max_batch_size: int = flag(32, help="Answers generated together.")
-    max_queue: int = flag(256, help="Requests that may wait; more are refused with status 429.")
-    shutdown_timeout: int = flag(60, help="Seconds that accepted requests have after SIGTERM.")
+    served_model_name: str | None = flag(None, "Name in the API; default the checkpoint's path.")
+    host: str = flag("127.0.0.1", "Address to listen on; 0.0.0.0: every network of this machine.")
+    port: int = flag(8000, "Port to listen on; 0: any free one.", at_least=0, at_most=65535)
+    max_batch_size: int = flag(32, "Answers generated together.", at_least=1)
+    max_queue: int = flag(256, "Requests that may wait; more are refused with status 429.", at_least=1)
+    shutdown_timeout: int = flag(60, "Seconds that accepted requests have after SIGTERM.", at_least=0)
 
 
 if __name__ == "__main__":
@@ -60,15 +52,7 @@ def make_service(config: Config) -> Service:
         )
     run = start_run(config.device)
     settings = sampler_settings(config)
-    model, tokenizer = load_for_inference(
-        config.model_name_or_path,
-        chat=False,
-        dtype=config.dtype,
-        adapter_path=config.adapter_path,
-        attn_implementation=config.attn_implementation,
-        device=run.device,
-        mask_token_id=config.mask_token_id,
-    )
+    model, tokenizer = load_for_inference(**config.to_load(), chat=False, device=run.device)
     return Service(
         model,
         tokenizer,

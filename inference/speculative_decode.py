@@ -30,34 +30,29 @@ from typing import Any
 
 from llada.data.flags import PromptFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
+from llada.inference.sampler_flags import ModelFlags
 from llada.speculative.settings import SpeculativeSettings
 
 
 @dataclass(kw_only=True)
-class Config(PromptFlags, SpeculativeSettings):
-    """Flags of this script."""
+class Config(PromptFlags, ModelFlags, SpeculativeSettings):
+    """Speculative decoding; the model is the drafter."""
 
     model_name_or_path: str = flag(
         help="The drafter: LLaDA checkpoint or run folder, LoRA adapter folder, hub name, or a folder of "
         "export_checkpoint.py --format pard.",
     )
-    verifier: str = flag(help="Folder or hub name of the autoregressive model that decides.")
-    verifier_gguf_file: str | None = flag(None, help="Name of a GGUF file in the verifier's folder.")
+    verifier: str = flag(help="Folder or hub name of the autoregressive model that decides.", reads="model")
+    verifier_gguf_file: str | None = flag(None, "Name of a GGUF file in the verifier's folder.")
+    dtype: str = flag("auto", "Of both models; auto: as saved, float32 from a GGUF.")
     bridge: str = flag(
         "none",
-        help="none: both have one vocabulary. vocabulary: drafts of tokens that both have. text: drafted "
-        "text is tokenised again (accepted by match only).",
+        "none: both have one vocabulary. vocabulary: drafts of tokens that both have. text: drafted text is "
+        "tokenised again (accepted by match only).",
         choices=["none", "vocabulary", "text"],
     )
-    report_path: str | None = flag(None, help="JSON file that receives the report.")
-    compare: bool = flag(True, help="Decode plainly, too, and compare.")
-    adapter_path: str | None = flag(None, help="LoRA adapter to put on the drafter.")
-    dtype: str = flag(
-        "auto",
-        help="Of both models; auto: as saved, float32 from a GGUF.",
-        choices=["auto", "float32", "bfloat16", "float16", "float64"],
-    )
-    device: str | None = flag(None, help="cpu, cuda, ...; default the GPU of this process, else the CPU.")
+    report_path: str | None = flag(None, "JSON file that receives the report.", writes="file")
+    compare: bool = flag(True, "Decode plainly, too, and compare.")
 
 
 if __name__ == "__main__":
@@ -209,13 +204,7 @@ class Pair:
 
 def load(config: Config, device: torch.device) -> Pair:
     """Both models; ValueError for what cannot be loaded or does not go together."""
-    drafter, drafter_tokenizer = load_drafter(
-        config.model_name_or_path,
-        chat=config.is_instruct,
-        dtype=config.dtype,
-        adapter_path=config.adapter_path,
-        device=device,
-    )
+    drafter, drafter_tokenizer = load_drafter(**config.to_load(), chat=config.is_instruct, device=device)
     verifier, verifier_tokenizer = load_causal_lm(
         config.verifier,
         flag="--verifier",

@@ -13,7 +13,7 @@ ORIGIN_BLOCK = 32  # tokens by which the canvas of semi_autoregressive_origin gr
 
 
 def setting(default: Any, help: str, **limits: Any) -> Any:
-    """A field with its help, and its limits: `choices`, `at_least`, `above`, `at_most`."""
+    """A field with its help, its limits `choices`, `at_least`, `above`, `at_most`, and what it `needs`."""
     return field(default=default, metadata={"help": help, **limits})
 
 
@@ -77,25 +77,37 @@ class SamplerSettings:
         "How many tokens a step decides follows from confidence instead of from steps.",
         choices=("none", "threshold", "factor", "entropy", "klass"),
     )
-    threshold: float = setting(0.9, "Confidence for threshold and klass.", at_least=0, at_most=1)
-    factor: float = setting(1.0, "f in (n + 1)(1 - c) < f for factor.", above=0)
-    entropy_bound: float = setting(0.1, "Nats for entropy.", at_least=0)
-    klass_kl: float = setting(0.01, "Nats that count as unchanged for klass.", at_least=0)
-    klass_steps: int = setting(2, "Unchanged steps for klass.", at_least=1)
+    threshold: float = setting(
+        0.9,
+        "Confidence for threshold and klass.",
+        at_least=0,
+        at_most=1,
+        needs="parallel_decoding=threshold|klass",
+    )
+    factor: float = setting(
+        1.0, "f in (n + 1)(1 - c) < f for factor.", above=0, needs="parallel_decoding=factor"
+    )
+    entropy_bound: float = setting(0.1, "Nats for entropy.", at_least=0, needs="parallel_decoding=entropy")
+    klass_kl: float = setting(
+        0.01, "Nats that count as unchanged for klass.", at_least=0, needs="parallel_decoding=klass"
+    )
+    klass_steps: int = setting(2, "Unchanged steps for klass.", at_least=1, needs="parallel_decoding=klass")
     cache: str = setting(
         "none",
         "Keys and values outside the block (dual) or before it (prefix) are those of the block's start.",
         choices=("none", "prefix", "dual"),
     )
     cache_refresh_interval: int = setting(
-        0, "Recompute them every so many steps; 0: once a block.", at_least=0
+        0, "Recompute them every so many steps; 0: once a block.", at_least=0, needs="cache"
     )
     remdm: str = setting(
         "none",
         "Decided tokens of the block may be masked again; takes the place of remasking.",
         choices=("none", "cap", "rescale", "conf"),
     )
-    remdm_eta: float = setting(0.04, "Strength of cap and rescale.", at_least=0, at_most=1)
+    remdm_eta: float = setting(
+        0.04, "Strength of cap and rescale.", at_least=0, at_most=1, needs="remdm=cap|rescale"
+    )
 
     @property
     def is_approximate(self) -> bool:

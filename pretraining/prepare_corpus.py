@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = CorpusRows(
         config.max_length, config.reader(), config.parse_special_tokens, config.rows, config.text_documents
     )
-    write_splits(config, rows, load_tokenizer(config.tokenizer))
+    write_splits(config, rows, load_tokenizer(config.tokenizer_name))
 
 
 if __name__ == "__main__":

@@ -24,45 +24,75 @@ from functools import partial
 
 from llada.data.flags import TextFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
-from llada.models.flags import MaskTokenFlag
-from llada.training.config import TrainConfig, finished_before
+from llada.training.config import RowsConfig, finished_before
 
 
 @dataclass(kw_only=True)
-class Config(TextFlags, TrainConfig, MaskTokenFlag):
-    """Flags of pretraining."""
-
-    fixed = (
-        *TrainConfig.fixed, "random_length_probability", "rope_scaling", "rope_factor", "start_length",
-        "length_steps", "start_mask_ratio", "mask_steps",
-    )  # fmt: skip
+class Config(TextFlags, RowsConfig):
+    """Pretraining."""
 
     train_data_path: str = flag(
         help="Folder made by prepare_corpus.py, or raw .jsonl {'text'}, .txt, .parquet or dataset folder.",
+        reads="path",
     )
-    eval_data_path: str | None = flag(None, help="The same for validation.")
-    model_name_or_path: str | None = flag(None, help="Checkpoint to continue from.")
+    eval_data_path: str | None = flag(None, "The same for validation.", reads="path")
+    model_name_or_path: str | None = flag(None, "Checkpoint to continue from.", reads="model")
     config_name: str | None = flag(
-        None, help="Start from scratch: a size in configs/models or a YAML file of LLaDAConfig fields."
+        None, "Start from scratch: a size in configs/models or a YAML file of LLaDAConfig fields."
     )
     random_length_probability: float = flag(
-        0.01, help="Share of sequences cut to a uniformly random length, so that short inputs are seen."
+        0.01,
+        "Share of sequences cut to a uniformly random length, so that short inputs are seen.",
+        at_least=0,
+        at_most=1,
+        fixed=True,
     )
     packing: bool = flag(
         False,
-        help="Put several documents into a row of --max_length tokens, none of which sees another; "
-        "--batch_size counts documents, --micro_batch_size rows.",
+        "Put several documents into a row of --max_length tokens, none of which sees another; --batch_size "
+        "counts documents, --micro_batch_size rows.",
     )
     rope_scaling: str = flag(
         "none",
-        help="Stretch the positions of a model beyond its context.",
+        "Stretch the positions of a model beyond its context.",
         choices=["none", "linear", "ntk", "yarn"],
+        fixed=True,
     )
-    rope_factor: float = flag(1.0, help="With --rope_scaling: new context / the model's original one.")
-    start_length: int = flag(0, help="Length curriculum: documents are cut to this many tokens at first.")
-    length_steps: int = flag(0, help="Length curriculum: steps until they are whole; 0 = off, as LLaDA.")
-    start_mask_ratio: float = flag(1.0, help="Masking curriculum: the largest t of the first step.")
-    mask_steps: int = flag(0, help="Masking curriculum: steps until it is 1; 0 = off, as LLaDA.")
+    rope_factor: float = flag(
+        1.0, "New context / the model's original one.", at_least=1, needs="rope_scaling", fixed=True
+    )
+    start_length: int = flag(
+        0,
+        "Length curriculum: documents are cut to this many tokens at first.",
+        at_least=0,
+        needs="length_steps",
+        fixed=True,
+    )
+    length_steps: int = flag(
+        0,
+        "Length curriculum: steps until they are whole; 0 = off, as LLaDA.",
+        at_least=0,
+        needs="start_length",
+        fixed=True,
+    )
+    start_mask_ratio: float = flag(
+        1.0,
+        "Masking curriculum: the largest t of the first step.",
+        above=0,
+        at_most=1,
+        needs="mask_steps",
+        fixed=True,
+    )
+    mask_steps: int = flag(
+        0, "Masking curriculum: steps until it is 1; 0 = off, as LLaDA.", at_least=0, fixed=True
+    )
+
+    def check_flags(self) -> None:
+        """What the run starts from."""
+        if (self.model_name_or_path is None) == (self.config_name is None):
+            raise ValueError("give either --model_name_or_path (continue) or --config_name (from scratch)")
+        if self.config_name is not None and self.tokenizer_name is None:
+            raise ValueError("--config_name starts from scratch and needs --tokenizer_name")
 
 
 if __name__ == "__main__":
@@ -93,10 +123,6 @@ def example_of(rows: Dataset, config: Config, cut: bool, record_id: int, epoch: 
 def main(argv: list[str] | None = None) -> None:
     """Runs pretraining with the given flags."""
     config = parse(Config, argv, description=__doc__)
-    if (config.model_name_or_path is None) == (config.config_name is None):
-        raise ValueError("give either --model_name_or_path (continue) or --config_name (from scratch)")
-    if config.config_name is not None and config.tokenizer_name is None:
-        raise ValueError("--config_name starts from scratch and needs --tokenizer_name")
     rope = RopeScaling(config.rope_scaling, config.rope_factor, config.max_length)
     if config.model_name_or_path is not None:
         rope.apply(load_config(config.model_name_or_path))  # says now what does not fit

@@ -11,7 +11,7 @@ Writes to --output_dir, in the order of the prompts:
 With --is_instruct prompts and completions are lists of messages, else texts.
 
 Under torchrun the prompts are shared out over the processes. Finished completions are kept in
-<output_dir>/parts: the same command after a kill goes on where it stopped, with another --threshold or
+<output_dir>/parts: the same command after a kill goes on where it stopped, with another --desirable_from or
 --pairs_per_prompt it only compares anew. A completion never depends on the batch or the number of processes.
 
 Run:
@@ -28,32 +28,27 @@ from typing import Any
 
 from llada.data.flags import QuestionFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
-from llada.inference.sampler_flags import SamplerFlags, sampler_settings
-from llada.models.flags import MaskTokenFlag
+from llada.inference.sampler_flags import ModelFlags, SamplerFlags, sampler_settings
 from llada.rewards.flags import RewardFlags
 
 
 @dataclass(kw_only=True)
-class Config(QuestionFlags, SamplerFlags, RewardFlags, MaskTokenFlag):
-    """Flags of the preference maker."""
+class Config(QuestionFlags, ModelFlags, SamplerFlags, RewardFlags):
+    """Preferences."""
 
-    model_name_or_path: str = flag(help="Checkpoint or run folder, adapter folder, or hub name.")
-    prompts_file: str = flag(help="Records with prompts and what the rewards need.")
-    output_dir: str = flag(help="Folder for the two files.")
-    adapter_path: str | None = flag(None, help="LoRA adapter to put on the model.")
-    is_instruct: bool = flag(False, help="Use the chat template.")
-    max_samples: int | None = flag(None, help="Only the first so many prompts of the file.")
-    long_prompts: str = flag(
-        "error", help="Prompts that leave no room for the answer.", choices=["error", "drop"]
+    prompts_file: str = flag(help="Records with prompts and what the rewards need.", reads="path")
+    output_dir: str = flag(help="Folder for the two files.", writes="folder")
+    is_instruct: bool = flag(False, "Use the chat template.")
+    max_samples: int | None = flag(None, "Only the first so many prompts of the file.", at_least=1)
+    long_prompts: str = flag("error", "Prompts that leave no room for the answer.", choices=["error", "drop"])
+    num_generations: int = flag(8, "Completions per prompt.", at_least=2)
+    temperature: float = flag(1.0, "Of the sampler; 0 would give the same completion every time.", above=0)
+    pairs_per_prompt: int = flag(
+        1, "Pairs of each prompt at most; no completion is in two of them.", at_least=1
     )
-    num_generations: int = flag(8, help="Completions per prompt.")
-    temperature: float = flag(1.0, help="Of the sampler; 0 would give the same completion every time.")
-    pairs_per_prompt: int = flag(1, help="Pairs of each prompt at most; no completion is in two of them.")
-    min_margin: float = flag(0.0, help="Scores of a pair differ by more than this.")
-    threshold: float = flag(0.5, help="Unpaired completions are desirable from this score on.")
-    batch_size: int = flag(8, help="Prompts answered together.")
-    dtype: str = flag("auto", help="Of the weights.", choices=["auto", "float32", "bfloat16", "float16"])
-    device: str | None = flag(None, help="cpu, cuda, ...; default the GPU if there is one.")
+    min_margin: float = flag(0.0, "Scores of a pair differ by more than this.", at_least=0)
+    desirable_from: float = flag(0.5, "Unpaired completions are desirable from this score on.")
+    batch_size: int = flag(8, "Prompts answered together.", at_least=1)
 
 
 if __name__ == "__main__":
@@ -75,7 +70,7 @@ from llada.run import barrier, end_run, means_over_ranks, start_run
 FREE = (
     *("model_name_or_path", "adapter_path"),  # their contents count, not their names
     *("prompts_file", "output_dir", "max_samples", "batch_size", "device"),
-    *("pairs_per_prompt", "min_margin", "threshold"),
+    *("pairs_per_prompt", "min_margin", "desirable_from"),
 )
 
 
@@ -115,7 +110,7 @@ def unpaired_records(prompt: Prompt, result: dict[str, Any], config: Config) -> 
                 "id": f"{prompt.name}-{place}",
                 "prompt": prompt.prompt,
                 "completion": as_messages(text, chat=config.is_instruct),
-                "label": score >= config.threshold,
+                "label": score >= config.desirable_from,
                 "score": score,
             }
 
@@ -168,18 +163,9 @@ def write(config: Config, prompts: list[Prompt], log: ResumableJob, own: dict[st
 def main(argv: list[str] | None = None) -> None:
     """Makes the preference data."""
     config = parse(Config, argv, description=__doc__)
-    if config.num_generations < 2:
-        raise ValueError(f"--num_generations {config.num_generations}: a comparison needs at least 2")
     rewards = config.load_rewards()
     run = start_run(config.device)
-    model, tokenizer = load_for_inference(
-        config.model_name_or_path,
-        chat=config.is_instruct,
-        dtype=config.dtype,
-        adapter_path=config.adapter_path,
-        device=run.device,
-        mask_token_id=config.mask_token_id,
-    )
+    model, tokenizer = load_for_inference(**config.to_load(), chat=config.is_instruct, device=run.device)
     prompts, counts = read_prompts(
         config.prompts_file,
         tokenizer,

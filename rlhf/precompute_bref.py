@@ -30,56 +30,56 @@ from llada.flags.parser import check_command_line, flag, parse, run_main
 
 @dataclass(kw_only=True)
 class Config(LabelledFlags):
-    """Flags of the reference values."""
+    """The reference values."""
 
-    model_path: str = flag(help="Checkpoint of the reference: folder, run, adapter, or hub name.")
-    dataset: str = flag(help="JSONL, JSON or Parquet file, folder of files or of a data set, or hub name.")
-    k_vals: str = flag(help="Numbers of masks to give B_ref for, for example 1,2,4,8.")
-    output_file: str = flag(help="JSONL file to write.")
-    batch_size: int = flag(1, help="Answers per forward.")
-    num_gpus: int | None = flag(
-        None, help="Processes to start, at most one a GPU (without GPUs, a CPU core); default all GPUs."
+    model_name_or_path: str = flag(
+        help="Checkpoint of the reference: folder, run, adapter, or hub name.", reads="model"
     )
-    max_samples: int | None = flag(None, help="Only the first so many answers.")
-    split: str = flag("train", help="Split of a data set that has several.")
-    mask_id: int | None = flag(None, help="Mask token id; must be the model's.")
-    mask_token: str | None = flag(None, help="Mask token; must be the model's.")
-    tokenizer_name: str | None = flag(None, help="Tokenizer folder; default that of the model.")
-    max_length: int = flag(4096, help="Longest prompt and answer in tokens.")
+    input: str = flag(
+        help="JSONL, JSON or Parquet file, folder of files or of a data set, or name of one on the hub."
+    )
+    num_masks: list[int] = flag(help="Numbers of masks (K) to give B_ref for.", at_least=1)
+    output_path: str = flag(help="JSONL file to write.", writes="file")
+    batch_size: int = flag(1, "Answers per forward.", at_least=1)
+    num_gpus: int | None = flag(
+        None,
+        "Processes to start, at most one a GPU (without GPUs, a CPU core); default all GPUs.",
+        at_least=1,
+    )
+    max_samples: int | None = flag(None, "Only the first so many answers.", at_least=1)
+    split: str = flag("train", "Split of a data set that has several.")
+    mask_id: int | None = flag(None, "Mask token id; must be the model's.", at_least=0)
+    mask_token: str | None = flag(None, "Mask token; must be the model's.")
+    tokenizer_name: str | None = flag(None, "Tokenizer folder; default that of the model.", reads="model")
+    max_length: int = flag(4096, "Longest prompt and answer in tokens.", at_least=1)
     eos: str = flag(
         "one",
-        help="What ends an answer: see docs/preference_optimization.md.",
+        "What ends an answer: see docs/preference_optimization.md.",
         choices=["one", "filled", "none", "padded"],
     )
     long: str = flag(
         "truncate",
-        help="Answers beyond --max_length: stop, leave empty, or cut.",
+        "Answers beyond --max_length: stop, leave empty, or cut.",
         choices=["error", "drop", "truncate"],
     )
     apply_chat_template: bool = flag(
-        False, help="Prompts and answers that are plain texts become turns; messages always use the template."
+        False, "Prompts and answers that are plain texts become turns; messages always use the template."
     )
     dtype: str = flag(
         "auto",
-        help="Precision of the matrix products, as in training. auto: bfloat16 on a GPU.",
+        "Precision of the matrix products, as in training. auto: bfloat16 on a GPU.",
         choices=["auto", "float32", "bfloat16"],
     )
     weights_dtype: str = flag(
         "float32",
-        help="Precision that the weights are loaded in: as training does it, float32, or with LoRA --dtype.",
+        "Precision that the weights are loaded in: as training does it, float32, or with LoRA --dtype.",
         choices=["float32", "bfloat16"],
     )
-    device: str | None = flag(None, help="cpu, cuda, ...; default the GPU if there is one.")
+    device: str | None = flag(None, "cpu, cuda, ...; default the GPU if there is one.")
 
-    def num_draws(self) -> list[int]:
-        """The values of --k_vals, ascending."""
-        try:
-            values = sorted({int(part) for part in self.k_vals.split(",")})
-        except ValueError:
-            values = []
-        if not values or values[0] < 1:
-            raise ValueError(f"--k_vals {self.k_vals!r}: give positive numbers, for example 1,2,4,8")
-        return values
+    def check_flags(self) -> None:
+        """Ascending: the largest decides how many masks are drawn."""
+        self.num_masks = sorted(set(self.num_masks))
 
 
 if __name__ == "__main__":
@@ -114,18 +114,18 @@ from llada.run import autocast, barrier, end_run, start_processes, start_run
 
 
 def source_of(config: Config) -> str | Iterable[Located]:
-    """--dataset, or the located records of --split where it names a data set of the hub."""
-    path = Path(config.dataset)
+    """--input, or the located records of --split where it names a data set of the hub."""
+    path = Path(config.input)
     if not path.exists():
         try:
-            rows = load_dataset(config.dataset, split=config.split)
+            rows = load_dataset(config.input, split=config.split)
         except (OSError, ValueError, DatasetsError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"--dataset {config.dataset}: neither a file here nor given by the hub ({reason})"
+                f"--input {config.input}: neither a file here nor given by the hub ({reason})"
             ) from error
-        return ((f"{config.dataset}:{number}", row) for number, row in enumerate(rows, start=1))
-    return config.dataset
+        return ((f"{config.input}:{number}", row) for number, row in enumerate(rows, start=1))
+    return config.input
 
 
 def describe(index: int, item: Labelled, found: Encoded, num_draws: int) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def bounds_of(
     model: torch.nn.Module, batch: dict[int, Tokens], config: Config, ids: SpecialIds
 ) -> list[list[float]]:
     """[len(batch)][K] B^(1) .. B^(K) of each answer, by the index of its record, in nats."""
-    num_draws = config.num_draws()[-1]
+    num_draws = config.num_masks[-1]
     draws = make_draws(
         [Request(found.context, found.answer, "") for found in batch.values()],
         [plan_of(draw_masks(base_seed(i), len(found.answer), num_draws)) for i, found in batch.items()],
@@ -173,8 +173,8 @@ def bounds_of(
     if not np.isfinite(means).all():  # else training would meet it, hours later
         at = list(batch)[int(np.flatnonzero(~np.isfinite(means).all(axis=1))[0])]
         raise ValueError(
-            f"--model_path {config.model_path}: B_ref of answer {at} is not finite: its weights hold nan or "
-            f"inf, or overflow in --dtype {config.dtype}"
+            f"--model_name_or_path {config.model_name_or_path}: B_ref of answer {at} is not finite: its "
+            f"weights hold nan or inf, or overflow in --dtype {config.dtype}"
         )
     return means.tolist()
 
@@ -194,13 +194,13 @@ def check_mask_token(config: Config, mask_id: int, tokenizer: PreTrainedTokenize
 def main(argv: list[str] | None = None) -> None:
     """Writes the records with their reference values."""
     config = parse(Config, argv, description=__doc__)
-    k_vals = config.num_draws()
+    k_vals = config.num_masks
     if start_processes(__file__, argv, config.num_gpus, config.device):
         return
     run = start_run(config.device)
     if config.dtype == "auto":
         config.dtype = "bfloat16" if run.device.type == "cuda" else "float32"
-    path = config.tokenizer_name or config.model_path
+    path = config.tokenizer_name or config.model_name_or_path
     tokenizer = load_tokenizer(path, chat=True, mask_token_id=config.mask_id)
     reader, losses = config.reader(), Counter()
     items = labelled_answers(
@@ -218,15 +218,17 @@ def main(argv: list[str] | None = None) -> None:
     usable = [n for n, found in enumerate(encoded) if found.outcome != "bad"]
     items, encoded = [items[n] for n in usable], [encoded[n] for n in usable]
     model = load_model(
-        config.model_path, dtype=config.weights_dtype, device=run.device, mask_token_id=config.mask_id
+        config.model_name_or_path, dtype=config.weights_dtype, device=run.device, mask_token_id=config.mask_id
     ).eval()
     ids = special_ids(model.config, tokenizer)
     check_mask_token(config, ids.mask, tokenizer)
     flags = (config.eos, config.apply_chat_template, config.dtype, config.weights_dtype)
-    settings = fingerprint(config.model_path, tokenizer, BrefSettings(config.max_length, ids.mask, *flags))
+    settings = fingerprint(
+        config.model_name_or_path, tokenizer, BrefSettings(config.max_length, ids.mask, *flags)
+    )
     if config.parse_special_tokens:
         settings["parse_special_tokens"] = True
-    parts = f"{config.output_file}.parts"
+    parts = f"{config.output_path}.parts"
     job = ResumableJob(parts, {**settings, "draws": k_vals[-1]}, rank=run.rank, world_size=run.world_size)
     tokens = [found.tokens for found in encoded]
     batches = [{i: tokens[i] for i in indices} for indices in batches_of(tokens, config.batch_size)]
@@ -244,12 +246,12 @@ def main(argv: list[str] | None = None) -> None:
             record = describe(index, item, found, k_vals[-1])
             record |= {"B_ref": {str(k): values[k - 1] for k in k_vals}, "fingerprint": settings}
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-        Path(config.output_file).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(config.output_file), "".join(lines))
+        Path(config.output_path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(config.output_path), "".join(lines))
         shutil.rmtree(parts)
         counts = Counter(found.outcome for found in encoded)
         lost = describe_losses(losses, len(lines) + losses[BAD], lost=counts["dropped"])
-        print(f"{len(lines)} records -> {config.output_file}, answers {dict(counts)}{lost}", flush=True)
+        print(f"{len(lines)} records -> {config.output_path}, answers {dict(counts)}{lost}", flush=True)
     end_run()
 
 

@@ -1,6 +1,6 @@
 """Direct preference optimisation of a masked diffusion language model (DPO, as VRPO estimates it).
 
-Each answer's log-likelihood is the any-order bound, estimated from --n_mc_samples masks that policy and
+Each answer's log-likelihood is the any-order bound, estimated from --num_masks masks that policy and
 reference share; the average over masks is inside the sigmoid. Gradients take the memory of one mask, however
 many there are.
 
@@ -30,31 +30,40 @@ from llada.training.config import finished_before
 
 @dataclass(kw_only=True)
 class Config(ReferenceFlags, RecipeFlags, PairConfig):
-    """Flags of DPO."""
+    """DPO."""
 
     stage = "rlhf/train_dpo.py"
 
-    beta: float = flag(0.1, help="Strength of the tie to the reference.")
+    beta: float = flag(0.1, "Strength of the tie to the reference.", above=0)
     loss_type: list[str] = flag(
         ["sigmoid"],
-        help="Terms of the loss; sft is the chosen answer's own loss.",
+        "Terms of the loss; sft is the chosen answer's own loss.",
         choices=DPO_LOSSES,
     )
-    loss_weights: list[float] | None = flag(None, help="Weight of each --loss_type; default 1.")
-    label_smoothing: float = flag(0.0, help="sigmoid: probability that a preference is the wrong way round.")
-    ipo: bool = flag(False, help="The same as --loss_type ipo.")
-    rpo_alpha: float = flag(0.0, help="Adds the sft term with this weight.")
+    loss_weights: list[float] | None = flag(None, "Weight of each --loss_type; default 1.")
+    label_smoothing: float = flag(
+        0.0,
+        "Probability that a preference is the wrong way round.",
+        at_least=0,
+        below=0.5,
+        needs="loss_type=sigmoid",
+    )
+    rpo_alpha: float = flag(0.0, "Adds the sft term with this weight.", at_least=0)
     precompute_ref_log_probs: bool = flag(
-        False, help="Score the data under the reference once, under masks that all epochs share, and drop it."
+        False, "Score the data under the reference once, under masks that all epochs share, and drop it."
     )
 
     def terms(self) -> tuple[list[str], list[float]]:
-        """Losses and weights, older spellings included."""
-        names = ["ipo" if self.ipo and name == "sigmoid" else name for name in self.loss_type]
-        weights = list(self.loss_weights or [1.0] * len(names))
-        if self.rpo_alpha:
-            names, weights = [*names, "sft"], [*weights, self.rpo_alpha]
-        return names, weights
+        """Losses and weights, --rpo_alpha's included."""
+        names, weights = self.loss_type, self.loss_weights or [1.0] * len(self.loss_type)
+        return ([*names, "sft"], [*weights, self.rpo_alpha]) if self.rpo_alpha else (names, weights)
+
+    def check_flags(self) -> None:
+        """One weight a loss."""
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(
+                f"--loss_weights {self.loss_weights}: give one for each of --loss_type {self.loss_type}"
+            )
 
 
 if __name__ == "__main__":

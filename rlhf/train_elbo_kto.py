@@ -8,12 +8,12 @@ compared with, is a mean over the whole batch (all ranks and micro-batches) with
 Run:
     python rlhf/precompute_bref.py --model_path runs/sft --dataset kto.jsonl --k_vals 8 \\
         --output_file bref.jsonl
-    python rlhf/train_elbo_kto.py --model_name_or_path runs/sft --train_dataset_path bref.jsonl \\
-        --output_dir runs/kto --batch_size 32 --kto_beta 0.1 --learning_rate 1e-6
+    python rlhf/train_elbo_kto.py --model_name_or_path runs/sft --train_data_path bref.jsonl \\
+        --output_dir runs/kto --batch_size 32 --beta 0.1 --learning_rate 1e-6
 
     torchrun --nproc_per_node=8 rlhf/train_elbo_kto.py --model_name_or_path GSAI-ML/LLaDA-8B-Instruct \\
-        --train_dataset_path data/kto-mix-14k-processed/train.jsonl --n_mc_samples 8 --z0_mode global_mean \\
-        --kto_beta 0.1 --learning_rate 1e-6 --warmup_ratio 0.03 --output_dir models/elbo-kto-finetuned
+        --train_data_path data/kto-mix-14k-processed/train.jsonl --num_masks 8 --z0_mode global_mean \\
+        --beta 0.1 --learning_rate 1e-6 --warmup_ratio 0.03 --output_dir models/elbo-kto-finetuned
 
 The same command continues an interrupted run. More: docs/preference_optimization.md.
 """
@@ -24,79 +24,63 @@ from functools import partial
 from llada.diffusion.settings import Z0_MODES
 from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.policies.config import PolicyConfig, ReferenceFlags
-from llada.training.config import finished_before
+from llada.training.config import PrefetchFlags, finished_before
 
 
 @dataclass(kw_only=True)
-class Config(ReferenceFlags, PolicyConfig):
-    """Flags of ELBO-KTO."""
+class Config(PrefetchFlags, ReferenceFlags, PolicyConfig):
+    """ELBO-KTO."""
 
-    fixed = (
-        *PolicyConfig.fixed, "kto_beta", "kto_lambda_D", "kto_lambda_U", "z0_mode", "n_mc_samples", "n_D",
-        "n_U", "sample_seed",
-    )  # fmt: skip
+    default_batch_size = None  # --micro_batch_size x ranks
 
-    output_dir: str = flag("kto-train", help="Folder of the run.")
-    train_dataset_path: str = flag(
-        help="Records written by precompute_bref.py, ours or the published program's.",
+    output_dir: str = flag("kto-train", "Folder of the run.")
+    train_data_path: str = flag(
+        help="Records written by precompute_bref.py, ours or the published program's.", reads="path"
     )
-    eval_dataset_path: str | None = flag(None, help="Such records for validation.")
-    kto_beta: float = flag(0.2, help="Strength of the tie to the reference.")
-    kto_lambda_D: float = flag(1.0, help="Weight of desirable answers.")
-    kto_lambda_U: float = flag(1.0, help="Weight of undesirable answers.")
+    eval_data_path: str | None = flag(None, "Such records for validation.", reads="path")
+    beta: float = flag(0.2, "Strength of the tie to the reference.", above=0, fixed=True)
+    desirable_weight: float = flag(1.0, "Weight of desirable answers (lambda_D).", at_least=0, fixed=True)
+    undesirable_weight: float = flag(1.0, "Weight of undesirable answers (lambda_U).", at_least=0, fixed=True)
     z0_mode: str = flag(
         "global_mean",
-        help="z0: nothing, the mean of r over the batch, that mean without the record itself, a moving "
-        "average of it, or max(0, mean r of answers to other prompts), KTO's own, which needs the reference.",
+        "z0: nothing, the mean of r over the batch, that mean without the record itself, a moving average of "
+        "it, or max(0, mean r of answers to other prompts), KTO's own, which needs the reference.",
         choices=Z0_MODES,
+        fixed=True,
     )
-    disable_mask_verification: bool = flag(
-        False, help="Do not compare masks with the records' sums and hashes."
-    )
-    verify_masks: bool = flag(True, help="The opposite of --disable_mask_verification.")
-    n_D: float = flag(1.0, help="Share of the desirable records to use, 0 to 1.")
-    n_U: float = flag(1.0, help="Share of the undesirable records to use, 0 to 1.")
-    sample_seed: int = flag(42, help="Seed of that choice.")
+    verify_masks: bool = flag(True, "Compare masks with the records' sums and hashes.")
+    n_D: float = flag(1.0, "Share of the desirable records to use.", at_least=0, at_most=1, fixed=True)
+    n_U: float = flag(1.0, "Share of the undesirable records to use.", at_least=0, at_most=1, fixed=True)
+    sample_seed: int = flag(42, "Seed of that choice.", at_least=0, fixed=True)
     eos: str | None = flag(
         None,
-        help="As in precompute_bref.py; default what the records say.",
+        "As in precompute_bref.py; default what the records say.",
         choices=["one", "filled", "none", "padded"],
     )
-    max_length: int | None = flag(None, help="As in precompute_bref.py; default what the records say.")
-    long: str = flag("truncate", help="As in precompute_bref.py.", choices=["error", "drop", "truncate"])
-    batch_size: int = flag(
-        0,
-        help="Records per optimizer step, over all ranks and micro-batches; 0 = --micro_batch_size (1) x "
-        "--gradient_accumulation_steps x ranks.",
+    max_length: int | None = flag(None, "As in precompute_bref.py; default what the records say.")
+    long: str = flag("truncate", "As in precompute_bref.py.", choices=["error", "drop", "truncate"])
+    batch_size: int | None = flag(
+        None,
+        "Records per optimizer step, over all ranks; default --micro_batch_size (1) x "
+        "--gradient_accumulation_steps (1) x ranks.",
     )
-    gradient_accumulation_steps: int = flag(
-        1, help="Micro-batches per step and rank, where --batch_size is 0."
-    )
-    learning_rate: float = flag(5e-6, help="Peak learning rate.")
-    warmup_ratio: float = flag(0.03, help="Warm-up as a share of all steps, when --warmup_steps is 0.")
-    save_interval: int = flag(
-        3000,
-        help="Save the training state every N steps; 0 = only when stopped.",
-    )
-    save_strategy: str = flag(
-        "steps",
-        help="steps: every --save_steps; no, epoch: at the end only.",
-        choices=["no", "steps", "epoch"],
-    )
-    fsdp: str = flag(
-        "full_shard auto_wrap",
-        help="Under torchrun 'full_shard' is the same as --shard full; '' replicates the model.",
-    )
+    learning_rate: float = 5e-6
+    warmup_ratio: float = 0.03
+    save_interval: int = 3000
+    shard: str = "full"
 
     def settle(self, run: "Run") -> None:
         super().settle(run)
-        if self.batch_size == 0:
-            self.micro_batch_size = self.micro_batch_size or 1
-            self.batch_size = self.micro_batch_size * self.gradient_accumulation_steps * run.world_size
-        if "full_shard" in self.fsdp and run.world_size > 1 and self.shard == "none":
-            self.shard = "full"
-        if self.save_strategy != "steps":
-            self.save_interval = 0
+        if run.world_size == 1:
+            self.shard = "none"  # full is the published program's default, and means several ranks
+
+    def check_flags(self) -> None:
+        """Shares of the records."""
+        if self.n_D + self.n_U == 0:
+            raise ValueError(f"--n_D {self.n_D} --n_U {self.n_U}: no record is left")
+
+    def resolve(self, run: "Run", num_records: int) -> None:
+        super().resolve(run, num_records)
         alone = {
             "global_mean": "z0 would be the record's own r, so s = 0 and the loss a constant",
             "loo_mean": "there is no other record to take z0 from",
@@ -107,8 +91,6 @@ class Config(ReferenceFlags, PolicyConfig):
                 f"--z0_mode {self.z0_mode} with a batch of one record: {alone[self.z0_mode]}. Use "
                 "--batch_size 2 or more (--gradient_accumulation_steps counts), or --z0_mode ema or zero"
             )
-        if not (0.0 <= self.n_D <= 1.0 and 0.0 <= self.n_U <= 1.0 and self.n_D + self.n_U > 0.0):
-            raise ValueError(f"--n_D {self.n_D} --n_U {self.n_U}: shares between 0 and 1, not both 0")
 
 
 if __name__ == "__main__":
@@ -152,11 +134,11 @@ def read(path: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> BrefF
     file = read_bref(
         path,
         tokenizer,
-        num_draws=config.n_mc_samples,
+        num_draws=config.num_masks,
         eos=config.eos,
         max_length=config.max_length,
         long=config.long,
-        verify=config.verify_masks and not config.disable_mask_verification,
+        verify=config.verify_masks,
     )
     config.eos, config.max_length = file.eos, file.max_length
     return file
@@ -184,7 +166,7 @@ def answers_of(
     if config.z0_mode == "kl_mismatched":
         answer = records[neighbour].tokens.answer[: config.max_length - len(tokens.context)]
         other = Request(tokens.context, answer, f"{record_id} {neighbour}")
-        masks = MaskSettings(config.n_mc_samples)
+        masks = MaskSettings(config.num_masks)
         others = [(other, *plan_draws([other], masks, config.seed, "kl", epoch))]
     request = Request(tokens.context, tokens.answer, str(record_id))
     numbers = {"b_ref": [record.b_ref], "is_desirable": [float(record.is_desirable)]}
@@ -246,8 +228,8 @@ class KtoLoss:
 
     def _losses(self, ratios: Tensor, is_desirable: Tensor, z0: Tensor) -> Tensor:
         config = self.config
-        weights = {"lambda_d": config.kto_lambda_D, "lambda_u": config.kto_lambda_U}
-        return kto_losses(ratios, is_desirable, z0, beta=config.kto_beta, **weights)
+        weights = {"lambda_d": config.desirable_weight, "lambda_u": config.undesirable_weight}
+        return kto_losses(ratios, is_desirable, z0, beta=config.beta, **weights)
 
     def step(self, model: torch.nn.Module, batch: AnswerBatch, total_units: float) -> LossParts:
         """The loss of a step, in as many parts as it has forwards."""
@@ -260,8 +242,8 @@ class KtoLoss:
         if config.z0_mode == "ema":
             self.z0 = float(z0[0])
         value = self._losses(ratios, batch.numbers["is_desirable"].bool(), z0).sum() / total_units
-        coefficients = differentiate(value, leaf) / config.n_mc_samples
-        sums = step_sums(ratios.detach(), z0, leaf.detach(), batch, config.kto_beta)
+        coefficients = differentiate(value, leaf) / config.num_masks
+        sums = step_sums(ratios.detach(), z0, leaf.detach(), batch, config.beta)
         return LossParts(value.detach(), gradient_parts(model, batch.chunks, coefficients), sums)
 
     @torch.no_grad()
@@ -283,7 +265,7 @@ class KtoLoss:
         total, count = sum_over_ranks([float(compared.sum()), len(compared)])
         mode = config.z0_mode if config.z0_mode in ("zero", "kl_mismatched") else "global_mean"
         z0 = kto_baseline(r, mode=mode, total=total, count=count, previous=None)
-        rewards = config.kto_beta * r
+        rewards = config.beta * r
         parts = {
             "loss": self._losses(r, is_desirable, z0),
             "accuracies": ((r > z0) == is_desirable).double(),
@@ -310,7 +292,7 @@ def record_rows(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -
 def main(argv: list[str] | None = None) -> None:
     """Runs ELBO-KTO with the given flags."""
     config = parse(Config, argv, description=__doc__)
-    paths = [path for path in (config.train_dataset_path, config.eval_dataset_path) if path is not None]
+    paths = [path for path in (config.train_data_path, config.eval_data_path) if path is not None]
     stage = PolicyStage.start(config, partial(record_rows, config), train=paths[:1], held_out=paths[1:])
     if stage is None:
         return

@@ -2,7 +2,7 @@
 
 Every step samples --num_generations completions to each of a few prompts from the model as it is, scores them
 with --reward_funcs, and raises the likelihood of those that beat their group. What "likelihood" means is
---estimator:
+--likelihood:
 
     elbo        the any-order bound of the whole completion, shared masks, one ratio a completion (default)
     trajectory  the exact likelihood of the sampler's own steps, low confidence or random order
@@ -23,20 +23,20 @@ Run:
 
 The same command continues an interrupted run. Records: a prompt, and the fields that the rewards need
 (data/README.md). Writes beside the usual files completions.jsonl, and best/ by held-out accuracy. How to
-choose estimator, advantages and rewards: docs/grpo.md.
+choose likelihood, advantages and rewards: docs/grpo.md.
 """
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from llada.data.flags import QuestionFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
-from llada.policies.config import OlderFlags
 from llada.policies.grpo_config import GrpoConfig
 from llada.policies.recipes import RecipeFlags
 from llada.rewards.flags import RewardFlags
@@ -44,79 +44,57 @@ from llada.training.config import finished_before
 
 
 @dataclass(kw_only=True)
-class Config(QuestionFlags, RewardFlags, SamplerFlags, OlderFlags, RecipeFlags, GrpoConfig):
-    """Flags of GRPO."""
+class Config(QuestionFlags, RecipeFlags, GrpoConfig, RewardFlags, SamplerFlags):
+    """GRPO."""
 
     stage = "rlhf/train_grpo.py"
 
-    fixed = (
-        *GrpoConfig.fixed, "reward_funcs", "reward_weights", "gen_length", "block_length", "steps",
-        "temperature", "remasking", "method", "apply_chat_template",
-    )  # fmt: skip
-
-    train_data_path: str = flag(
-        "openai/gsm8k@main", help="File of prompts, or name@config of a hub data set."
-    )
+    train_data_path: str = flag("openai/gsm8k@main", "File of prompts, or name@config of a hub data set.")
     eval_data_path: str | None = flag(
-        None,
-        help="Prompts for held-out accuracy: the first reward, at temperature 0.",
+        None, "Prompts for held-out accuracy: the first reward, at temperature 0.", reads="path"
     )
-    apply_chat_template: bool = flag(True, help="Prompts that are plain texts become a user's turn.")
+    apply_chat_template: bool = flag(True, "Prompts that are plain texts become a user's turn.", fixed=True)
     long_prompts: str = flag(
-        "error", help="Prompts beyond --max_length less the answer.", choices=["error", "drop"]
+        "error", "Prompts beyond --max_length less the answer.", choices=["error", "drop"]
     )
-    resume_from_checkpoint: str = flag(
-        "auto",
-        help="auto = continue --output_dir if it holds a state; none; or a folder.",
+    batch_size: int | None = flag(None, "Completions per optimizer step, over all ranks; default 128.")
+    temperature: float = flag(1.0, "Of the sampler in training.")
+    save_best: bool = flag(True, "Keep the weights with the best held-out accuracy in best/.")
+    stop_accuracy: float | None = flag(
+        None, "Stop at this held-out accuracy.", above=0, at_most=1, needs="eval_data_path"
     )
-    batch_size: int = flag(
-        128,
-        help="Completions per optimizer step, over all ranks.",
+    patience: int = flag(
+        0,
+        "Stop after so many validations without a better accuracy; 0 = never.",
+        at_least=0,
+        needs="eval_data_path",
     )
-    gradient_accumulation_steps: int | None = flag(
-        None, help="Accepted; it follows from --batch_size, --micro_batch_size and the ranks."
-    )
-    temperature: float = flag(1.0, help="Of the sampler in training.")
-    steps: int | None = flag(None, help="Denoising steps over the whole answer; default gen_length.")
-    remasking_threshold: float | None = flag(
-        None, help="The same as --parallel_decoding threshold --threshold X."
-    )
-    save_best: bool = flag(True, help="Keep the weights with the best held-out accuracy in best/.")
-    stop_accuracy: float | None = flag(None, help="Stop at this held-out accuracy (0 to 1).")
-    patience: int = flag(0, help="Stop after so many validations without a better accuracy; 0 = never.")
+
+    def agreed(self) -> dict[str, Any]:
+        """With the sampler's settings, which decide a rollout, but those that change no token."""
+        names = {field.name for field in fields(SamplerFlags)} - {"cuda_graphs", "early_stop"}
+        return super().agreed() | {name: getattr(self, name) for name in sorted(names)}
 
     def settle(self, run: "Run") -> None:
-        """Checks the numbers of this stage against each other, and turns older spellings into flags."""
         super().settle(run)
-        if self.remasking_threshold is not None:
-            self.parallel_decoding, self.threshold = "threshold", self.remasking_threshold
-        self.scale_rewards = {"true": "group", "false": "none"}.get(self.scale_rewards, self.scale_rewards)
-        if self.num_generations < 2:
-            raise ValueError(f"--num_generations {self.num_generations}: a group needs at least 2")
+        settings = sampler_settings(self)
+        self.check_likelihood(settings)
+        if self.likelihood == "trajectory":
+            check_settings(settings, order=self.order_term)
+
+    def resolve(self, run: "Run", num_records: int) -> None:
+        """`num_records` completions are an epoch; --num_iterations steps learn from each."""
+        self._resolve_batch(run.world_size)
+        if self.max_steps < 0:
+            rollouts = max(1, round(self.num_train_epochs * num_records / self.batch_size))
+            self.max_steps = rollouts * self.num_iterations
+        super().resolve(run, num_records)
         unit = self.num_generations * run.world_size
         if self.batch_size % unit:
             raise ValueError(
                 f"--batch_size {self.batch_size} must be a multiple of --num_generations "
                 f"{self.num_generations} x {run.world_size} ranks = {unit}"
             )
-        if self.num_iterations < 1:
-            raise ValueError(f"--num_iterations {self.num_iterations} must be at least 1")
-        if self.negative_weight < 0:
-            raise ValueError(f"--negative_weight {self.negative_weight} must be at least 0")
-        for name in ("stop_accuracy", "patience"):
-            if getattr(self, name) and self.eval_data_path is None:
-                raise ValueError(f"--{name} needs --eval_data_path")
-        settings = sampler_settings(self)
-        self.check_likelihood(settings)
-        if self.estimator == "trajectory":
-            check_settings(settings, order=self.order_term)
-
-    def resolve(self, run: "Run", num_records: int) -> None:
-        """`num_records` completions are an epoch; --num_iterations steps learn from each."""
-        if self.max_steps < 0:
-            rollouts = max(1, round(self.num_train_epochs * num_records / self.batch_size))
-            self.max_steps = rollouts * self.num_iterations
-        super().resolve(run, num_records)
 
 
 if __name__ == "__main__":
@@ -214,7 +192,7 @@ def make_stream(
             settings=settings,
             batch_size=config.rollout_batch_size,
             chat=config.apply_chat_template,
-            keep_trace=config.estimator == "trajectory",
+            keep_trace=config.likelihood == "trajectory",
             keep_canvas=config.eos == "canvas",
         ),
         prompts=prompts,
@@ -252,7 +230,6 @@ def main(argv: list[str] | None = None) -> None:
         partial(grpo_loss, flags=config),
         validate=validate,
         data=f"{len(prompts)} prompts, {num_tokens} tokens",
-        prefetch=False,  # a rollout needs the weights as they are
         early_stop=EarlyStop(target, config.patience),
     )
 

@@ -18,10 +18,10 @@ from llada.flags.parser import check_command_line, flag, parse, run_main
 class Config:
     """Flags of this script."""
 
-    trace: str = flag(help="What generate.py --trace wrote.")
-    tokenizer: str = flag(help="Folder of the model's tokenizer.")
-    output: str = flag(help="HTML file to write.")
-    max_answers: int = flag(20, help="Only the first so many answers of the trace.")
+    trace: str = flag(help="What generate.py --trace wrote.", reads="path")
+    tokenizer_name: str = flag(help="Folder of the model's tokenizer.", reads="model")
+    output: str = flag(help="HTML file to write.", writes="file")
+    max_answers: int = flag(20, "Only the first so many answers of the trace.", at_least=1)
 
 
 if __name__ == "__main__":
@@ -38,7 +38,7 @@ STEP_FIELDS = ("positions", "token_ids", "confidences", "remasked", "step", "blo
 
 def read_replays(config: Config) -> list[dict[str, Any]]:
     """The answers of a trace with their steps, for page/denoise.js. ValueError names file and line."""
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer_name)
     replays: dict[tuple, dict[str, Any]] = {}
     for where, entry in read_records(config.trace):
         if missing := [name for name in STEP_FIELDS if name not in entry]:

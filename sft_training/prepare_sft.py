@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = ConversationRows(
         config.max_length, config.reader(), config.parse_special_tokens, turns=config.turns, long=config.long
     )
-    write_splits(config, rows, load_tokenizer(config.tokenizer, chat=True))
+    write_splits(config, rows, load_tokenizer(config.tokenizer_name, chat=True))
 
 
 if __name__ == "__main__":

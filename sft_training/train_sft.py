@@ -23,48 +23,50 @@ from functools import partial
 
 from llada.data.flags import ConversationFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
-from llada.models.flags import MaskTokenFlag
-from llada.training.config import TrainConfig, finished_before
+from llada.training.config import RowsConfig, finished_before
 
 
 @dataclass(kw_only=True)
-class Config(ConversationFlags, TrainConfig, MaskTokenFlag):
-    """Flags of SFT."""
+class Config(ConversationFlags, RowsConfig):
+    """SFT."""
 
-    fixed = (*TrainConfig.fixed, "eos_padding", "full_padding_probability")
-
-    model_name_or_path: str = flag(help="Checkpoint to fine-tune.")
+    model_name_or_path: str = flag(help="Checkpoint to fine-tune.", reads="model")
     train_data_path: list[str] = flag(
         help="Folders made by prepare_sft.py, or raw conversation files (formats: data/README.md).",
+        reads="path",
     )
     data_weights: list[float] | None = flag(
-        None, help="Share of each of several --train_data_path; default: every row once."
+        None, "Share of each of several --train_data_path; default: every row once.", above=0
     )
-    eval_data_path: str | None = flag(None, help="Conversations for validation.")
+    eval_data_path: str | None = flag(None, "Conversations for validation.", reads="path")
     turns: str = flag(
         "all",
-        help="Which assistant turns are learned: all, the last, or each in a row of its own.",
+        "Which assistant turns are learned: all, the last, or each in a row of its own.",
         choices=["all", "last", "split"],
     )
     long: str = flag(
         "error",
-        help="Conversations beyond --max_length: stop, drop and count, or cut and count.",
+        "Conversations beyond --max_length: stop, drop and count, or cut and count.",
         choices=["error", "drop", "truncate"],
     )
     eos_padding: bool = flag(
-        False, help="Fill rows with EOS that is attended, masked and scored (LLaDA's recipe)."
+        False, "Fill rows with EOS that is attended, masked and scored (LLaDA's recipe).", fixed=True
     )
     full_padding_probability: float = flag(
         0.0,
-        help="With --eos_padding: share of the batches that is filled up to --max_length instead, "
-        "so that the model also meets canvases much longer than its answers.",
+        "Share of the batches that is filled up to --max_length instead, so that the model also meets "
+        "canvases much longer than its answers.",
+        at_least=0,
+        at_most=1,
+        needs="eos_padding",
+        fixed=True,
     )
     packing: bool = flag(
         False,
-        help="Put several records into a row of --max_length tokens, none of which sees another; "
-        "--batch_size counts records, --micro_batch_size rows.",
+        "Put several records into a row of --max_length tokens, none of which sees another; --batch_size "
+        "counts records, --micro_batch_size rows.",
     )
-    learning_rate: float = flag(2e-5, help="Peak learning rate.")
+    learning_rate: float = 2e-5
 
 
 if __name__ == "__main__":

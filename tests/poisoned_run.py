@@ -17,7 +17,9 @@ from test_training import NoTokenizer, make_config, make_stream, tiny_model
 
 output, fault = sys.argv[1:]
 run = start_run("cpu")
-config = make_config(output, micro_batch_size=2, on_nonfinite="skip" if fault == "nan_skip" else "stop")
+config = make_config(
+    output, num_workers=0, micro_batch_size=2, on_nonfinite="skip" if fault == "nan_skip" else "stop"
+)
 stream = make_stream(config, run)
 
 
@@ -35,7 +37,7 @@ def faulty(step):
 model = prepare_trainable(tiny_model(), config)
 fit(
     model, NoTokenizer(), config, run, stream=faulty, loss=masked_diffusion_loss, validate=None,
-    data="", prefetch=False,
+    data="",
 )  # fmt: skip
 weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 print(f"rank {run.rank} ends with {weights.double().sum().item():.12f}", flush=True)

@@ -29,13 +29,13 @@ def resident_bytes():
 
 def make_step(stage, num_draws):
     """A step's loss with all its parts, for a policy and numbers in place of a reference."""
-    flags = {"model_name_or_path": "x", "output_dir": "x", "n_mc_samples": num_draws}
+    flags = {"model_name_or_path": "x", "output_dir": "x", "num_masks": num_draws}
     if stage == "dpo":
         script = load_script("rlhf/train_dpo.py")
         config = script.Config(train_data_path=["x"], **flags)
         return PairStage(config, partial(script.dpo, config)).step_loss
     script = load_script("rlhf/train_elbo_kto.py")
-    return script.KtoLoss(script.Config(train_dataset_path="x", **flags)).step
+    return script.KtoLoss(script.Config(train_data_path="x", **flags)).step
 
 
 def make_batch(num_draws):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from llada.flags.parser import parse
 from llada.models.building import attach_lora
-from llada.training.config import TrainConfig
+from llada.training.config import RowsConfig
 from llada.training.cost import Ranks, block_bytes, count_parameters, memory
 from llada.training.parallel import wrap_blocks
 from modelling_final import LLaDAConfig, LLaDAModelLM
@@ -101,7 +102,7 @@ def kept_bytes(num_blocks, recompute):
 def test_memory_of_recomputed_blocks_is_what_is_kept(recompute):
     random_state = torch.get_rng_state().numel()  # once a block, whatever its size
     per_block = (kept_bytes(3, recompute) - kept_bytes(2, recompute) - random_state) / (B * L)
-    config = TrainConfig(output_dir="", activation_checkpointing=recompute, batch_size=B, micro_batch_size=B)
+    config = RowsConfig(output_dir="", activation_checkpointing=recompute, batch_size=B, micro_batch_size=B)
     found = []
     for num_blocks in (2, 3):
         model = make_model(num_blocks)
@@ -114,6 +115,6 @@ def test_memory_of_recomputed_blocks_is_what_is_kept(recompute):
 
 
 def test_the_old_flag_means_full():
-    assert TrainConfig(output_dir="").recompute == "none"
-    assert TrainConfig(output_dir="", gradient_checkpointing=True).recompute == "full"
-    assert TrainConfig(output_dir="", activation_checkpointing="selective").recompute == "selective"
+    assert parse(RowsConfig, ["--output_dir", "x"]).activation_checkpointing == "none"
+    older = parse(RowsConfig, ["--output_dir", "x", "--gradient_checkpointing"])
+    assert older.activation_checkpointing == "full"

@@ -12,7 +12,7 @@ from conftest import ROOT, load_script
 from llada.flags.parser import parse
 from llada.models.checkpoints import NO_SCALING, RopeScaling, load_config, load_model
 from llada.run import Run
-from llada.training.config import TrainConfig
+from llada.training.config import RowsConfig
 from llada.training.rows_stage import validation_loss
 from modelling_final import LLaDAConfig
 from test_stages import SAMPLES
@@ -137,7 +137,7 @@ def test_the_bound_by_position_adds_up_to_the_validation_bound(model_dir, text, 
             return iter(batches)
 
     run = Run(rank=0, world_size=1, device=torch.device("cpu"))
-    bound = validation_loss(model, stream=Stream(), config=TrainConfig(output_dir=""), run=run)
+    bound = validation_loss(model, stream=Stream(), config=RowsConfig(output_dir=""), run=run)
     assert plain.mean() == pytest.approx(bound, rel=1e-5)
     assert math.isfinite(bound) and NO_SCALING.apply(model.config) is model.config
 
@@ -153,6 +153,9 @@ def test_what_bench_context_cannot_do_is_said(model_dir, text):
             bench_context.main([*base, *more])
 
 
-def test_the_8k_config_fits_the_script():
+def test_the_8k_config_fits_the_script(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "validation"):
+        (tmp_path / "corpus_8k" / split).mkdir(parents=True)
     config = parse(pretrain.Config, ["--config", str(ROOT / "configs/pretrain_8k.yaml")])
     assert (config.max_length, config.rope_scaling, config.packing) == (8192, "yarn", True)

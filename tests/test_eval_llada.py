@@ -382,7 +382,7 @@ def test_the_predecessors_model_args_are_accepted():
         }
     )
     assert args.adapter_path is None  # load_lora=False
-    assert (args.mc_num, args.cfg_scale, args.is_check_greedy) == (128, 0.0, True)
+    assert (args.num_masks, args.cfg_scale, args.is_check_greedy) == (128, 0.0, True)
 
 
 def test_lm_evals_own_flags_yield_to_model_args():

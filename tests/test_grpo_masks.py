@@ -33,7 +33,7 @@ def builder_of(**flags):
 
 
 def masks_of(size, count=400, **flags):
-    builder = builder_of(mask_plan="block", n_mc_samples=2, **flags)
+    builder = builder_of(mask_plan="block", num_masks=2, **flags)
     return [builder._masks(Answer(PROMPT * 10, [1] * size, f"{n}/0")) for n in range(count)]
 
 
@@ -61,7 +61,7 @@ def test_block_masks_are_those_of_spg():
 
 
 def test_blocks_are_drawn_without_repetition_among_those_of_the_answer():
-    builder = builder_of(mask_plan="block", n_mc_samples=3, p_mask_prompt=0.0)
+    builder = builder_of(mask_plan="block", num_masks=3, p_mask_prompt=0.0)
     for n in range(50):
         masks = builder._masks(Answer(PROMPT, [1] * CANVAS, f"{n}/0"))
         # nothing is masked before the block, everything behind it: each block is met once
@@ -96,7 +96,7 @@ def test_many_gauss_nodes_have_the_bias_of_their_rounded_sizes():
 
 
 def test_ratio_masks_grow_from_one_start_to_everything():
-    builder = builder_of(mask_plan="ratio", n_mc_samples=1, num_iterations=4, redraw_masks=True)
+    builder = builder_of(mask_plan="ratio", num_masks=1, num_iterations=4, redraw_masks=True)
     rates = np.zeros((300, 4))
     for n, iteration in itertools.product(range(300), range(4)):
         answer = Answer(PROMPT, [1] * CANVAS, f"{n}/0@{iteration}", iteration=iteration)
@@ -107,7 +107,7 @@ def test_ratio_masks_grow_from_one_start_to_everything():
 
 
 def test_coupled_masks_are_complements_and_their_weights_those_of_the_ratio():
-    builder = builder_of(estimator="coupled")
+    builder = builder_of(likelihood="coupled")
     for n in range(50):
         masks = builder._masks(Answer(PROMPT, [1] * CANVAS, f"{n}/0"))
         full, half, rest = masks.is_masked
@@ -123,7 +123,7 @@ def chunks_of(**flags):
 
 def test_what_follows_the_end_of_an_answer():
     ended = [*PROMPT, MASK, MASK, MASK]
-    everything = {"estimator": "diffu", "p_mask_prompt": 0.0}
+    everything = {"likelihood": "diffu", "p_mask_prompt": 0.0}
     one = chunks_of(**everything, eos="one")
     assert one.input_ids.tolist() == [ended] and one.targets.tolist() == [1, 2, 0]
     tail = chunks_of(**everything, eos="tail")
@@ -135,17 +135,15 @@ def test_what_follows_the_end_of_an_answer():
     assert filled.input_ids.tolist() == canvas.input_ids.tolist() == tail.input_ids.tolist()
 
 
-@pytest.mark.parametrize("estimator", ["elbo", "diffu", "coupled"])
+@pytest.mark.parametrize("likelihood", ["elbo", "diffu", "coupled"])
 @pytest.mark.parametrize("level", ["auto", "mask", "token"])
-def test_counts_are_those_of_the_terms(estimator, level):
-    if estimator != "elbo" and level == "mask":
+def test_counts_are_those_of_the_terms(likelihood, level):
+    if likelihood != "elbo" and level == "mask":
         return
     answers = [Answer(PROMPT, [1] * size, f"{n}/0") for n, size in enumerate((3, 1, 7))]
     for plan in ("stratified", "iid", "complementary", "gauss", "reference", "ratio", "block"):
-        uniform = {"l_sampling": "uniform"} if plan not in ("stratified", "iid") else {}
-        builder = builder_of(
-            estimator=estimator, ratio_level=level, mask_plan=plan, n_mc_samples=2, **uniform
-        )
+        uniform = {"size_law": "uniform"} if plan not in ("stratified", "iid") else {}
+        builder = builder_of(likelihood=likelihood, ratio_level=level, mask_plan=plan, num_masks=2, **uniform)
         terms = builder(answers)
         counts, shares = builder.counts(answers)
         owned = torch.bincount(terms.owners, minlength=3)

@@ -329,7 +329,7 @@ def test_alignment_defaults_and_variables(tools):
         ["sft_data/llama_logits.json"],
         "sft_data/processed_alignment.pt",
     )
-    assert (config.tokenizer, config.max_length) == ("GSAI-ML/LLaDA-8B-Instruct", 256)
+    assert (config.tokenizer_name, config.max_length) == ("GSAI-ML/LLaDA-8B-Instruct", 256)
     config = config_of(*train)
     assert (config.positions, config.loss_type, config.output_dir) == ("answer", "kl", "alignment_output")
     assert (config.batch_size, config.learning_rate, config.num_train_epochs) == (2, 2.5e-5, 3)

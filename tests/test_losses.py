@@ -12,7 +12,7 @@ from llada.diffusion.losses import masked_diffusion_loss
 from llada.diffusion.masking import mask_probability
 from llada.diffusion.stream import MaskedStream
 from llada.run import Run
-from llada.training.config import TrainConfig
+from llada.training.config import RowsConfig
 from llada.training.rows_stage import validation_loss
 from tiny_llada import V, make_model
 
@@ -91,7 +91,7 @@ def test_validation_is_unbiased_for_the_bound():
     """The mean over many seeds of the fixed masks is the exact bound of the records, within 4 standard
     errors."""
     model = make_model()
-    config = TrainConfig(output_dir="")
+    config = RowsConfig(output_dir="")
     values = []
     for seed in range(150):
         stream = make_stream(6)
@@ -112,6 +112,6 @@ def test_validation_is_unbiased_for_the_bound():
 
 
 def test_validation_does_not_depend_on_the_micro_batch():
-    model, config = make_model(), TrainConfig(output_dir="")
+    model, config = make_model(), RowsConfig(output_dir="")
     whole, split = (validation_loss(model, stream=make_stream(n), config=config, run=CPU) for n in (6, 1))
     assert whole == pytest.approx(split, rel=1e-6)

@@ -12,7 +12,7 @@ from llada.diffusion.batches import Example, deal, pack
 from llada.diffusion.losses import masked_diffusion_loss
 from llada.diffusion.stream import Curriculum, MaskedStream
 from llada.run import Run
-from llada.training.config import TrainConfig
+from llada.training.config import RowsConfig
 from llada.training.rows_stage import validation_loss
 from processes import run_ranks
 from test_stages import SAMPLES, final_weights, losses, pretrain_flags, sft_flags
@@ -116,7 +116,7 @@ def test_records_that_are_filled_up_are_packed_at_their_full_length():
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_validation_is_the_same(world_size):
     model = tiny_model()
-    config = TrainConfig(output_dir="unused")
+    config = RowsConfig(output_dir="unused")
     expected = validation_loss(model, stream=make_stream(), config=config, run=CPU)
     batches = [
         list(make_stream(run=Run(r, world_size, torch.device("cpu")), row_length=ROW, micro_batch_size=2)

@@ -58,7 +58,7 @@ def settings_of(**changes):
 
 
 def builder_of(settings, **changes):
-    options = {"estimator": "trajectory", "n_mc_samples": 2, "l_sampling": "uniform", "seed": 0,
+    options = {"likelihood": "trajectory", "num_masks": 2, "size_law": "uniform", "seed": 0,
                "micro_batch_size": 64, "model_name_or_path": "x", "output_dir": "x"}  # fmt: skip
     return TermBuilder(GrpoConfig(**options | changes), settings, IDS)
 
@@ -190,9 +190,9 @@ def test_the_elbo_gradient_is_exact_where_orders_agree_and_a_token_estimate_too(
     exact = gradient_of(model, (log_pi.exp() * rewards).sum())
     probabilities = log_pi.exp().detach()
     for options in (
-        {"estimator": "elbo", "n_mc_samples": 7},  # all masks
-        {"estimator": "elbo", "n_mc_samples": 2, "mask_plan": "complementary"},
-        {"estimator": "diffu", "p_mask_prompt": 0.0},
+        {"likelihood": "elbo", "num_masks": 7},  # all masks
+        {"likelihood": "elbo", "num_masks": 2, "mask_plan": "complementary"},
+        {"likelihood": "diffu", "p_mask_prompt": 0.0},
     ):
         terms = builder_of(settings, **options)(answers)
 
@@ -206,7 +206,7 @@ def test_the_elbo_gradient_is_exact_where_orders_agree_and_a_token_estimate_too(
 def test_the_elbo_gradient_is_that_of_the_bound():
     model, settings = Model(), settings_of()
     answers = [Answer(PROMPT, (0, 1, 2), "a"), Answer(PROMPT, (2, 2), "b")]
-    terms = builder_of(settings, estimator="elbo", n_mc_samples=7)(answers)
+    terms = builder_of(settings, likelihood="elbo", num_masks=7)(answers)
     advantages = torch.tensor([1.0, -0.5], dtype=torch.float64)
     ones, lengths = torch.ones(2, dtype=torch.float64), torch.tensor([3.0, 2.0], dtype=torch.float64)
     weights, units = term_weights("sequence", ones, lengths, longest=LENGTH)
@@ -337,12 +337,12 @@ def test_loss_types_against_their_definitions(loss_type):
         assert found == pytest.approx(sum(float(w) * n * v for w, n, v in shared) / float(units.sum()))
 
 
-@pytest.mark.parametrize("estimator", ["elbo", "trajectory", "diffu"])
-def test_the_policy_that_sampled_has_ratio_one_and_kl_zero_exactly(estimator):
+@pytest.mark.parametrize("likelihood", ["elbo", "trajectory", "diffu"])
+def test_the_policy_that_sampled_has_ratio_one_and_kl_zero_exactly(likelihood):
     settings, model = settings_of(), Model()
     traces = list(itertools.islice(trajectories(settings), 0, 60, 7))
     answers = [Answer(PROMPT, answer_of(trace), str(i), trace) for i, trace in enumerate(traces)]
-    terms = builder_of(settings, estimator=estimator, micro_batch_size=4)(answers)
+    terms = builder_of(settings, likelihood=likelihood, micro_batch_size=4)(answers)
     values = terms.values(model)
     advantages = torch.linspace(-1, 1, len(answers), dtype=torch.float64)
     flags = SurrogateFlags(beta=0.1)

@@ -29,14 +29,14 @@ def dpo_flags(model_dir, folder, *more):
     return [
         "--model_name_or_path", model_dir, "--train_data_path", SAMPLES / "preference.jsonl",
         "--apply_chat_template", "--output_dir", folder, "--max_length", 256, "--batch_size", 4,
-        "--micro_batch_size", 2, "--learning_rate", 3e-3, "--n_mc_samples", 2, "--log_interval", 1, *more,
+        "--micro_batch_size", 2, "--learning_rate", 3e-3, "--num_masks", 2, "--log_interval", 1, *more,
     ]  # fmt: skip
 
 
 def kto_flags(model_dir, bref, folder, *more):
     return [
-        "--model_name_or_path", model_dir, "--train_dataset_path", bref, "--output_dir", folder,
-        "--batch_size", 4, "--micro_batch_size", 2, "--learning_rate", 3e-3, "--n_mc_samples", 4,
+        "--model_name_or_path", model_dir, "--train_data_path", bref, "--output_dir", folder,
+        "--batch_size", 4, "--micro_batch_size", 2, "--learning_rate", 3e-3, "--num_masks", 4,
         "--logging_steps", 1, "--warmup_ratio", 0, *more,
     ]  # fmt: skip
 
@@ -173,8 +173,19 @@ def test_bref_goes_on_after_a_kill_and_does_not_depend_on_the_processes(model_di
 
 @pytest.mark.parametrize("mode", ["zero", "global_mean", "loo_mean", "ema", "kl_mismatched"])
 def test_kto_starts_at_half_of_lambda(mode, model_dir, bref, tmp_path):
-    extra = ["--max_steps", 3, "--batch_size", 8, "--z0_mode", mode, "--kto_lambda_D", 1, "--kto_lambda_U", 3]
-    run(KTO, *kto_flags(model_dir, bref, tmp_path, *extra, "--eval_dataset_path", bref))
+    extra = [
+        "--max_steps",
+        3,
+        "--batch_size",
+        8,
+        "--z0_mode",
+        mode,
+        "--desirable_weight",
+        1,
+        "--undesirable_weight",
+        3,
+    ]
+    run(KTO, *kto_flags(model_dir, bref, tmp_path, *extra, "--eval_data_path", bref))
     assert curve(tmp_path)[0] == pytest.approx((4 * 0.5 + 4 * 1.5) / 8, rel=1e-5)
     first, *_, last = curve(tmp_path, "eval_loss")
     assert last < first
@@ -188,7 +199,7 @@ def test_kto_ratios_are_zero_to_the_last_bit_in_equal_batches(model_dir, tmp_pat
              "--max_length", 256, "--batch_size", 1]  # fmt: skip
     run(BREF, *flags, "--output_file", tmp_path / "b.jsonl")
     for num_draws in (1, 4):
-        extra = ["--max_steps", 1, "--micro_batch_size", 1, "--n_mc_samples", num_draws]
+        extra = ["--max_steps", 1, "--micro_batch_size", 1, "--num_masks", num_draws]
         run(KTO, *kto_flags(model_dir, tmp_path / "b.jsonl", tmp_path / str(num_draws), *extra))
         assert curve(tmp_path / str(num_draws), "abs_beta_r/mean") == [0.0]
         assert curve(tmp_path / str(num_draws)) == [0.5]
@@ -220,7 +231,7 @@ def test_published_records_are_accepted(model_dir, bref, tmp_path):
     made = records_of(file)
     assert all(record["completion_length"] < other["completion_length"]
                for record, other in zip(made, records_of(bref), strict=True))  # fmt: skip
-    extra = ["--n_mc_samples", 2, "--max_steps", 1]
+    extra = ["--num_masks", 2, "--max_steps", 1]
     run(KTO, *kto_flags(model_dir, file, tmp_path / "padded", *extra))
     assert curve(tmp_path / "padded", "abs_beta_r/mean")[0] < 1e-5
     published = [
@@ -250,7 +261,7 @@ def test_what_kto_refuses(model_dir, bref, tmp_path):
 
     refuses("--z0_mode global_mean with a batch of one record: z0 would be the record's own r",
             "--batch_size", 0, "--micro_batch_size", 1)  # fmt: skip
-    refuses("--n_mc_samples 3: .*train.jsonl:1 has B_ref for K = 1, 2, 4", "--n_mc_samples", 3)
+    refuses("--num_masks 3: .*train.jsonl:1 has B_ref for K = 1, 2, 4", "--num_masks", 3)
     refuses("--max_length 128: .* has B_ref for max_length 256", "--max_length", 128)
     refuses("--eos none: .* has B_ref for eos 'one'", "--eos", "none")
     refuses("dtype was 'float32', is 'bfloat16'", "--dtype", "bfloat16")
@@ -313,7 +324,7 @@ def test_dry_runs(model_dir, bref, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     held_out = ["--eval_data_path", SAMPLES / "preference.jsonl"]
     run(DPO, *dpo_flags(model_dir, tmp_path / "x", "--dry_run", *held_out))
-    run(KTO, *kto_flags(model_dir, bref, tmp_path / "x", "--dry_run", "--eval_dataset_path", bref))
+    run(KTO, *kto_flags(model_dir, bref, tmp_path / "x", "--dry_run", "--eval_data_path", bref))
     assert capsys.readouterr().out.count("8 rows") == 4
     assert not (tmp_path / "x").exists()
     with pytest.raises(ValueError, match=r"no/such\.jsonl"):

@@ -15,7 +15,7 @@ from llada.models.building import attach_lora
 from llada.models.tokens import load_tokenizer
 from llada.run import Run
 from llada.training import dry_run as preflight
-from llada.training.config import TrainConfig
+from llada.training.config import RowsConfig
 from llada.training.cost import GB, Ranks, block_bytes, count_parameters, flops_per_token, memory
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
@@ -25,7 +25,7 @@ SFT = str(ROOT / "data/samples/sft.jsonl")
 
 
 def train_config(**values):
-    return TrainConfig(output_dir="", **{"batch_size": 1, "micro_batch_size": 1, **values})
+    return RowsConfig(output_dir="", **{"batch_size": 1, "micro_batch_size": 1, **values})
 
 
 def parameters_8b(*, lora, dtype=torch.float32):
@@ -72,7 +72,7 @@ def test_memory_of_llada_8b_by_hand():
     accumulated = memory(LLaDAConfig(), config, full, ranks, length=1)
     assert accumulated["gradients"] == shared["gradients"] + 4 * full.total
     # LoRA r16 in bf16 on one sequence of 4,096 with recomputed blocks: about 19 GB
-    config = train_config(dtype="bfloat16", use_lora=True, gradient_checkpointing=True)
+    config = train_config(dtype="bfloat16", use_lora=True, activation_checkpointing="full")
     lora = parameters_8b(lora=True, dtype=torch.bfloat16)
     total = sum(memory(LLaDAConfig(), config, lora, Ranks(1, 1), length=4096).values())
     assert total / GB == pytest.approx(19, abs=0.5)

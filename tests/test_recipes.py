@@ -105,7 +105,7 @@ class Transcription:
     def __init__(self, config, settings, builder, answers):
         self.config, self.settings, self.answers = config, settings, answers
         self.masks = [None] * len(answers)
-        if config.estimator != "trajectory":
+        if config.likelihood != "trajectory":
             self.masks = [builder._masks(answer) for answer in answers]
 
     def log_p(self, model, prompt, body, target, place, temperature=1.0):
@@ -215,7 +215,7 @@ def bound(t, model, n, weigh, scored, tail=0):
 
 def espo(t):
     policy, before, reference = t.models
-    pairs, total = t.config.n_mc_samples // 2, 0
+    pairs, total = t.config.num_masks // 2, 0
     weigh = lambda _, size: (CANVAS + 1) / size / 2 / pairs  # noqa: E731
     for n, advantage in enumerate(ADVANTAGES):
         new, old, ref = (bound(t, m, n, weigh, COMPLETIONS[n][1]) for m in (policy, before, reference))
@@ -314,7 +314,7 @@ OBJECTIVES = {f.__name__: f for f in (
 CHANGES = {
     "tracerl": {"trajectory_shrink": 2},
     "gdsd": {"epsilon": 0.4},  # the published one leaves no gradient once the policy has moved
-    "bgpo": {"n_mc_samples": 4},
+    "bgpo": {"num_masks": 4},
 }
 
 

@@ -172,6 +172,6 @@ def test_batched_states_score_as_they_do_alone():
      {"logits_eos_inf": True}, {"temperature": 0.0}],
 )  # fmt: skip
 def test_settings_without_an_exact_likelihood_are_refused(change):
-    with pytest.raises(ValueError, match="--estimator trajectory"):
+    with pytest.raises(ValueError, match="--likelihood trajectory"):
         check_settings(settings_of(**change))
     check_settings(settings_of())

@@ -52,10 +52,10 @@ def weights_of(folder):
 
 
 ESTIMATORS = {
-    "elbo": ["--estimator", "elbo"],
-    "trajectory": ["--estimator", "trajectory", "--steps", "2"],
-    "trajectory, some steps": ["--estimator", "trajectory", "--trajectory_steps", "2"],
-    "diffu": ["--estimator", "diffu"],
+    "elbo": ["--likelihood", "elbo"],
+    "trajectory": ["--likelihood", "trajectory", "--steps", "2"],
+    "trajectory, some steps": ["--likelihood", "trajectory", "--trajectory_steps", "2"],
+    "diffu": ["--likelihood", "diffu"],
 }
 
 
@@ -86,7 +86,7 @@ def test_every_estimator_raises_the_reward(flags, tmp_path, name):
 
 def test_rollouts_are_reused_and_their_first_ratio_is_one(flags, tmp_path):
     out = tmp_path / "out"
-    more = ["--num_iterations", "3", "--beta", "0.1", "--estimator", "elbo", "--learning_rate", "1e-2"]
+    more = ["--num_iterations", "3", "--beta", "0.1", "--likelihood", "elbo", "--learning_rate", "1e-2"]
     main(*flags, *more, "--output_dir", out, "--max_steps", "6")
     rows = logged(out, "ratio/mean", "kl", "reward")
     assert [ratio == 1.0 for _, ratio, _, _ in rows] == [True, False, False, True, False, False]
@@ -99,7 +99,7 @@ def test_rollouts_are_reused_and_their_first_ratio_is_one(flags, tmp_path):
 
 @pytest.mark.parametrize("estimator", ["elbo", "trajectory", "diffu"])
 def test_a_run_stopped_within_a_rollout_goes_on_exactly(flags, tmp_path, monkeypatch, estimator):
-    more = ["--num_iterations", "3", "--estimator", estimator, "--max_steps", "6", "--seed", "3"]
+    more = ["--num_iterations", "3", "--likelihood", estimator, "--max_steps", "6", "--seed", "3"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     main(*flags, *more, "--output_dir", whole)
 
@@ -242,8 +242,8 @@ def test_mistakes_are_named(flags, tmp_path):
     for more, message in (
         (["--num_generations", "1"], "--num_generations 1"),
         (["--num_generations", "5"], "--batch_size 16 must be a multiple of --num_generations 5"),
-        (["--estimator", "trajectory", "--cache", "dual"], "--estimator trajectory: cache 'dual'"),
-        (["--estimator", "trajectory", "--temperature", "0"], "--temperature 0"),
+        (["--likelihood", "trajectory", "--cache", "dual"], "--likelihood trajectory: cache 'dual'"),
+        (["--likelihood", "trajectory", "--temperature", "0"], "--temperature 0"),
         (["--patience", "2"], "--patience needs --eval_data_path"),
         (["--num_iterations", "0"], "--num_iterations 0"),
         (["--temperature", "0"], "temperature above 0"),
@@ -315,7 +315,7 @@ def test_redrawn_masks_are_shared_by_old_new_and_reference(flags, tmp_path):
     more += [
         "--learning_rate",
         "0",
-        "--n_mc_samples",
+        "--num_masks",
         "2",
         "--max_steps",
         "6",
@@ -338,10 +338,13 @@ def test_recipes_are_refused_by_name(flags, tmp_path):
         with pytest.raises(ValueError, match=message):
             main(*flags, "--recipe", name, "--output_dir", tmp_path / "out")
     for more, message in (
-        (["--ratio_level", "step"], "--ratio_level step: --estimator elbo has no such terms"),
-        (["--estimator", "trajectory", "--ratio_level", "token"], "--ratio_level token, --trajectory_shrink"),
+        (["--ratio_level", "step"], "--ratio_level step: --likelihood elbo has no such terms"),
+        (
+            ["--likelihood", "trajectory", "--ratio_level", "token"],
+            "--ratio_level token, --trajectory_shrink",
+        ),
         (["--eos", "canvas", "--early_stop", "true"], "--eos canvas: "),
-        (["--mask_plan", "block", "--n_mc_samples", "2"], "--mask_plan block: 2 masks"),
+        (["--mask_plan", "block", "--num_masks", "2"], "--mask_plan block: 2 masks"),
     ):
         with pytest.raises(ValueError, match=message):
             main(*flags, *more, "--output_dir", tmp_path / "out")

@@ -54,8 +54,8 @@ class OnPolicyFlags:
         """Whether the data are prompts, which the student answers."""
         return self.on_policy in ("answers", "self")
 
-    def check_on_policy(self) -> None:
-        """ValueError for a missing judge."""
+    def check_flags(self) -> None:
+        """A judge for the answers."""
         if self.on_policy == "answers" and self.teacher is None:
             raise ValueError("--on_policy answers needs --teacher, the model that judges the answers")
         if self.on_policy == "self" and not self.reward_funcs:

@@ -1,4 +1,4 @@
-"""Flags that several scripts share about data. Nothing slow is imported: see llada/flags.py."""
+"""Flags that several scripts share about data. Nothing slow is imported: see llada/flags/parser.py."""
 
 from dataclasses import dataclass, fields
 
@@ -70,39 +70,39 @@ class LabelledFlags(ConversationFlags, PairFlags):
 
 @dataclass(kw_only=True)
 class PrepareFlags:
-    """Flags that prepare_corpus.py and prepare_sft.py share."""
+    """What is read, and the rows that are written."""
 
-    input: list[str] = flag(help="Files or folders (their kinds: data/README.md).")
-    tokenizer: str = flag(help="Folder of the tokenizer, or of the checkpoint to be trained.")
-    output_dir: str = flag(help="Folder for train/ and validation/.")
-    max_length: int = flag(4096, help="Longest row in tokens.")
-    validation_fraction: float = flag(
-        0.0, help="Share of the documents or conversations to hold out, in [0, 1)."
+    input: list[str] = flag(help="Files or folders (their kinds: data/README.md).", reads="path")
+    tokenizer_name: str = flag(
+        help="Folder of the tokenizer, or of the checkpoint to be trained.", reads="model"
     )
-    num_proc: int = flag(1, help="Processes that tokenise.")
-    shard_size: int = flag(SHARD_SIZE, help="Records a shard: a stopped run repeats at most one.")
-    overwrite: bool = flag(False, help="Start again where OUTPUT_DIR holds rows already.")
+    output_dir: str = flag(help="Folder for train/ and validation/.", writes="folder")
+    max_length: int = flag(4096, "Longest row in tokens.", at_least=1)
+    validation_fraction: float = flag(
+        0.0, "Share of the documents or conversations to hold out.", at_least=0, below=1
+    )
+    num_proc: int = flag(1, "Processes that tokenise.", at_least=1)
+    shard_size: int = flag(SHARD_SIZE, "Records a shard: a stopped run repeats at most one.", at_least=1)
+    overwrite: bool = flag(False, "Start again where OUTPUT_DIR holds rows already.")
 
     def splits(self) -> dict[str, tuple[float, float]]:
         """The part of [0, 1) whose records each split gets."""
         fraction = self.validation_fraction
-        if not 0.0 <= fraction < 1.0:
-            raise ValueError(f"--validation_fraction {fraction} must be in [0, 1)")
         return {"train": (fraction, 1.0)} | ({"validation": (0.0, fraction)} if fraction else {})
 
 
 @dataclass(kw_only=True)
 class PromptFlags(QuestionFlags):
-    """Flags of the scripts that answer a prompt, or a file of them."""
+    """A prompt, or a file of them."""
 
-    prompt: str | None = flag(None, help="A prompt; its answer goes to the terminal.")
-    prompts_file: str | None = flag(None, help="File of prompts.")
-    output_path: str | None = flag(None, help="JSONL file of answers; needed with --prompts_file.")
-    max_samples: int | None = flag(None, help="Only the first so many prompts of the file.")
-    is_instruct: bool = flag(False, help="Use the chat template (with two models, each its own).")
+    prompt: str | None = flag(None, "A prompt; its answer goes to the terminal.")
+    prompts_file: str | None = flag(None, "File of prompts.", reads="path")
+    output_path: str | None = flag(None, "JSONL file of answers; needed with --prompts_file.", writes="file")
+    max_samples: int | None = flag(None, "Only the first so many prompts of the file.", at_least=1)
+    is_instruct: bool = flag(False, "Use the chat template (with two models, each its own).")
 
-    def check_source(self) -> None:
-        """ValueError unless there is one source of prompts, and a place for a file's answers."""
+    def check_flags(self) -> None:
+        """One source of prompts, and a place for a file's answers."""
         if (self.prompt is None) == (self.prompts_file is None):
             raise ValueError("give either --prompt TEXT or --prompts_file FILE")
         if self.prompts_file is not None and self.output_path is None:

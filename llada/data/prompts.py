@@ -38,7 +38,6 @@ def read_asked_prompts(
     flags: PromptFlags, tokenizer: PreTrainedTokenizerBase, **limits: Any
 ) -> tuple[list[Prompt], Counter]:
     """The prompts that these flags name, see `read_prompts`."""
-    flags.check_source()
     return read_prompts(
         flags.prompts_file, tokenizer, text=flags.prompt, chat=flags.is_instruct, limit=flags.max_samples,
         reader=flags.reader(), parse_special=flags.parse_special_tokens, **limits,

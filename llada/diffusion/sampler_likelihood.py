@@ -54,12 +54,12 @@ def check_settings(settings: LLaDAGenerationConfig, *, order: bool = True) -> No
             continue
         if getattr(settings, name) != value:
             raise ValueError(
-                f"--estimator trajectory: {name} {getattr(settings, name)!r} has no exact step likelihood; "
+                f"--likelihood trajectory: {name} {getattr(settings, name)!r} has no exact step likelihood; "
                 f"leave it at {value!r}"
             )
     if settings.temperature == 0:
         raise ValueError(
-            "--estimator trajectory: --temperature 0 has no likelihood; sample, for example at 1"
+            "--likelihood trajectory: --temperature 0 has no likelihood; sample, for example at 1"
         )
 
 

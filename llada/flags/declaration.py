@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 REQUIRED = dataclasses.MISSING
-OFF = (None, False, 0, "", "none", [])  # what a flag is where it does nothing
+OFF = (None, False, 0, -1, "", "none", [])  # what a flag is where it does nothing
 
 
 def flag(
@@ -26,6 +26,7 @@ def flag(
     needs: str = "",
     reads: str = "",
     writes: str = "",
+    fixed: bool = False,
 ) -> Any:
     """A dataclass field with what is said of its flag.
 
@@ -40,8 +41,10 @@ def flag(
             "report_to=wandb|trackio" (set to one of these).
         reads: "path" for a file or folder that must exist, "model" for a checkpoint or a name on the hub.
         writes: "file", "folder" or "new folder" that the script makes; never what it reads.
+        fixed: a resumed run must have the same value.
     """
-    said = {name: value for name, value in locals().items() if name != "default" and value not in (None, "")}
+    said = {name: value for name, value in locals().items() if name != "default"}
+    said = {name: value for name, value in said.items() if value not in (None, "") and value is not False}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=said)
     return dataclasses.field(default=default, metadata=said)
@@ -83,6 +86,8 @@ def check_value(name: str, value: Any, said: Mapping[str, Any]) -> None:
     for item in value if isinstance(value, list) else [value]:
         if has_lone_surrogate(item):
             raise ValueError(f"--{name} {shown(item)}: not valid UTF-8")
+        if item is not None and "choices" in said and item not in said["choices"]:
+            raise ValueError(f"--{name} {shown(item)}: choose from {', '.join(said['choices'])}")
         if isinstance(item, bool) or not isinstance(item, int | float):
             continue
         if not math.isfinite(item) or abs(item) >= 2**63:

@@ -85,7 +85,6 @@ class _Parser(argparse.ArgumentParser):
         default = self.defaults[name]
         settings: dict[str, Any] = {
             "help": said.get("help", "").replace("%", "%%"),
-            "choices": said.get("choices"),
             # a required flag is looked for after parsing, so that a YAML file and an older spelling count
             "default": argparse.SUPPRESS if default is REQUIRED else default,
         }
@@ -96,7 +95,9 @@ class _Parser(argparse.ArgumentParser):
             settings |= {"type": kind, "nargs": "+"}
         else:
             settings["type"] = kind
-        if "choices" not in said:
+        if "choices" in said:
+            settings["metavar"] = "{" + ",".join(said["choices"]) + "}"
+        else:
             settings["metavar"] = METAVARS.get(kind, "PATH" if said.keys() & {"reads", "writes"} else "TEXT")
         section.add_argument(f"--{name}", **settings)
         if kind is bool and default is True:

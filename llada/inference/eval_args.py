@@ -12,55 +12,68 @@ from llada.inference.sampler_flags import SamplerFlags
 class ModelArgs(SamplerFlags):
     """The names that --model_args takes: the sampler's, and these."""
 
-    model_path: str = flag(help="Checkpoint folder, run folder, LoRA adapter folder or hub name.")
-    adapter_path: str | None = flag(None, help="LoRA adapter to put on the model.")
-    load_lora: bool | None = flag(None, help="True: adapter_path is required; False: it is ignored.")
-    dtype: str = flag("auto", help="Of the weights: float32, bfloat16, float16, or auto (as saved).")
-    attn_implementation: str | None = flag(None, help="Attention kernel by transformers' name.")
-    device: str | None = flag(None, help="cpu, cuda, cuda:1; default the GPU of this rank, else the CPU.")
-    mask_id: int | None = flag(None, help="Mask token id of a checkpoint that names none.")
-    max_length: int | None = flag(
-        None, help="Longest sequence; default the model's. Contexts lose their start."
+    model_path: str = flag(
+        help="Checkpoint folder, run folder, LoRA adapter folder or hub name.", reads="model"
     )
-    record_dir: str | None = flag(None, help="Folder of finished requests; default OUTPUT_PATH/requests.")
+    adapter_path: str | None = flag(None, "LoRA adapter to put on the model.", reads="model")
+    load_lora: bool | None = flag(None, "True: adapter_path is required; False: it is ignored.")
+    dtype: str = flag(
+        "auto",
+        "Of the weights; auto: as saved.",
+        choices=["auto", "float32", "bfloat16", "float16", "float64"],
+    )
+    attn_implementation: str | None = flag(None, "Attention kernel by transformers' name.")
+    device: str | None = flag(None, "cpu, cuda, cuda:1; default the GPU of this rank, else the CPU.")
+    mask_id: int | None = flag(None, "Mask token id of a checkpoint that names none.", at_least=0)
+    max_length: int | None = flag(
+        None, "Longest sequence; default the model's. Contexts lose their start.", at_least=1
+    )
+    record_dir: str | None = flag(
+        None, "Folder of finished requests; default OUTPUT_PATH/requests.", writes="folder"
+    )
     # likelihood
-    batch_size: int | None = flag(None, help="Sequences per forward of likelihoods; default 32.")
+    batch_size: int | None = flag(None, "Sequences per forward of likelihoods; default 32.", at_least=1)
     likelihood: str = flag(
         "elbo",
+        "What a log-likelihood means; see llada/diffusion/likelihood.py.",
         choices=LIKELIHOODS,
-        help="What a log-likelihood means; see llada/diffusion/likelihood.py.",
     )
-    mc_num: int = flag(128, help="Masks per answer.")
-    estimator: str = flag(
+    num_masks: int = flag(128, "Masks per answer.", at_least=1, needs="likelihood=elbo")
+    mask_plan: str = flag(
         "stratified",
+        "How they are drawn; `reference` is the published, slightly biased way.",
         choices=ESTIMATORS,
-        help="`reference` is the published, slightly biased one.",
+        needs="likelihood=elbo",
     )
-    reference_batch: int = flag(8, help="--batch_size of the published run, on which `reference` depends.")
-    exact_tokens: int = flag(EXACT_TOKENS, help="Answers up to this length are summed over every mask.")
-    is_check_greedy: bool = flag(True, help="Also report whether greedy decoding gives the answer.")
-    cfg_scale: float = flag(0.0, help="Classifier-free guidance, of likelihoods and of generation.")
+    reference_batch: int = flag(
+        8,
+        "--batch_size of the published run, on which `reference` depends.",
+        at_least=1,
+        needs="mask_plan=reference",
+    )
+    exact_tokens: int = flag(
+        EXACT_TOKENS, "Answers up to this length are summed over every mask.", at_least=0
+    )
+    is_check_greedy: bool = flag(True, "Also report whether greedy decoding gives the answer.")
     # generation: what the task decides where nothing is given
-    gen_length: int | None = flag(None, help="Answer tokens; default the task's max_gen_toks, else 256.")
-    block_length: int | None = flag(None, help="Tokens per block; default gen_length, one block.")
-    temperature: float | None = flag(None, help="Default the task's, else 0.")
+    gen_length: int | None = flag(None, "Answer tokens; default the task's max_gen_toks, else 256.")
+    block_length: int | None = flag(None, "Tokens per block; default gen_length, one block.")
+    temperature: float | None = flag(None, "Default the task's, else 0.")
     generate_batch_size: int | None = flag(
-        None, help="Prompts generated together; default batch_size, else 8."
+        None, "Prompts generated together; default batch_size, else 8.", at_least=1
     )
-    use_thinking: bool = flag(True, help="False: the answer starts with an empty <think></think>.")
+    use_thinking: bool = flag(True, "False: the answer starts with an empty <think></think>.")
+
+    def check_flags(self) -> None:
+        """An adapter that is asked for, or not."""
+        if self.load_lora and not self.adapter_path:
+            raise ValueError("--model_args load_lora=True needs adapter_path=FOLDER")
+        if self.load_lora is False:
+            self.adapter_path = None
 
 
 def parse_model_args(values: dict[str, Any]) -> ModelArgs:
-    """The checked model arguments. An unknown name is answered with the nearest one, as for flags.
-
-    Raises:
-        ValueError: load_lora without an adapter.
-    """
+    """The checked model arguments; ValueError as of `parse`."""
     renamed = {"model_path" if name == "pretrained" else name: value for name, value in values.items()}
     argv = [f"--{name}={value}" for name, value in renamed.items() if value is not None]
-    args = parse(ModelArgs, argv, description="The names that --model_args takes, as name=value,name=value.")
-    if args.load_lora and not args.adapter_path:
-        raise ValueError("--model_args load_lora=True needs adapter_path=FOLDER")
-    if args.load_lora is False:
-        args.adapter_path = None
-    return args
+    return parse(ModelArgs, argv)

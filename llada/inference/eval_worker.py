@@ -53,10 +53,10 @@ class EvalRank:
     def __init__(self, args: ModelArgs) -> None:
         self.args = args
         masks = MaskSettings(
-            args.mc_num,
-            args.estimator,
+            args.num_masks,
+            args.mask_plan,
             exact_tokens=args.exact_tokens,
-            reference_batch=min(args.reference_batch, args.mc_num),
+            reference_batch=min(args.reference_batch, args.num_masks),
         )
         self._likelihood = LikelihoodSettings(
             args.likelihood, masks, args.seed, args.batch_size or 32, args.cfg_scale

@@ -100,7 +100,7 @@ def build_model(flags: Any, *, has_values: bool = True) -> LLaDAModelLM | PeftMo
             model,
             rank=flags.lora_r,
             alpha=flags.lora_alpha,
-            dropout=flags.lora_dropout,
+            dropout=getattr(flags, "lora_dropout", 0.0),
             target_modules=flags.lora_target_modules,
             seed=flags.seed,
         )

@@ -1,10 +1,10 @@
 """Flags of GRPO in three groups, each read by one module: likelihood, surrogate, groups of completions."""
 
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from llada.diffusion.settings import ESTIMATORS, SIZE_LAWS
-from llada.flags.declaration import flag
+from llada.flags.declaration import flag, own_names
 from llada.policies.config import PolicyConfig, ReferenceFlags
 
 if TYPE_CHECKING:
@@ -19,16 +19,16 @@ LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "sequence", "token", "sum")
 
 @dataclass(kw_only=True)
 class LikelihoodFlags:
-    """Flags of GRPO: the log-likelihood that is raised, and its terms (terms.py, term_builder.py)."""
+    """The log-likelihood that is raised, and its terms (terms.py, term_builder.py)."""
 
-    estimator: str = flag("elbo", help="The likelihood that is raised.", choices=LIKELIHOODS)
+    likelihood: str = flag("elbo", "The likelihood that is raised.", choices=LIKELIHOODS)
     ratio_level: str = flag(
         "auto",
         help="What has a ratio of its own: the completion, each mask (or pair), each token, each step. auto: "
         "elbo completion, trajectory step, diffu and coupled token.",
         choices=["auto", "completion", "mask", "token", "step"],
     )
-    n_mc_samples: int = flag(2, help="elbo: masks per completion (K).", at_least=1)
+    num_masks: int = flag(2, "Masks per completion (K).", at_least=1, needs="likelihood=elbo|coupled")
     mask_plan: str = flag(
         "stratified",
         help="elbo: sizes spread evenly, drawn independently, complementary pairs (ESPO), Gauss-Legendre "
@@ -45,7 +45,7 @@ class LikelihoodFlags:
         False, help="New masks for each of the --num_iterations; old, new and reference share them."
     )
     group_masks: bool = flag(True, help="The completions of a prompt share their masks.")
-    l_sampling: str = flag(
+    size_law: str = flag(
         "inv_sqrt",
         help="elbo: law of the mask sizes of stratified and iid; inv_sqrt has less noise.",
         choices=SIZE_LAWS,
@@ -73,24 +73,24 @@ class LikelihoodFlags:
     @property
     def level(self) -> str:
         """--ratio_level, as auto decides it."""
-        own = {"elbo": "completion", "trajectory": "step"}.get(self.estimator, "token")
+        own = {"elbo": "completion", "trajectory": "step"}.get(self.likelihood, "token")
         return own if self.ratio_level == "auto" else self.ratio_level
 
     def check_likelihood(self, settings: "LLaDAGenerationConfig") -> None:
         """ValueError for parts that do not go together. `settings`: of the sampler."""
         levels = {"elbo": ("completion", "mask", "token"), "trajectory": ("step", "token")}
-        if self.level not in levels.get(self.estimator, ("token",)):
-            raise ValueError(f"--ratio_level {self.level}: --estimator {self.estimator} has no such terms")
+        if self.level not in levels.get(self.likelihood, ("token",)):
+            raise ValueError(f"--ratio_level {self.level}: --likelihood {self.likelihood} has no such terms")
         by_tokens = self.level == "token" or self.trajectory_shrink > 1
-        if self.estimator == "trajectory" and by_tokens and self.order_term:
+        if self.likelihood == "trajectory" and by_tokens and self.order_term:
             raise ValueError(
                 "--ratio_level token, --trajectory_shrink: the order of decisions belongs to whole steps; "
                 "give --order_term false"
             )
         blocks = -(-settings.gen_length // settings.block_of(settings.gen_length))
-        if self.mask_plan == "block" and self.n_mc_samples > blocks:
+        if self.mask_plan == "block" and self.num_masks > blocks:
             raise ValueError(
-                f"--mask_plan block: {self.n_mc_samples} masks, each in another block, of which "
+                f"--mask_plan block: {self.num_masks} masks, each in another block, of which "
                 f"--gen_length and --block_length make {blocks}"
             )
         if self.eos == "canvas" and settings.early_stop:
@@ -99,7 +99,7 @@ class LikelihoodFlags:
 
 @dataclass(kw_only=True)
 class SurrogateFlags:
-    """Flags of GRPO: the loss of a term (grpo.py)."""
+    """The loss of a term (grpo.py)."""
 
     surrogate: str = flag(
         "clip",
@@ -140,11 +140,11 @@ class SurrogateFlags:
 
 @dataclass(kw_only=True)
 class GroupFlags:
-    """Flags of GRPO: groups of completions, and what each is worth (rollouts.py)."""
+    """Groups of completions, and what each is worth (rollouts.py)."""
 
-    num_generations: int = flag(8, help="Completions per prompt (G).")
-    rollout_batch_size: int = flag(256, help="Sequences sampled together on a device.")
-    num_iterations: int = flag(1, help="Steps that learn from the same completions (mu).")
+    num_generations: int = flag(8, "Completions per prompt (G).", at_least=2)
+    rollout_batch_size: int = flag(256, "Sequences sampled together on a device.", at_least=1)
+    num_iterations: int = flag(1, "Steps that learn from the same completions (mu).", at_least=1)
     scale_rewards: str = flag(
         "none",
         help="Divide advantages by the standard deviation of the group, of the batch, or not.",
@@ -159,11 +159,14 @@ class GroupFlags:
     group_accuracy: list[float] = flag(
         [0.0, 1.0],
         help="Learn only from groups whose mean first reward is between these two.",
+        at_least=0,
+        at_most=1,
     )
     negative_weight: float = flag(
         1.0,
         help="Factor of advantages below 0. elbo pushes a bad answer down under masks that never led to it, "
         "which can harm a good model: then give less; 0 learns from what beat its group alone.",
+        at_least=0,
     )
     max_dead_steps: int = flag(
         10,
@@ -172,18 +175,22 @@ class GroupFlags:
     )
     log_completions: bool = flag(True, help="Write every completion to completions.jsonl.")
 
+    def check_flags(self) -> None:
+        """TRL's older values of --scale_rewards, and the order of --group_accuracy."""
+        self.scale_rewards = {"true": "group", "false": "none"}.get(self.scale_rewards, self.scale_rewards)
+        if len(self.group_accuracy) != 2 or self.group_accuracy[0] > self.group_accuracy[1]:
+            raise ValueError(f"--group_accuracy {self.group_accuracy}: give two numbers, the lower first")
+
 
 @dataclass(kw_only=True)
-class GrpoConfig(LikelihoodFlags, SurrogateFlags, GroupFlags, ReferenceFlags, PolicyConfig):
-    """Flags of GRPO but for those of the sampler and the rewards."""
+class GrpoConfig(GroupFlags, SurrogateFlags, LikelihoodFlags, ReferenceFlags, PolicyConfig):
+    """A run of GRPO, but for the flags of the sampler and the rewards."""
 
-    # Other terms, another loss, other advantages: another run.
-    fixed = (
-        *PolicyConfig.fixed,
-        *(
-            field.name
-            for group in (LikelihoodFlags, SurrogateFlags, GroupFlags)
-            for field in fields(group)
-            if field.name not in ("rollout_batch_size", "max_dead_steps", "log_completions")
-        ),
-    )
+    default_batch_size = 128
+
+    def agreed(self) -> dict[str, Any]:
+        """With the flags of these groups: other terms, another loss, other advantages are another run."""
+        free = ("rollout_batch_size", "max_dead_steps", "log_completions")
+        groups = (LikelihoodFlags, SurrogateFlags, GroupFlags)
+        names = [name for group in groups for name in own_names(group) if name not in free]
+        return super().agreed() | {name: getattr(self, name) for name in names}

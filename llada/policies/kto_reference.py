@@ -114,9 +114,7 @@ def _check(record: dict[str, Any], where: str, num_draws: int) -> None:
     if missing:
         raise ValueError(f"{where}: no {missing[0]!r}; make the file with rlhf/precompute_bref.py")
     if record["B_ref"].get(str(num_draws)) is None:
-        raise ValueError(
-            f"--n_mc_samples {num_draws}: {where} has B_ref for K = {', '.join(record['B_ref'])}"
-        )
+        raise ValueError(f"--num_masks {num_draws}: {where} has B_ref for K = {', '.join(record['B_ref'])}")
 
 
 def subsample(

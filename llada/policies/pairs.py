@@ -122,7 +122,7 @@ def answers_of(
         Request(tokens.context, tokens.answer, f"{record_id} {side}")
         for tokens, side in zip(pairs[record_id], ("chosen", "rejected"), strict=True)
     ]
-    masks = MaskSettings(config.n_mc_samples, config.estimator, config.l_sampling)
+    masks = MaskSettings(config.num_masks, config.mask_plan, config.size_law)
     plans = plan_draws(requests, masks, config.seed, purpose, epoch if b_ref is None else 0)
     return Answers(requests, plans, {} if b_ref is None else {"b_ref": b_ref[record_id].tolist()})
 

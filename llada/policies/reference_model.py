@@ -77,7 +77,7 @@ def precompute_reference(
     starts = (config.model_name_or_path, config.sft_adapter_path)
     settings = {
         "reference": describe_checkpoint(*(starts if is_policy else [config.ref_model_name_or_path])),
-        **{name: getattr(config, name) for name in ("dtype", "seed", "n_mc_samples")},
+        **{name: getattr(config, name) for name in ("dtype", "seed", "num_masks")},
         "lengths": hashlib.sha256(stream.lengths.astype(np.int64).tobytes()).hexdigest()[:16],
     }
     job = ResumableJob(folder, settings, rank=run.rank, world_size=run.world_size)

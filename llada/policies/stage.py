@@ -69,7 +69,7 @@ class PolicyStage:
             np.array(list(lengths)),
             batch_size=config.batch_size,
             micro_batch_size=config.micro_batch_size,
-            num_draws=config.n_mc_samples,
+            num_draws=config.num_masks,
             seed=config.seed,
             run=self.run,
             mask_id=self.ids.mask,

@@ -73,7 +73,7 @@ class TermBuilder:
 
     def __call__(self, answers: Sequence[Answer]) -> Terms:
         """The terms of these completions, those of one after another."""
-        return self._steps(answers) if self.config.estimator == "trajectory" else self._masked(answers)
+        return self._steps(answers) if self.config.likelihood == "trajectory" else self._masked(answers)
 
     def counts(self, answers: Sequence[Answer]) -> tuple[Tensor, Tensor]:
         """([N] terms of each completion, [N] what their shares add up to), float64.
@@ -81,18 +81,18 @@ class TermBuilder:
         Steps that --trajectory_steps leaves out count as if they were scored.
         """
         config = self.config
-        if config.estimator == "trajectory":
+        if config.likelihood == "trajectory":
             sizes = [[int(state.is_chosen.sum()) for state in self._states(answer)] for answer in answers]
             shares = [len(steps) for steps in sizes]
             terms = [sum(steps) for steps in sizes] if config.level == "token" else shares
         else:
             shares = [len(self._scored(answer)) for answer in answers]
             terms = {"completion": [1] * len(answers), "token": shares}.get(config.level, shares)
-            if config.estimator == "elbo" and config.level != "completion":
+            if config.likelihood == "elbo" and config.level != "completion":
                 masks = [self._masks(answer) for answer in answers]
                 terms = [len(set(m.draws)) if config.level == "mask" else m.is_masked.sum() for m in masks]
                 if config.level == "token":
-                    shares = [n / config.n_mc_samples for n in terms]
+                    shares = [n / config.num_masks for n in terms]
         return torch.tensor(terms, dtype=torch.float64), torch.tensor(shares, dtype=torch.float64)
 
     def _chunks(self, items: Sequence[Any]) -> list[Sequence[Any]]:
@@ -110,11 +110,11 @@ class TermBuilder:
         config, size = self.config, len(self._scored(answer))
         random = generator(config.seed, "grpo", answer.key)
         is_hidden = np.zeros((1, len(answer.prompt)), dtype=bool)
-        if config.estimator == "diffu":
+        if config.likelihood == "diffu":
             chance = generator(config.seed, "prompt mask", answer.key).random(len(answer.prompt))
             everything = np.ones((1, size), dtype=bool)
             return Masks(everything, np.ones(1), np.zeros(1, int), chance[None] < config.p_mask_prompt)
-        if config.estimator == "coupled":
+        if config.likelihood == "coupled":
             time = random.uniform(*COUPLED_TIMES)
             half = random.random(size) < time
             masks = np.stack([np.ones(size, dtype=bool), half, ~half])
@@ -125,18 +125,18 @@ class TermBuilder:
             # the same first ratio at every iteration, from which it grows evenly to 1
             first = generator(config.seed, "first ratio", answer.key.partition("@")[0]).random()
             time = first + (1 - first) * answer.iteration / max(1, config.num_iterations - 1)
-            masks = random.random((config.n_mc_samples, size)) < time
+            masks = random.random((config.num_masks, size)) < time
             plan, draws = (masks, np.full(len(masks), 1 / (time * len(masks)))), np.arange(len(masks))
         else:
-            law = config.l_sampling if config.mask_plan in ("stratified", "iid") else "uniform"
-            num = config.n_mc_samples
+            law = config.size_law if config.mask_plan in ("stratified", "iid") else "uniform"
+            num = config.num_masks
             found = plan_masks(size, random, MaskSettings(num, config.mask_plan, law, 0, reference_batch=num))
             plan, draws = (found.masks, found.weights), draw_of(found)
         return self._padded(Masks(*plan, draws, is_hidden))
 
     def _padded(self, masks: Masks) -> Masks:
         """With as many forwards as every completion has, or ranks would not forward in step."""
-        missing = self.config.n_mc_samples - len(masks.weights)  # short answers have fewer distinct masks
+        missing = self.config.num_masks - len(masks.weights)  # short answers have fewer distinct masks
         return masks._replace(
             is_masked=np.pad(masks.is_masked, ((0, missing), (0, 0))),
             weights=np.pad(masks.weights, (0, missing)),
@@ -152,15 +152,15 @@ class TermBuilder:
         """
         config, width = self.config, self.settings.block_of(self.settings.gen_length)
         num_blocks, used = -(-self.settings.gen_length // width), -(-size // width)
-        blocks = random.permutation(num_blocks)[: config.n_mc_samples] % used
-        masks = np.zeros((config.n_mc_samples, size), dtype=bool)
-        hidden = random.random((config.n_mc_samples, len(answer.prompt))) < config.p_mask_prompt
+        blocks = random.permutation(num_blocks)[: config.num_masks] % used
+        masks = np.zeros((config.num_masks, size), dtype=bool)
+        hidden = random.random((config.num_masks, len(answer.prompt))) < config.p_mask_prompt
         for mask, block in zip(masks, blocks, strict=False):
             start, end = block * width, min((block + 1) * width, size)
             mask[:start] = random.random(start) < config.p_mask_prompt
             mask[start + random.permutation(end - start)[: random.integers(1, end - start + 1)]] = True
             mask[end:] = True
-        weights = size / (config.n_mc_samples * np.maximum(1, masks.sum(axis=1)))
+        weights = size / (config.num_masks * np.maximum(1, masks.sum(axis=1)))
         return Masks(masks, weights, np.arange(len(masks)), hidden)
 
     def _rows(self, answer: Answer, masks: Masks) -> list[Noised]:
@@ -183,7 +183,7 @@ class TermBuilder:
         weights = masks.weights
         if config.mask_weights == "none":  # a pair's two halves count one half each, an empty one too
             weights = np.full(num_masks, 0.5 if config.mask_plan == "complementary" else 1.0)
-        if config.estimator != "elbo":
+        if config.likelihood != "elbo":
             terms, shares = places, np.ones(size)
         elif config.level == "completion":
             terms, shares = [np.zeros_like(place) for place in places], np.full(1, float(size))

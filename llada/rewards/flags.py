@@ -15,36 +15,70 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class RewardFlags:
-    """Flags of every script that scores completions; its Config inherits them."""
+    """Rewards."""
 
     reward_funcs: list[str] = flag(
         ["judge"],
-        help="What a completion is scored by: reasoning_gym, reasoning_gym_partial, math, sudoku, "
-        "sudoku_cells, countdown, countdown_graded, code, format, reasoning_format, speed, judge, "
-        "package.module:function or file.py:function (TRL's signature).",
+        "What a completion is scored by: reasoning_gym, reasoning_gym_partial, math, sudoku, sudoku_cells, "
+        "countdown, countdown_graded, code, format, reasoning_format, speed, judge, package.module:function "
+        "or file.py:function (TRL's signature).",
+        fixed=True,
     )
-    reward_weights: list[float] | None = flag(None, help="Weight of each; default 1.")
+    reward_weights: list[float] | None = flag(None, "Weight of each; default 1.", fixed=True)
     math_allow_expressions: bool = flag(
-        False, help="math: 2 * 9 is an answer where 18 is asked for; else a sum left undone is none."
+        False,
+        "2 * 9 is an answer where 18 is asked for; else a sum left undone is none.",
+        needs="reward_funcs=math",
+        fixed=True,
     )
     judge_base_url: str = flag(
-        "http://127.0.0.1:11435/v1", help="OpenAI-compatible server: Ollama, vLLM, llama.cpp, ..."
+        "http://127.0.0.1:11435/v1",
+        "OpenAI-compatible server: Ollama, vLLM, llama.cpp, ...",
+        needs="reward_funcs=judge",
     )
-    judge_model: str = flag("qwen3:30b-a3b-fp16", help="The judge, by the server's name.")
+    judge_model: str = flag(
+        "qwen3:30b-a3b-fp16", "The judge, by the server's name.", needs="reward_funcs=judge"
+    )
     judge_mode: str = flag(
         "listwise",
-        help="Ask about a whole group, each completion, or every pair.",
+        "Ask about a whole group, each completion, or every pair.",
         choices=["listwise", "pointwise", "pairwise"],
+        needs="reward_funcs=judge",
     )
-    judge_rubric: str | None = flag(None, help="What is judged: a text, or a file that holds one.")
-    judge_orders: int = flag(1, help="listwise: 2 asks again in reverse order and averages.")
-    judge_api_key_env: str = flag("OPENAI_API_KEY", help="Environment variable that holds the server's key.")
-    judge_max_tokens: int = flag(1024, help="Longest reply.")
-    judge_timeout: float = flag(120.0, help="Seconds for a reply.")
-    judge_retries: int = flag(3, help="Further tries of a question.")
-    judge_concurrency: int = flag(4, help="Questions at a time.")
-    judge_structured: bool = flag(True, help="Let the server force replies into the schema (json_schema).")
-    judge_cache: str | None = flag(None, help="SQLite file of judgements, so that none is paid for twice.")
+    judge_rubric: str | None = flag(
+        None, "What is judged: a text, or a file that holds one.", needs="reward_funcs=judge"
+    )
+    judge_orders: int = flag(
+        1,
+        "2 asks again in reverse order and averages.",
+        at_least=1,
+        at_most=2,
+        needs="judge_mode=listwise",
+    )
+    judge_api_key_env: str = flag(
+        "OPENAI_API_KEY", "Environment variable that holds the server's key.", needs="reward_funcs=judge"
+    )
+    judge_max_tokens: int = flag(1024, "Longest reply.", at_least=1, needs="reward_funcs=judge")
+    judge_timeout: float = flag(120.0, "Seconds for a reply.", above=0, needs="reward_funcs=judge")
+    judge_retries: int = flag(3, "Further tries of a question.", at_least=0, needs="reward_funcs=judge")
+    judge_concurrency: int = flag(4, "Questions at a time.", at_least=1, needs="reward_funcs=judge")
+    judge_structured: bool = flag(
+        True, "Let the server force replies into the schema (json_schema).", needs="reward_funcs=judge"
+    )
+    judge_cache: str | None = flag(
+        None,
+        "SQLite file of judgements, so that none is paid for twice.",
+        writes="file",
+        needs="reward_funcs=judge",
+    )
+
+    def check_flags(self) -> None:
+        """One weight a function."""
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"--reward_weights {self.reward_weights}: give one for each of --reward_funcs "
+                f"{self.reward_funcs}"
+            )
 
     def make_judge(self) -> "Judge | None":
         """The judge, if a reward needs one; ValueError if its server does not answer."""

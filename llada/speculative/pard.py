@@ -10,6 +10,7 @@ Source: PARD, arXiv 2504.18583, and how vLLM (`parallel_drafting`) and TensorRT-
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -39,15 +40,19 @@ def load_drafter(
     dtype: str = "auto",
     adapter_path: str | None = None,
     device: torch.device | str | None = None,
+    **of_llada: Any,
 ) -> tuple[LLaDAModelLM, PreTrainedTokenizerBase]:
     """The drafter of a LLaDA checkpoint, or of a folder with a `pard_token`; arguments of `load_model`."""
     settings = {}
     if Path(path, "config.json").is_file():
         settings, _ = PreTrainedConfig.get_config_dict(path)
     if "pard_token" not in settings:
-        return load_for_inference(path, chat=chat, dtype=dtype, adapter_path=adapter_path, device=device)
-    if adapter_path is not None:
-        raise ValueError(f"--adapter_path {adapter_path}: {path} is a drafter for engines; merge first")
+        return load_for_inference(
+            path, chat=chat, dtype=dtype, adapter_path=adapter_path, device=device, **of_llada
+        )
+    for name, value in {"adapter_path": adapter_path, **of_llada}.items():
+        if value is not None:
+            raise ValueError(f"--{name} {value}: {path} is a drafter for engines, not a LLaDA checkpoint")
     source, tokenizer = load_causal_lm(path, flag="--drafter", dtype=dtype)
     return convert(source, tokenizer, causal=True, mask_id=settings["pard_token"]).to(device), tokenizer
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from llada.flags.declaration import flag
+from llada.flags.declaration import check_needs, check_value, flag, own_names, said_of
 
 DRAFTS = ("one_pass", "left_to_right", "confidence")
 RULES = ("auto", "block", "token", "match")
@@ -10,68 +10,69 @@ RULES = ("auto", "block", "token", "match")
 
 @dataclass(kw_only=True)
 class SpeculativeSettings:
-    """One flag per setting; `check` before use."""
+    """Drafting and acceptance."""
 
-    max_new_tokens: int = flag(128, help="Longest answer in the verifier's tokens.")
-    temperature: float = flag(0.0, help="Of the verifier; 0: its most likely tokens.")
-    top_k: int = flag(0, help="The verifier samples among its k most likely tokens; 0: all.")
-    top_p: float = flag(1.0, help="The verifier samples among the fewest tokens of this total probability.")
-    draft_length: int = flag(8, help="Masks of a draft, at most.")
+    max_new_tokens: int = flag(128, "Longest answer in the verifier's tokens.", at_least=1)
+    temperature: float = flag(0.0, "Of the verifier; 0: its most likely tokens.", at_least=0)
+    top_k: int = flag(
+        0, "The verifier samples among its k most likely tokens; 0: all.", at_least=0, needs="temperature"
+    )
+    top_p: float = flag(
+        1.0,
+        "The verifier samples among the fewest tokens of this total probability.",
+        above=0,
+        at_most=1,
+        needs="temperature",
+    )
+    draft_length: int = flag(8, "Masks of a draft, at most.", at_least=1)
     adaptive_length: bool = flag(
-        False, help="Draft 1.5 times what was lately accepted, and 2 more, up to --draft_length."
+        False, "Draft 1.5 times what was lately accepted, and 2 more, up to --draft_length."
     )
     draft: str = flag(
         "one_pass",
-        help="one_pass: all masks from one forward. left_to_right: the first masks first. confidence: the "
-        "surest tokens first (accepted by match only).",
+        "one_pass: all masks from one forward. left_to_right: the first masks first. confidence: the surest "
+        "tokens first (accepted by match only).",
         choices=DRAFTS,
     )
     draft_steps: int | None = flag(
-        None, help="Forwards of a left_to_right or confidence draft; default one for each mask."
+        None,
+        "Forwards of a draft; default one for each mask.",
+        at_least=1,
+        needs="draft=left_to_right|confidence",
     )
     acceptance: str = flag(
         "auto",
-        help="block, token: by the ratio of probabilities, a draft at once or token by token. match: as far "
-        "as the verifier draws the same. auto: match at temperature 0, for confidence drafts and for "
-        "--bridge text; else block, or token with several chains.",
+        "block, token: by the ratio of probabilities, a draft at once or token by token. match: as far as "
+        "the verifier draws the same. auto: match at temperature 0, for confidence drafts and for --bridge "
+        "text; else block, or token with several chains.",
         choices=RULES,
     )
-    num_chains: int = flag(1, help="Drafts side by side for the same place.")
-    draft_temperature: float | None = flag(None, help="Of the drafter; default the verifier's.")
-    draft_top_p: float = flag(1.0, help="Like --top_p, of the drafter.")
+    num_chains: int = flag(1, "Drafts side by side for the same place.", at_least=1)
+    draft_temperature: float | None = flag(None, "Of the drafter; default the verifier's.", at_least=0)
+    draft_top_p: float = flag(1.0, "Like --top_p, of the drafter.", above=0, at_most=1)
     min_confidence: float = flag(
-        0.0, help="A draft ends where the drafter's largest probability is below this; 0: never."
+        0.0,
+        "A draft ends where the drafter's largest probability is below this; 0: never.",
+        at_least=0,
+        at_most=1,
     )
     draft_cache: bool = flag(
-        True, help="Keep the drafter's keys and values of the text so far; off: compute them for each draft."
+        True, "Keep the drafter's keys and values of the text so far; off: compute them for each draft."
     )
-    seed: int = flag(0, help="Of every random draw.")
+    seed: int = flag(42, "Of every random draw.", at_least=0)
 
     def check(self) -> None:
-        """ValueError for a setting out of range."""
-        for name in ("max_new_tokens", "draft_length", "num_chains", "draft_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} {value}: must be at least 1")
-        for name in ("temperature", "top_k", "draft_temperature"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"--{name} {value}: must not be negative")
-        for name in ("top_p", "draft_top_p"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be above 0 and at most 1")
-        if not 0 <= self.min_confidence <= 1:
-            raise ValueError(f"--min_confidence {self.min_confidence}: must be from 0 to 1")
-        for name, choices in (("draft", DRAFTS), ("acceptance", RULES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"--{name} {getattr(self, name)!r}: use one of {', '.join(choices)}")
+        """ValueError for a setting out of range, or one without effect."""
+        for name in own_names(SpeculativeSettings):
+            check_value(name, getattr(self, name), said_of(type(self), name))
+        check_needs(self)
+        self.check_flags()
+
+    def check_flags(self) -> None:
+        """Chains that differ."""
         if self.num_chains > 1 and self.drafter_temperature == 0:
             raise ValueError(
                 f"--num_chains {self.num_chains} would be the same chain: set --draft_temperature above 0"
-            )
-        if self.draft == "one_pass" and self.draft_steps not in (None, 1):
-            raise ValueError(
-                f"--draft_steps {self.draft_steps}: a one_pass draft has one; use left_to_right or confidence"
             )
 
     @property

@@ -1,188 +1,320 @@
-"""Flags that every training stage shares, and the learning-rate schedule."""
+"""Flags that training stages share, in groups: a stage mixes in those that it reads. The learning rate.
+
+A group that a stage leaves out has no flags there; what the loop asks for then are the plain values at the
+top of `TrainConfig`.
+"""
 
 import dataclasses
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llada.flags.declaration import flag
+from llada.flags.declaration import flag, said_of
+from llada.models.flags import MaskTokenFlag
 
 if TYPE_CHECKING:
     from llada.run import Run  # imports torch
 
+DEFAULT_LORA = {"lora_r": 128, "lora_alpha": 256.0, "lora_target_modules": ["all-linear"]}
+
 
 @dataclass(kw_only=True)
-class TrainConfig:
-    """Flags that every training stage has."""
+class NoiseFlags:
+    """How tokens are masked."""
 
-    packing = False  # a flag of the stages that can; see MaskedStream.row_length
-
-    # Flags that change what a step computes: a resumed run must have the same. Stages add theirs.
-    fixed = (
-        "seed", "batch_size", "max_steps", "max_length", "learning_rate", "min_learning_rate",
-        "lr_scheduler_type", "warmup_steps", "warmup_ratio", "decay_ratio", "weight_decay",
-        "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "dtype", "use_lora", "lora_r",
-        "lora_alpha", "lora_dropout", "lora_target_modules", "t_sampling", "mask_count",
-    )  # fmt: skip
-
-    output_dir: str = flag(
-        help="Folder of the run: step-N states, final/, best/, metrics.jsonl, results.json."
-    )
-    tokenizer_name: str | None = flag(None, help="Tokenizer folder; default that of the model.")
-    max_length: int = flag(4096, help="Longest sequence in tokens.")
-    max_steps: int = flag(-1, help="Optimizer steps; -1 = as many as --num_train_epochs give.")
-    num_train_epochs: float = flag(1.0, help="Passes over the data when --max_steps is not given.")
-    batch_size: int = flag(
-        4,
-        help="Sequences per optimizer step, over all ranks and micro-batches.",
-    )
-    micro_batch_size: int | None = flag(
-        None,
-        help="Sequences per forward on a device, rest accumulated; default --batch_size / ranks, or one "
-        "packed row.",
-    )
-    learning_rate: float = flag(4e-4, help="Peak learning rate.")
-    min_learning_rate: float = flag(0.0, help="Learning rate at the end of linear, cosine and wsd schedules.")
-    lr_scheduler_type: str = flag(
-        "cosine", help="Shape after the warm-up.", choices=["constant", "linear", "cosine", "wsd"]
-    )
-    warmup_steps: int = flag(0, help="Steps of linear warm-up from 0.")
-    warmup_ratio: float = flag(0.0, help="Warm-up as a share of all steps, when --warmup_steps is 0.")
-    decay_ratio: float = flag(0.1, help="wsd: share of all steps that decays linearly at the end.")
-    weight_decay: float = flag(0.01, help="AdamW weight decay, on matrices only.")
-    adam_beta1: float = flag(0.9, help="AdamW beta1.")
-    adam_beta2: float = flag(0.95, help="AdamW beta2.")
-    adam_epsilon: float = flag(1e-8, help="AdamW epsilon.")
-    max_grad_norm: float = flag(
-        1.0,
-        help="Gradients are clipped to this global norm; 0 = never.",
-    )
-    dtype: str = flag(
-        "float32",
-        help="Precision of the matrix products; parameters and sums stay float32.",
-        choices=["float32", "bfloat16"],
-    )
-    activation_checkpointing: str = flag(
-        "none",
-        help="Recompute in the backward: nothing; every second matrix product and the cheap operations of "
-        "each block (selective); or whole blocks (full). Less memory, more time.",
-        choices=["none", "selective", "full"],
-    )
-    gradient_checkpointing: bool = flag(False, help="The same as --activation_checkpointing full.")
-    compile: bool = flag(False, help="torch.compile each block: faster steps after minutes of compiling.")
-    shard: str = flag(
-        "none",
-        help="Replicate the model on all ranks, shard it over all (FSDP2), or within each node (HSDP).",
-        choices=["none", "full", "hybrid"],
-    )
-    cpu_offload: bool = flag(False, help="With --shard: keep the shards in CPU memory between uses.")
-    reduce_always: bool = flag(
-        False,
-        help="With --shard and several micro-batches: reduce gradients after each, which keeps 1 / ranks of "
-        "them in memory instead of all, for more communication.",
-    )
-    attn_implementation: str | None = flag(None, help="transformers' attention kernel; default sdpa.")
-    use_lora: bool = flag(False, help="Train LoRA adapters instead of all weights.")
-    lora_r: int = flag(128, help="LoRA rank.")
-    lora_alpha: float = flag(256.0, help="LoRA scale numerator: the update is (alpha / r) B A.")
-    lora_dropout: float = flag(0.0, help="Dropout before the adapters.")
-    lora_target_modules: list[str] = flag(
-        ["all-linear"],
-        help="Linear layers of the blocks by name (q_proj, attn_out, ff_out, ...), or all-linear.",
-    )
     t_sampling: str = flag(
         "iid",
-        help="Times t of a batch: iid, or one in each of batch_size equal parts of (0, 1).",
+        "Times t of a batch: iid, or one in each of batch_size equal parts of (0, 1).",
         choices=["iid", "stratified"],
+        fixed=True,
     )
     mask_count: str = flag(
         "bernoulli",
-        help="Tokens masked given t: each with probability p, or exactly ceil(t n).",
+        "Tokens masked given t: each with probability p, or exactly ceil(t n).",
         choices=["bernoulli", "exact"],
+        fixed=True,
+    )
+
+
+@dataclass(kw_only=True)
+class LoraFlags:
+    """LoRA."""
+
+    use_lora: bool | None = flag(
+        None, "Train LoRA adapters instead of all weights; so does every other --lora_ flag.", fixed=True
+    )
+    lora_r: int | None = flag(None, "Rank; 0: no LoRA. Default 128.", at_least=0, fixed=True)
+    lora_alpha: float | None = flag(
+        None, "Scale numerator: the update is (alpha / r) B A. Default 256.", above=0, fixed=True
+    )
+    lora_target_modules: list[str] | None = flag(
+        None,
+        "Linear layers of the blocks by name (q_proj, attn_out, ff_out, ...); default all-linear.",
+        fixed=True,
+    )
+
+    def check_flags(self) -> None:
+        """Settles --use_lora, and the other flags where it is on."""
+        given = [name for name in self.__dict__ if name.startswith("lora_") and getattr(self, name)]
+        if given and (self.use_lora is False or self.lora_r == 0):
+            raise ValueError(f"--{given[0]} {getattr(self, given[0])}: without effect, LoRA is turned off")
+        if self.use_lora and self.lora_r == 0:
+            raise ValueError("--use_lora: --lora_r 0 is no adapter")
+        self.use_lora = bool(self.use_lora or given or getattr(self, "sft_adapter_path", None))
+        for name, default in DEFAULT_LORA.items():
+            value = getattr(self, name) or default
+            setattr(self, name, value if self.use_lora else None)
+
+
+@dataclass(kw_only=True)
+class LoraDropoutFlags(LoraFlags):
+    """LoRA, with dropout."""
+
+    lora_dropout: float = flag(0.0, "Dropout before the adapters.", at_least=0, below=1, fixed=True)
+
+
+@dataclass(kw_only=True)
+class ScaleFlags:
+    """Memory and speed."""
+
+    activation_checkpointing: str = flag(
+        "none",
+        "Recompute in the backward: nothing; every second matrix product and the cheap operations of each "
+        "block (selective); or whole blocks (full). Less memory, more time.",
+        choices=["none", "selective", "full"],
+    )
+    compile: bool = flag(False, "torch.compile each block: faster steps after minutes of compiling.")
+    shard: str = flag(
+        "none",
+        "Replicate the model on all ranks, shard it over all (FSDP2), or within each node (HSDP).",
+        choices=["none", "full", "hybrid"],
+    )
+    cpu_offload: bool = flag(False, "Keep the shards in CPU memory between uses.", needs="shard")
+    reduce_always: bool = flag(
+        False,
+        "Reduce gradients after each micro-batch, which keeps 1 / ranks of them in memory instead of all, "
+        "for more communication.",
+        needs="shard",
+    )
+    attn_implementation: str | None = flag(None, "transformers' attention kernel; default sdpa.")
+    dry_run: bool = flag(
+        False, "Only check the files, and print size, memory per rank and hours; writes nothing."
+    )
+
+
+@dataclass(kw_only=True)
+class PrefetchFlags:
+    """Preparing batches."""
+
+    num_workers: int = flag(
+        1, "Batches prepared ahead in a background thread; 0 = none, each in the loop.", at_least=0
+    )
+
+
+@dataclass(kw_only=True)
+class OptimizerFlags:
+    """AdamW and its learning rate."""
+
+    learning_rate: float = flag(4e-4, "Peak learning rate.", at_least=0, fixed=True)
+    min_learning_rate: float = flag(
+        0.0,
+        "Learning rate at the end of the schedule; cosine_with_min_lr: a tenth of the peak where it is 0.",
+        at_least=0,
+        needs="lr_scheduler_type=linear|cosine|cosine_with_min_lr|wsd",
+        fixed=True,
+    )
+    lr_scheduler_type: str = flag(
+        "cosine",
+        "Shape after the warm-up.",
+        choices=["constant", "linear", "cosine", "cosine_with_min_lr", "wsd"],
+        fixed=True,
+    )
+    warmup_steps: int = flag(0, "Steps of linear warm-up from 0.", at_least=0, fixed=True)
+    warmup_ratio: float = flag(
+        0.0, "Warm-up as a share of all steps, when --warmup_steps is 0.", at_least=0, below=1, fixed=True
+    )
+    decay_ratio: float = flag(
+        0.1,
+        "Share of all steps that decays linearly at the end.",
+        above=0,
+        at_most=1,
+        needs="lr_scheduler_type=wsd",
+        fixed=True,
+    )
+    weight_decay: float = flag(0.01, "AdamW weight decay, on matrices only.", at_least=0, fixed=True)
+    adam_beta1: float = flag(0.9, "AdamW beta1.", at_least=0, below=1, fixed=True)
+    adam_beta2: float = flag(0.95, "AdamW beta2.", at_least=0, below=1, fixed=True)
+    adam_epsilon: float = flag(1e-8, "AdamW epsilon.", above=0, fixed=True)
+    max_grad_norm: float = flag(
+        1.0, "Gradients are clipped to this global norm; 0 = never.", at_least=0, fixed=True
+    )
+
+    def check_flags(self) -> None:
+        """The end of the schedule."""
+        if self.lr_scheduler_type == "cosine_with_min_lr":
+            self.lr_scheduler_type = "cosine"
+            self.min_learning_rate = self.min_learning_rate or 0.1 * self.learning_rate
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"--min_learning_rate {self.min_learning_rate} exceeds --learning_rate {self.learning_rate}"
+            )
+
+
+@dataclass(kw_only=True)
+class RecordFlags:
+    """Logging, validation and saving."""
+
+    log_interval: int = flag(10, "Log every N steps.", at_least=1)
+    eval_interval: int = flag(
+        0,
+        "Validate every N steps; 0 or -1 = only before and after training.",
+        at_least=-1,
+        needs="eval_data_path",
+    )
+    eval_limit: int | None = flag(
+        None, "Validate on the first N records only.", at_least=1, needs="eval_data_path"
+    )
+    save_interval: int = flag(
+        0, "Save the training state every N steps; 0 or -1 = only when stopped.", at_least=-1
+    )
+    save_total_limit: int = flag(2, "States kept; -1 = all.", at_least=-1)
+    save_best: bool = flag(
+        False, "Keep the weights with the lowest validation loss in best/.", needs="eval_data_path"
+    )
+    resume_from_checkpoint: str = flag(
+        "auto", "auto = continue --output_dir if it holds a state; none; or a folder."
     )
     on_nonfinite: str = flag(
         "stop",
-        help="A step whose loss or gradient is not finite: stop and name its records, or skip it and count.",
+        "A step whose loss or gradient is not finite: stop and name its records, or skip it and count.",
         choices=["stop", "skip"],
     )
     spike_sigmas: float = flag(
-        6.0, help="Log steps whose loss is this many standard deviations above the running mean; 0 = never."
-    )
-    seed: int = flag(42, help="Key of every random draw.")
-    log_interval: int = flag(10, help="Log every N steps.")
-    eval_interval: int = flag(
-        0,
-        help="Validate every N steps; 0 = only before and after training.",
-    )
-    eval_limit: int | None = flag(None, help="Validate on the first N records only.")
-    save_interval: int = flag(
-        0,
-        help="Save the training state every N steps; 0 = only when stopped.",
-    )
-    save_total_limit: int = flag(2, help="States kept.")
-    save_best: bool = flag(False, help="Keep the weights with the lowest validation loss in best/.")
-    resume_from_checkpoint: str = flag(
-        "auto", help="auto = continue --output_dir if it holds a state; none; or a folder."
-    )
-    num_workers: int = flag(1, help="Batches prepared ahead in background threads; 0 = in the loop.")
-    device: str | None = flag(None, help="cpu, cuda, ...; default the GPU if there is one.")
-    dry_run: bool = flag(
-        False, help="Only check the files, and print size, memory per rank and hours; writes nothing."
+        6.0,
+        "Log steps whose loss is this many standard deviations above the running mean; 0 = never.",
+        at_least=0,
     )
     report_to: str = flag(
         "none",
-        help="Send metrics there besides metrics.jsonl; WANDB_MODE=offline works.",
+        "Send metrics there besides metrics.jsonl; with wandb, WANDB_MODE=offline works.",
         choices=["none", "wandb", "tensorboard", "trackio"],
     )
-    wandb_project: str = flag("llada", help="W&B project.")
-    run_name: str | None = flag(None, help="W&B run name; default the folder's.")
-    wandb_run_id: str | None = flag(None, help="W&B run to continue.")
+    wandb_project: str = flag("llada", "Project of the run.", needs="report_to=wandb|trackio")
+    run_name: str | None = flag(
+        None, "Name of the run; default the folder's.", needs="report_to=wandb|trackio"
+    )
+    wandb_run_id: str | None = flag(None, "W&B run to continue.", needs="report_to=wandb")
+
+    def check_flags(self) -> None:
+        """-1 is never, as the systems before this one write it."""
+        if self.save_total_limit == 0:
+            raise ValueError("--save_total_limit 0: would delete every state; use 1 or more, or -1 for all")
+        self.save_interval, self.eval_interval = max(0, self.save_interval), max(0, self.eval_interval)
+
+
+@dataclass(kw_only=True)
+class TrainConfig(OptimizerFlags, RecordFlags):
+    """A training run."""
+
+    # Flags of the stages that have them.
+    packing = use_lora = compile = cpu_offload = reduce_always = dry_run = False
+    shard = activation_checkpointing = "none"
+    num_workers = 0
+    default_batch_size = 4
+
+    output_dir: str = flag(
+        help="Folder of the run: step-N states, final/, best/, metrics.jsonl, results.json.", writes="folder"
+    )
+    tokenizer_name: str | None = flag(None, "Tokenizer folder; default that of the model.", reads="model")
+    max_length: int = flag(4096, "Longest sequence in tokens.", at_least=1, fixed=True)
+    max_steps: int = flag(
+        -1, "Optimizer steps; -1 = as many as --num_train_epochs give.", at_least=-1, fixed=True
+    )
+    num_train_epochs: float = flag(1.0, "Passes over the data when --max_steps is not given.", above=0)
+    batch_size: int | None = flag(
+        None, "Sequences per optimizer step, over all ranks and micro-batches; default 4.", at_least=1,
+        fixed=True,
+    )  # fmt: skip
+    micro_batch_size: int | None = flag(
+        None,
+        "Sequences per forward on a device, rest accumulated; default --batch_size / ranks, or one packed "
+        "row.",
+        at_least=1,
+    )
+    gradient_accumulation_steps: int | None = flag(
+        None, "Micro-batches per step and rank; follows from --batch_size, or gives it.", at_least=1
+    )
+    dtype: str = flag(
+        "float32",
+        "Precision of the matrix products; parameters and sums stay float32.",
+        choices=["float32", "bfloat16"],
+        fixed=True,
+    )
+    seed: int = flag(42, "Key of every random draw.", at_least=0, fixed=True)
+    device: str | None = flag(None, "cpu, cuda, ...; default the GPU if there is one.")
 
     def __post_init__(self) -> None:
         # Now, since stages fill in what a command leaves open.
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)
         self.given = hashlib.sha256(text.encode()).hexdigest()  # a hash: a flag may hold a key
 
-    @property
-    def recompute(self) -> str:
-        """none, selective or full: what of a block its backward computes again."""
-        return "full" if self.gradient_checkpointing else self.activation_checkpointing
+    def check_flags(self) -> None:
+        """Steps to take."""
+        if self.max_steps == 0:
+            raise ValueError("--max_steps 0: nothing to do; -1 = as many as --num_train_epochs give")
 
     def agreed(self) -> dict[str, Any]:
-        """The `fixed` flags with their values."""
-        return {name: getattr(self, name) for name in self.fixed}
+        """The flags that change what a step computes: a resumed run must have the same."""
+        names = [field.name for field in fields(self) if said_of(type(self), field.name).get("fixed")]
+        return {name: getattr(self, name) for name in names}
 
     def stream(self, run: "Run", mask_id: int, pad_id: int) -> dict[str, Any]:
         """What a `MaskedStream` takes from the flags."""
+        names = ["batch_size", "micro_batch_size", "seed"]
+        names += [name for name in ("t_sampling", "mask_count") if hasattr(self, name)]
         return {
-            **{name: getattr(self, name) for name in ("batch_size", "micro_batch_size", "seed")},
-            **{name: getattr(self, name) for name in ("t_sampling", "mask_count")},
+            **{name: getattr(self, name) for name in names},
             **{"run": run, "mask_id": mask_id, "pad_id": pad_id},
             "row_length": self.max_length if self.packing else 0,
         }
 
     def resolve(self, run: "Run", num_records: int) -> None:
-        """Fills --micro_batch_size and --max_steps, and checks the numbers against each other."""
-        if self.micro_batch_size is None:
-            self.micro_batch_size = 1 if self.packing else max(1, self.batch_size // run.world_size)
-        unit = self.micro_batch_size * run.world_size
-        if self.batch_size <= 0 or (self.batch_size % unit and not self.packing):
-            raise ValueError(
-                f"--batch_size {self.batch_size} must be a multiple of --micro_batch_size "
-                f"{self.micro_batch_size} "
-                f"x {run.world_size} ranks = {unit}"
-            )
+        """Fills the batch sizes and --max_steps, and checks the numbers against each other."""
+        self._resolve_batch(run.world_size)
         if num_records == 0:
             raise ValueError("--train_data_path: no usable record")
         if self.max_steps < 0:
             self.max_steps = max(1, round(self.num_train_epochs * num_records / self.batch_size))
-        if self.min_learning_rate > self.learning_rate:
+
+    def _resolve_batch(self, num_ranks: int) -> None:
+        accumulation = self.gradient_accumulation_steps
+        if self.batch_size is None and self.default_batch_size is None:
+            accumulation = accumulation or 1
+        if self.micro_batch_size is None:
+            whole = self.batch_size or (num_ranks if accumulation else self.default_batch_size)
+            self.micro_batch_size = 1 if self.packing else max(1, whole // num_ranks // (accumulation or 1))
+        unit = self.micro_batch_size * num_ranks
+        if self.batch_size is None:
+            self.batch_size = unit * accumulation if accumulation else self.default_batch_size
+        if self.batch_size % unit and not self.packing:
             raise ValueError(
-                f"--min_learning_rate {self.min_learning_rate} exceeds --learning_rate {self.learning_rate}"
+                f"--batch_size {self.batch_size} must be a multiple of --micro_batch_size "
+                f"{self.micro_batch_size} x {num_ranks} ranks = {unit}"
             )
+        if accumulation and self.batch_size != unit * accumulation:
+            raise ValueError(
+                f"--batch_size {self.batch_size} is not --micro_batch_size {self.micro_batch_size} x "
+                f"--gradient_accumulation_steps {accumulation} x {num_ranks} ranks; leave one of them out"
+            )
+        self.gradient_accumulation_steps = None  # so that config.yaml holds for any number of ranks
+
+
+@dataclass(kw_only=True)
+class RowsConfig(NoiseFlags, LoraDropoutFlags, ScaleFlags, PrefetchFlags, TrainConfig, MaskTokenFlag):
+    """A run on rows of tokens that are masked."""
 
 
 def finished_before(config: TrainConfig) -> str | None:

@@ -145,10 +145,10 @@ def memory(
         working = e * parameters.blocks
 
     per_block, at_input = block_bytes(shape, config, parameters)
-    if config.recompute == "selective":
+    if config.activation_checkpointing == "selective":
         at_input += e * (3 * shape.d_model + shape.n_kv_heads * shape.head_dim + shape.mlp_hidden_size)
         at_input += FLOAT32 * shape.n_heads
-    if config.recompute != "none":
+    if config.activation_checkpointing != "none":
         activations = tokens * (shape.n_layers * at_input + per_block)
     else:
         activations = tokens * shape.n_layers * per_block

@@ -7,9 +7,11 @@ with that global number -> clip -> check -> AdamW (llada.training.step) -> log, 
 
 import dataclasses
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -86,7 +88,7 @@ def load_trainable(config: TrainConfig, *, has_values: bool = True) -> torch.nn.
 
 def prepare_trainable(model: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
     """Puts on activation checkpointing, compiled blocks and training mode."""
-    wrap_blocks(model, activation_checkpointing=config.recompute, compile=config.compile)
+    wrap_blocks(model, activation_checkpointing=config.activation_checkpointing, compile=config.compile)
     return model.train()
 
 
@@ -100,7 +102,6 @@ def fit(
     loss: Loss,
     validate: Validate | None,
     data: str,
-    prefetch: bool = True,
     flops_of: Callable[[Batch], float] = lambda _: 0.0,
     early_stop: EarlyStop | None = None,
     kept: Stateful | None = None,
@@ -113,7 +114,6 @@ def fit(
         loss: a micro-batch's share of the loss.
         validate: called before, during and after training; None = no held-out data.
         data: describes the training data, which a resumed run must share with the first one.
-        prefetch: prepare batches in the background; not for streams that need the current weights.
         flops_of: useful FLOPs of a micro-batch, for MFU.
         early_stop: looks at each held-out loss.
         kept: what `loss` keeps from one step to the next.
@@ -131,7 +131,7 @@ def fit(
         parts = {"loss_watch": LossWatch(config.spike_sigmas), "early_stop": early_stop, "kept": kept}
         session = _Session(model, tokenizer, config, run, loss, validate, data, parts)
         step = session.progress.step
-        batches = _batches(stream, step, config.max_steps, prefetch and config.num_workers > 0)
+        batches = _batches(stream, step, config.max_steps, config.num_workers)
         with StopSignal() as signal:
             session.train(batches, flops_of, signal)
         session.end(signal.number)
@@ -306,14 +306,15 @@ class _Session:
             raise SystemExit(status)
 
 
-def _batches(stream: Stream, first: int, last: int, prefetch: bool) -> Iterator[list[Batch]]:
-    """Each step's micro-batches; the next step's are prepared in a thread while this one is computed."""
-    if not prefetch:
-        yield from map(stream, range(first, last))
+def _batches(stream: Stream, first: int, last: int, num_ahead: int) -> Iterator[list[Batch]]:
+    """Each step's micro-batches; those of the next steps are prepared in a thread meanwhile."""
+    steps = iter(range(first, last))
+    if num_ahead == 0:
+        yield from map(stream, steps)
         return
     with ThreadPoolExecutor(max_workers=1) as pool:
-        ahead: Future | None = pool.submit(stream, first) if first < last else None
-        for step in range(first, last):
-            batches = ahead.result()
-            ahead = pool.submit(stream, step + 1) if step + 1 < last else None
+        ahead = deque(pool.submit(stream, step) for step in islice(steps, num_ahead))
+        while ahead:
+            batches = ahead.popleft().result()
+            ahead.extend(pool.submit(stream, step) for step in islice(steps, 1))
             yield batches

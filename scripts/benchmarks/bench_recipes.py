@@ -88,11 +88,11 @@ def cost(flags: Flags) -> float:
     """Forwards of one sequence that a completion costs in one optimizer step, sampling included."""
     recipe = GrpoRecipes.flags_of_recipe(flags["recipe"]) if flags.get("recipe") else {}
     known = {**recipe, **flags}
-    asked = FORWARDS.get(known.get("estimator", "elbo"))
-    if known.get("estimator") == "trajectory":
+    asked = FORWARDS.get(known.get("likelihood", "elbo"))
+    if known.get("likelihood") == "trajectory":
         asked = -(-known["steps"] // known.get("trajectory_shrink", 1))
     elif asked is None:
-        asked = known.get("n_mc_samples", 2)
+        asked = known.get("num_masks", 2)
     updates = known.get("num_iterations", 1)
     remembered = (updates > 1) + (known.get("beta", 0) > 0)
     sets = updates if known.get("redraw_masks") else 1

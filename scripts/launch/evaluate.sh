@@ -7,7 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 model=${MODEL_PATH:-checkpoints/sft_newdataset}
 tasks=${TASKS:-gsm8k}
 output_path=${EVAL_OUTPUT:-eval_logs}
-model_args=${EXTRA_ARGS-cfg=0.0,is_check_greedy=False,mc_num=64,gen_length=256,steps=256,block_length=16,temperature=0.0}
+model_args=${EXTRA_ARGS-cfg=0.0,is_check_greedy=False,num_masks=64,gen_length=256,steps=256,block_length=16,temperature=0.0}
 note "[EVAL] $model on $tasks -> $output_path"
 launch eval/eval_llada.py \
     --model llada_dist \
