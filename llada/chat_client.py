@@ -85,6 +85,7 @@ class ChatClient:
         self._cache: sqlite3.Connection | None = None
         if self.cache_path is not None:
             Path(self.cache_path).parent.mkdir(parents=True, exist_ok=True)
+            # threads share the connection under our lock; processes share the file, which WAL allows
             self._cache = sqlite3.connect(self.cache_path, timeout=60, check_same_thread=False)
             self._cache.execute("PRAGMA journal_mode=WAL")
             self._cache.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT)")
@@ -123,7 +124,7 @@ class ChatClient:
             self._count("cache_hits")
             return read(text)
         options: dict[str, Any] = {}
-        if self.structured:
+        if self.structured:  # some servers refuse the field, others ignore it: `read` checks in any case
             form = {"name": "reply", "strict": True, "schema": schema}
             options["response_format"] = {"type": "json_schema", "json_schema": form}
         self._count("calls")
@@ -153,6 +154,7 @@ class ChatClient:
             NoAnswer: no fitting reply in 1 + max_retries tries.
         """
         asked, tries, reason = messages, 0, ""
+        # failed requests and replies that do not fit are paid from one budget, else their product would be
         while tries <= self.max_retries:
             settings = {"model": self.model, "temperature": self.temperature, "max_tokens": self.max_tokens}
             # the same seed would give the same bad reply

@@ -424,7 +424,7 @@ def test_an_unknown_task_is_answered_with_the_nearest(main, checkpoint, tmp_path
         main(flags(checkpoint, tmp_path, "gms8k_local"))
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k/train.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n{"question": \n')
-    with pytest.raises(ValueError, match=r"gsm8k/train.jsonl:2: not a JSON object"):
+    with pytest.raises(ValueError, match=r"gsm8k/train.jsonl:2: malformed JSON"):
         main(flags(checkpoint, tmp_path, "gsm8k_local", data=tmp_path))
 
 

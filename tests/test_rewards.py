@@ -156,7 +156,7 @@ def test_no_text_does_harm(tmp_path, monkeypatch):
     columns = {"puzzle": PUZZLE, "answer": "#### 18", "numbers": [6, 61], "target": 67, "test": "assert 0"}
     columns |= {"solution": SOLVED, "task": "countdown", "metadata": {"numbers": [6, 61], "target": 67}}
     started = time.monotonic()
-    for name in rewards.BUILT_IN:
+    for name in rewards.BUILT_IN.keys() - {"speed"}:  # which reads no text
         given = answers(name, ADVERSARIAL, **columns)
         # reasoning-gym's own score gives a few hundredths for any answer at all
         highest = 0.05 if name == "reasoning_gym_partial" else 0.0

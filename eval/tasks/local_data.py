@@ -9,14 +9,14 @@ lm_eval calls the functions with everything in --metadata and --model_args; what
 """
 
 import csv
-import gzip
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
 from lm_eval.api.samplers import ContextSampler
+
+from llada.data.records import read_records
 
 VARIABLE = "LLADA_EVAL_DATA"
 
@@ -40,16 +40,7 @@ def data_file(names: list[str], data_dir: str | None) -> Path:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl or .jsonl.gz; ValueError names the line that is not one."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    records = []
-    with opener(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    records.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}:{number}: not a JSON object: {error}") from error
-    return records
+    return [record for _, record in read_records(str(path))]
 
 
 def gsm8k(*, data_dir: str | None = None, **_: Any) -> DatasetDict:

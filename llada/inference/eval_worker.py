@@ -123,7 +123,7 @@ class EvalRank:
         for key, result, details in bar:
             self.log.put(key, result, **details)
             results[key] = result
-        if self._group is not None:
+        if self._group is not None:  # the others forget: rank 0 alone answers lm_eval
             parts = [None] * world_size if rank == 0 else None
             dist.gather_object(results, parts, group=self._group)
             for part in parts or []:
@@ -150,6 +150,7 @@ class EvalRank:
         for key, prompt in items.items():
             groups.setdefault(json.dumps(prompt.settings, sort_keys=True), []).append(key)
         for keys in groups.values():
+            # longest first: a batch too large for the memory fails at once, not after hours
             keys.sort(key=lambda key: -len(items[key].token_ids))
             for start in range(0, len(keys), size):
                 yield from self._generate({key: items[key] for key in keys[start : start + size]})

@@ -36,6 +36,7 @@ Values = list[float | None]
 
 SECONDS = 5.0  # for one answer
 
+# One process a rank for all rewards: its imports take seconds, and it stands still while nobody asks.
 _libraries = ConfinedModule("llada.rewards.verifiers", prepare="import_libraries")
 
 

@@ -169,6 +169,7 @@ class Judge:
         return self.client.ask(messages, schema, lambda text: check(find_json(text)))
 
     def _listwise(self, question: str, answers: list[str]) -> list[float | None]:
+        # by the group alone: the same after a resume, and on any rank
         order = generator(self.seed, "judge", question, *answers).permutation(len(answers)).tolist()
         found = []
         for places in (order, order[::-1])[: self.num_orders if len(answers) > 1 else 1]:
@@ -186,7 +187,7 @@ class Judge:
                 found.append(by_answer)
         if not found:
             return [None] * len(answers)
-        if len(found) == 2:
+        if len(found) == 2:  # one order may have failed
             gaps = [abs(a - b) for a, b in zip(*found, strict=True)]
             self._disagreement.append(math.fsum(gaps) / len(gaps))
         return [math.fsum(values) / len(values) for values in zip(*found, strict=True)]

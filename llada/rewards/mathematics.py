@@ -15,6 +15,7 @@ from llada.data.final_answer import final_answer, is_balanced, plain, undressed
 
 MAX_CHARACTERS, MAX_NUMBER = 4000, 200  # a longer answer, a longer number is wrong
 
+# 1,234 and 12.5 and .5; in 1,23 the comma parts two numbers
 _N = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
 _FORMS = [re.compile(form) for form in (
     rf"(?P<whole>{_N})?\s*\\frac\s*\{{\s*(?P<top>-?(?:{_N}))\s*\}}\s*\{{\s*(?P<bottom>{_N})\s*\}}",
@@ -82,7 +83,7 @@ def number(text: str) -> Number | None:
     else:
         match, behind = None, None
     if match is None:
-        value, behind = _from_words(text)
+        value, behind = _from_words(text)  # "eighteen"
         is_division = False
     else:
         value, is_division = _value(match.groupdict())
@@ -185,6 +186,7 @@ def compare(answer: str, gold: str, *, allow_expressions: bool = False) -> bool 
     names = [re.match(r"\s*([A-Za-z])\s*=", plain(undressed(text))) for text in (answer, gold)]
     if all(names) and names[0][1] != names[1][1]:
         return False
+    # a golden number is compared as one: math-verify would take 2 * 9 for 18
     if (expected := number(gold)) is None:
         return None
     if (given := number(answer) or told(answer)) is None:

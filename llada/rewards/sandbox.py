@@ -56,7 +56,7 @@ def confine(memory: int, file_size: int, cpu_seconds: int) -> None:
         header = (ctypes.c_uint32 * 2)(version_3, 0)
         libc.capset(header, (ctypes.c_uint32 * 6)(may_read, may_read, 0, 0, 0, 0))
     for name, limit in {
-        "NPROC": 0,
+        "NPROC": 0,  # of processes and threads alike: BLAS must be told to have one
         "AS": memory,
         "FSIZE": file_size,
         "CORE": 0,

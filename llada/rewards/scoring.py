@@ -68,7 +68,7 @@ def _imported(name: str) -> RewardFunction:
         if place.endswith(".py"):
             spec = importlib.util.spec_from_file_location(Path(place).stem, place)
             module = importlib.util.module_from_spec(spec)
-            sys.modules[Path(place).stem] = module
+            sys.modules[Path(place).stem] = module  # where dataclasses and pickles of the file look for it
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
@@ -103,6 +103,7 @@ def compute_rewards(
     where = where or [f"record {record.get('id', n)!r}" for n, record in enumerate(records)]
     table = {reward.name: _values_of(reward, arguments, where) for reward in rewards}
     values = np.stack([table[reward.name] * reward.weight for reward in rewards])  # [F, N]
+    # one reward of None leaves the others, all of them leave none: 0 would be a judgement
     totals = np.where(np.isnan(values).all(axis=0), np.nan, np.nansum(values, axis=0))
     return totals, table
 
@@ -118,7 +119,7 @@ def _values_of(reward: Reward, arguments: Mapping[str, Sequence[Any]], where: Se
 
     def values_of(places: Sequence[int]) -> np.ndarray:
         values = reward.function(**{name: [column[i] for i in places] for name, column in arguments.items()})
-        if inspect.isawaitable(values):
+        if inspect.isawaitable(values):  # TRL allows coroutines
             values = asyncio.run(_awaited(values))
         if len(values) != len(places):
             raise ValueError(f"gave {len(values)} values for {len(places)} completions")
