@@ -74,7 +74,7 @@ class Fields:
     def __init__(self, fields: dict[str, Any], where: str, reader: Reader | None = None) -> None:
         # a missing column of a Parquet file is a null
         self.fields = {name: value for name, value in fields.items() if value is not None}
-        for name in fields.keys() - fields.keys() & KNOWN:  # `Question`, as headers of CSV files have it
+        for name in fields.keys() - KNOWN:  # `Question`, as headers of CSV files have it
             if name.lower() in KNOWN:
                 self.fields.setdefault(name.lower(), fields[name])
         self.columns, self.where, self.reader = self.fields.keys() | fields.keys(), where, reader or Reader()

@@ -124,7 +124,8 @@ class Record(Fields):
             turns = self._unanswered(as_turns(self.opened_text(question), "user"))
             return [Labelled(turns, own, label)]
         turns = self._conversation_with_answer()
-        return [Labelled(self._unanswered(turns[:-1]), self._single(turns[-1:], "messages"), label)]
+        own = self._single(turns[-1:], "messages")
+        return [Labelled(self._unanswered(turns[:-1]), own, label)]
 
     def _refuse_unlearnable(self, *, may_be_undesirable: bool = False) -> None:
         if read_weight(self.fields, self.where) is False:
