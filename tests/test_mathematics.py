@@ -130,6 +130,13 @@ RIGHT = {
         "1.5 thousand", "one thousand five hundred", "1,500"
     ],
 }  # fmt: skip
+RIGHT |= {
+    r"10,\!080": [r"10\,080", "10080", "10,080", "10{,}080", "10080.0"],
+    r"2 \text{ and } 3": ["2 and 3", r"2\text{ and }3"],
+    r"(-\infty, 0]": [r"(-\infty,0]", r"x \le 0"],
+    r"\frac{\sqrt{2}}{2}": [r"\frac{\sqrt2}2", r"\sqrt{2}/2", r"\frac{1}{\sqrt{2}}"],
+    "no solution": ["No solution.", r"\text{no solution}"],
+}
 WRONG = {
     "18": [
         "-18", "18.5", "180", "118", "1 8", "0.18", "18e2", "18 or 19", "18, 19", "not 18", "about 18",
@@ -230,6 +237,13 @@ WRONG = {
         "6%", r"60\$", "0.06"
     ],
 }  # fmt: skip
+WRONG |= {
+    "1,234": ["1.234", "12,34", "1234.5", "1 234 or so", "234"],
+    r"\frac{3}{4}": [r"\frac{4}{3}", "0.74", "3:4", "34"],
+    r"2 \text{ and } 3": ["2 or 3", "2", "5"],
+    r"(-\infty, 0]": [r"x < 0", r"[0, \infty)", "0"],
+    "18.5": ["18 dollars and 5 cents", "18 and a half", "18", "19"],
+}
 DRESSES = [
     "{}", "${}$", r"\boxed{{{}}}", "**{}**", "```\n{}\n```", "The answer is {}.", "<answer>{}</answer>",
     "<think>perhaps \\boxed{{9}}</think>\n{}", r"\({}\)", r"\[{}\]", "**Answer:** {}", "#### {}", "`{}`",

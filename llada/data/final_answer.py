@@ -26,7 +26,7 @@ _DRESS = [
 # LaTeX that only sets type, and what it means.
 _TYPESETTING = [(re.compile(pattern), meaning) for pattern, meaning in (
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])", ""),
-    (r",\s*\\!\s*|\{,\}", ","),  # thousands separators
+    (r",\s*\\!\s*|\{,\}|(?<=\d)(?:\\,|[\u2009\u202f])(?=\d{3}(?!\d))", ","),  # thousands separators
     (r"\\[,;:!> ]|~|\\q?quad\b|[\u00a0\u2009\u202f]", " "),
     (r"\\(?:text(?:rm|bf|it)?|mbox|math(?:rm|bf|it)|operatorname)\s*\{([^{}]*)\}", r" \1 "),
     (r"\\[dt]frac(?![A-Za-z])", r"\\frac"),

@@ -218,7 +218,10 @@ def same_value(answer: str, gold: str) -> bool:
     if is_text(gold):
         return False
     answer, gold = _set_of(answer), _set_of(gold)
-    if _OTHERWISE.search(re.sub(r"\\[A-Za-z]+", "", plain(answer))):
+    said, meant = (
+        set(_OTHERWISE.findall(re.sub(r"\\[A-Za-z]+", "", plain(text)))) for text in (answer, gold)
+    )
+    if said - meant:
         return False
     bases = [set(re.findall(r"\d_(\w+)", plain(text))) for text in (answer, gold)]
     if bases[0] - bases[1]:  # math-verify does not look at them
