@@ -129,7 +129,7 @@ class Config(OnPolicyFlags, LoraDropoutFlags, ScaleFlags, PrefetchFlags, TrainCo
 
     def check_flags(self) -> None:
         """A loss that is more than nothing, and states that there are."""
-        if self.on_policy != "none" and self.shard != "none":
+        if self.asks_student and self.shard != "none":
             raise ValueError(
                 f"--on_policy {self.on_policy} asks the whole model: leave --shard {self.shard} out"
             )
@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
         stream = make_stream(rows, rule=config.positions, windows=config.windows())
         data = f"{len(rows)} rows, {stream.lengths.sum()} tokens"
     if config.on_policy == "drafts":
-        stream.starts_of = partial(starts_over_ranks, model, stream, config.dtype, run)
+        stream.starts_of = partial(starts_over_ranks, model, stream, config, run)
     has_windows = config.positions == "windows" and not config.asks_student
     alignment = Alignment(
         config.objective(stream.has_teacher),

@@ -206,7 +206,7 @@ def test_a_resumed_run_is_bitwise_the_same(kind, pair, model_dir, tmp_path):
             ["--on_policy", "drafts", "--positions", "masked"],
             "--on_policy drafts is about --positions windows",
         ),
-        (["--on_policy", "drafts", "--shard", "full"], "--on_policy drafts asks the whole model"),
+        (["--on_policy", "self", "--reward_funcs", "math", "--shard", "full"], "self asks the whole model"),
     ],
 )
 def test_wrong_flags(more, message, model_dir, tmp_path):

@@ -20,7 +20,7 @@ class Tokenizer:
     """As much of a tokenizer as convert_ar asks for: ids 0 ... V - 1, then the mask."""
 
     chat_template, eos_token_id, eos_token, pad_token, pad_token_id = None, EOS, "0", "0", EOS
-    mask_token_id = V
+    mask_token_id, mask_token = V, None
 
     def get_vocab(self):
         return {str(i): i for i in range(V + (self is not None and getattr(self, "has_mask", False)))}

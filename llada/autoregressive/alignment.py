@@ -86,7 +86,8 @@ class Alignment:
     def loss(self, model: torch.nn.Module, batch: AlignedBatch, total_units: float) -> LossParts:
         """A micro-batch's share of the loss, with acceptance and tau to be logged."""
         score = self.score(batch, total_units)
-        loss = model(**batch.inputs, score=score).loss
+        # FSDP copies dataclasses among a forward's arguments, and what the copy notes would be lost
+        loss = model(**batch.inputs, score=score.__call__).loss
         sums = self.sums(batch, score)
         if log.isEnabledFor(logging.DEBUG):  # float(loss) waits for the GPU
             log.debug("records %s: loss %.4g, %s", batch.record_ids, loss.item(), sums)

@@ -228,7 +228,7 @@ def draft_starts(
     that the verifier adds.
     """
     length, device, was_training = stream.windows.length, next(model.parameters()).device, model.training
-    texts = {i: stream.example_of(i, 0, 0) for i in set(record_ids)}
+    texts = {i: stream.example_of(i, 0, 0) for i in sorted(set(record_ids))}
     answers = {i: np.flatnonzero(text.maskable) for i, text in texts.items()}
     starts: dict[int, list[int]] = {i: [0] for i in texts}
     active = list(texts)
@@ -258,13 +258,15 @@ def draft_starts(
 
 
 def starts_over_ranks(
-    model: torch.nn.Module, stream: AlignmentStream, dtype: str, run: Run, record_ids: list[int]
+    model: torch.nn.Module, stream: AlignmentStream, config: Any, run: Run, record_ids: list[int]
 ) -> dict[int, np.ndarray]:
     """`draft_starts` of a step's records, shared out over the ranks."""
-    with autocast(run.device, dtype):
-        mine = draft_starts(model, stream, record_ids[run.rank :: run.world_size])
+    # Ranks of a sharded model go through every forward in step, so there each asks for all records.
+    shares = run.world_size > 1 and config.shard == "none"
+    with autocast(run.device, config.dtype):
+        mine = draft_starts(model, stream, record_ids[run.rank :: run.world_size] if shares else record_ids)
     parts = [mine]
-    if run.world_size > 1:
+    if shares:
         parts = [{} for _ in range(run.world_size)]
         dist.all_gather_object(parts, mine)
     return {record_id: starts for part in parts for record_id, starts in part.items()}

@@ -80,8 +80,11 @@ STAGES = {
         variants={
             "lora": ("--use_lora", "--lora_r", "2", "--loss_type", "hybrid"),
             "streak": ("--window_weights", "streak"),
+            "on policy": ("--on_policy", "drafts"),
         },
     ),
+    "drafter": Stage("scripts/convert_ar.py", after=("teacher",)),
+    "export": Stage("scripts/export_checkpoint.py", after=("drafter",)),
     "speculative": Stage("inference/speculative_decode.py", after=("alignment",), reads_checkpoint=True),
     "preferences": Stage("rlhf/make_preferences.py", after=("sft",), reads_checkpoint=True),
     "dpo": Stage("rlhf/train_dpo.py", after=("sft",), reads_checkpoint=True, trains=True),
