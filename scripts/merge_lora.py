@@ -21,7 +21,9 @@ class Config:
     """Flags of this script."""
 
     adapter_path: str = flag(help="adapter folder")
-    output_dir: str = flag(help="new folder for the merged checkpoint", writes="new folder")
+    output_dir: str = flag(
+        "merged_model_final", help="new folder for the merged checkpoint", writes="new folder"
+    )
     base_model: str | None = flag(
         None,
         help="base checkpoint folder, or hub name; default: the base named in the adapter",

@@ -66,6 +66,9 @@ def script_of(section: str) -> Stage | None:
     return STAGES.get(section.partition(":")[0])
 
 
+SHIPPED_DATA = {"pretraining": "./data/pretrain/train.jsonl", "sft": "./data/sft/train.jsonl"}
+
+
 class Pipeline:
     """The commands of a config file."""
 
@@ -127,6 +130,10 @@ class Pipeline:
         if script.reads_checkpoint or (script.trains and "config_name" not in flags):
             flags.setdefault("model_name_or_path", self.checkpoint_before(stage))
         if script.trains:
+            # what the predecessor's README leaves out of its config.yaml, as in the file that it ships
+            flags.setdefault("output_dir", str(self.output_dir / stage.replace(":", "-")))
+            if stage in SHIPPED_DATA and "config_name" not in flags:
+                flags.setdefault("train_data_path", SHIPPED_DATA[stage])
             for name in ("tokenizer_name", "max_length", "dtype"):
                 if self.model.get(name) is not None:
                     flags.setdefault(name, self.fill(self.model[name]))

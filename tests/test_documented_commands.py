@@ -141,3 +141,34 @@ def test_kl_alignment(model_dir, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     run(EXAMPLE)
     assert capsys.readouterr().out.strip()
+
+
+def test_the_config_that_the_readme_prints(model_dir, tmp_path, monkeypatch):
+    """Without folders and data: they are where the file that it ships names them."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model_dir, "GSAI-ML/LLaDA-8B-Base")
+    for name in ("pretrain", "sft"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        shutil.copy(ROOT / f"data/samples/{name}.jsonl", f"data/{name}/train.jsonl")
+    printed = """model:
+  name_or_path: "GSAI-ML/LLaDA-8B-Base"
+  max_length: 256
+
+pretraining:
+  max_steps: 1
+  batch_size: 4
+  learning_rate: 4e-4
+
+sft:
+  max_steps: 1
+  learning_rate: 2e-5
+
+inference:
+  default_method: "fixed_length"
+  gen_length: 16
+  remasking: "low_confidence"
+"""
+    (tmp_path / "config.yaml").write_text(printed)
+    load_script("scripts/train_pipeline.py").main(["--config", "config.yaml", "--stage", "all"])
+    for stage in ("pretraining", "sft"):
+        assert json.loads((tmp_path / f"checkpoints/{stage}/results.json").read_text())["steps"] == 1
