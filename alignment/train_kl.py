@@ -172,10 +172,9 @@ from llada.data.rows import ConversationRows
 from llada.data.shards import read_manifest
 from llada.diffusion.distillation_losses import RowObjective
 from llada.models.building import run_tokenizer
-from llada.models.tokens import special_ids
 from llada.run import Run
 from llada.training import dry_run as preflight
-from llada.training.loop import end_training, fit, load_trainable, start_training
+from llada.training.loop import end_training, fit, load_with_ids, start_training
 from llada.training.rows_stage import validation_means
 
 
@@ -208,17 +207,16 @@ def main(argv: list[str] | None = None) -> None:
     if config.dry_run:
         preflight.report(
             config, partial(planned_rows, config=config), train=[config.train_data_path],
-            held_out=config.eval_data_path, checkpoint=config.model_name_or_path, chat=True,
+            held_out=config.eval_data_path, chat=True,
         )  # fmt: skip
         return
     run = start_training(config)
     if run.is_main:
         log_to_file(Path(config.output_dir, "training_log.log"), config.log_level)
     tokenizer = run_tokenizer(config, chat=True)
-    model = load_trainable(config)
+    model, ids = load_with_ids(config, tokenizer)
     if config.keep_rate is not None:
         refuse_sharing(model.config)
-    ids = special_ids(model.config, tokenizer)
     data_dir = Path(config.output_dir, "data")  # for conversations that have to be tokenised
     load = partial(load_aligned, tokenizer=tokenizer, max_length=config.max_length, run=run)
     make_stream = partial(AlignmentStream.over, config=config, run=run, ids=ids)

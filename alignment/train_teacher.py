@@ -12,6 +12,7 @@ Run:
 The same command continues an interrupted run.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -41,7 +42,13 @@ if __name__ == "__main__":
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 from llada.data.rows import ConversationRows
 from llada.diffusion.batches import Example, MaskedBatch, Noised
@@ -104,13 +111,18 @@ def new_teacher(
         )
 
 
-def load_causal(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[torch.nn.Module, SpecialIds]:
+def load_causal(
+    config: Config, tokenizer: PreTrainedTokenizerBase, *, has_values: bool = True
+) -> tuple[torch.nn.Module, SpecialIds]:
     """The model to train, new or from a checkpoint, in float32, and ids for its stream."""
-    if config.config_name is not None:
-        model = new_teacher(config.config_name, tokenizer, seed=config.seed, max_length=config.max_length)
-    else:
-        path = resolve_checkpoint(config.model_name_or_path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with nullcontext() if has_values else torch.device("meta"):
+        if config.config_name is not None:
+            model = new_teacher(config.config_name, tokenizer, seed=config.seed, max_length=config.max_length)
+        elif has_values:
+            path = resolve_checkpoint(config.model_name_or_path)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        else:
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model_name_or_path))
     pad = tokenizer.pad_token_id  # no token is masked; an id is needed where a stream would put one
     return model.train(), SpecialIds(mask=pad, eos=tokenizer.eos_token_id, pad=pad, eot=None)
 

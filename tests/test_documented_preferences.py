@@ -73,7 +73,8 @@ def test_elbo_kto(project, monkeypatch):
 def test_dpo_as_documented(project):
     # the SFT stage's adapter, as that stage leaves it
     run("sft_training/train_sft.py --model_name_or_path ./llada_local_1.5 --train_data_path sft.jsonl "
-        "--output_dir ./checkpoints/sft_adapter --use_lora --lora_r 2 --max_steps 1 --max_length 256",
+        "--output_dir ./checkpoints/sft_adapter --use_lora --lora_dropout 0.1 --max_steps 1 --max_length 256 "
+        "--lora_target_modules q_proj k_proj v_proj attn_out",
         "--train_data_path", str(ROOT / "data/samples/sft.jsonl"))  # fmt: skip
     run(
         DPO_DOCUMENTED,

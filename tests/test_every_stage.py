@@ -117,14 +117,18 @@ def test_the_debug_config_runs(name, made):
         assert f"python {STAGES[before].script} --config {STAGES[before].debug_config}" in header
 
 
-@pytest.mark.parametrize("name", [name for name in TRAINED if name != "teacher"])
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_dry_run_writes_nothing(name, inputs, tmp_path, monkeypatch, capsys):
     inputs(name)
     before = sorted(Path.cwd().rglob("*"))
-    for world_size in (1, 2):
+    flags = flags_of(name, tmp_path / "run", "--dry_run", "--batch_size", 512)
+    for world_size in (1, 64):  # without MASTER_ADDR: nobody is met
         monkeypatch.setenv("WORLD_SIZE", str(world_size))
-        load_script(STAGES[name].script).main(flags_of(name, tmp_path / "run", "--dry_run"))
-        assert "nothing was written" in capsys.readouterr().out
+        load_script(STAGES[name].script).main([*flags, "--gpu_memory_gb", "80"])
+        said = capsys.readouterr().out
+        assert "nothing was written" in said and "; fits into 80.0 GB" in said
+    with pytest.raises(ValueError, match=r"--micro_batch_size \d+: a rank needs .* GB and has 0\.5"):
+        load_script(STAGES[name].script).main([*flags, "--gpu_memory_gb", "0.5"])
     assert not (tmp_path / "run").exists() and sorted(Path.cwd().rglob("*")) == before
 
 

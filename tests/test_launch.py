@@ -368,3 +368,31 @@ def test_several_steps_stop_at_the_first_failure(tools):
         "precompute_teacher.py",
         "train_kl.py",
     ]
+
+
+def test_setup_checks_python_first_and_starts_half_made_environments_anew(tools, tmp_path):
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts/setup.sh", tmp_path / "scripts")
+    (tmp_path / "requirements.txt").write_text("a package\n")
+    for name in ("cmp", "mkdir", "cp", "touch", "cat", "chmod"):
+        (tools / name).symlink_to(shutil.which(name))
+    venv = tmp_path / ".venv"
+
+    def setup(python):
+        add_tool(tools, "python3", python)
+        command = ["bash", str(tmp_path / "scripts/setup.sh")]
+        return subprocess.run(command, env={"PATH": str(tools)}, capture_output=True, text=True, check=False)
+
+    done = setup("[[ $1 == -V ]] && echo Python 3.10.2 || exit 1")
+    assert (done.returncode, venv.exists()) == (2, False)
+    assert done.stderr.startswith("setup.sh: needs Python 3.11 or newer, python3 is Python 3.10.2")
+    assert len(done.stderr.splitlines()) == 1
+    # makes an environment whose pip fails as long as there is no network
+    new = (
+        f"[[ $1 == -c ]] && exit; echo $* >>{tmp_path}/made; mkdir -p {venv}/bin; touch {venv}/bin/activate\n"
+        f"echo '#!/bin/bash\n[[ -e {tmp_path}/network ]]' >{venv}/bin/python; chmod +x {venv}/bin/python"
+    )
+    assert setup(new).returncode != 0 and not (venv / "installed").exists()
+    (tmp_path / "network").touch()
+    assert setup(new).returncode == 0 and setup(new).returncode == 0
+    assert (tmp_path / "made").read_text() == 2 * "-m venv --clear .venv\n"

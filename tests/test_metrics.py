@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from conftest import load_script
 from llada.training.metrics import Metrics, in_one_line, shown
 
 VALUES = {"loss": 6.99612, "grad_norm": 4.62, "learning_rate": 0.00093816, "rewards/chosen": -1.887e-08}
@@ -71,3 +72,23 @@ def test_a_missing_tracker_is_named(kind, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=f"--report_to {kind}: pip install"):
         Metrics(tmp_path, CONFIG | {"report_to": kind}, total_steps=4, first_step=0)
+
+
+def test_a_panel_holds_one_metric_of_all_runs(tmp_path, monkeypatch):
+    plot = load_script("scripts/plot_metrics.py")
+    for run in "ab":
+        (tmp_path / run / "sft").mkdir(parents=True)
+        lines = [{"step": step, "loss": 1 / step, "tokens_per_second": 1e5} for step in (1, 2)]
+        (tmp_path / run / "sft/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures = []
+    monkeypatch.setattr(plot.plt, "close", figures.append)
+    flags = ["--runs", *(str(tmp_path / run / "sft") for run in "ab"), "--output", str(tmp_path / "c.png")]
+    plot.main([*flags, "--metrics", "loss", "tokens_per_second", "eval_loss"])
+    panels = figures[0].axes
+    assert [(panel.get_title(), panel.get_ylabel()) for panel in panels] == [
+        ("loss", "nats per token"), ("tokens_per_second", "tokens / s"),
+    ]  # fmt: skip
+    assert all(len(panel.lines) == 2 for panel in panels)
+    assert {line.get_label() for line in panels[0].lines} == {str(tmp_path / run / "sft") for run in "ab"}
+    with pytest.raises(ValueError, match=r"--metrics \['lossy'\]: none was logged; there are \['loss', "):
+        plot.main([*flags, "--metrics", "lossy"])

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 
 from conftest import ROOT, load_script
 from llada.data.prepared import load
@@ -172,7 +173,7 @@ def test_report_of_lora_and_of_an_adapter_folder(model_dir, tmp_path, capsys):
         model = LLaDAModelLM.from_pretrained(model_dir)
         adapted = attach_lora(model, rank=4, alpha=8, dropout=0, target_modules=["q_proj"], seed=0)
         adapted.save_pretrained(tmp_path / "adapter")
-    flags = ("--tokenizer_name", str(model_dir), *lora)
+    flags = ("--tokenizer_name", str(model_dir), "--use_lora")
     train_sft.main(sft_flags(tmp_path, tmp_path / "adapter", *flags))
     assert f"trainable {2 * 4 * 32:,} " in printed(capsys)["parameters"]
 
@@ -236,6 +237,14 @@ def test_what_would_stop_the_run_stops_the_preflight(model_dir, tokenizer_dir, t
     bad.write_text('{"text": "no conversation"}\n')
     fails("bad.jsonl:1", "--train_data_path", str(bad))
 
+    bare = shutil.copytree(model_dir, tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
+    fails("no weights there, only a configuration", model=bare)
+    whole = shutil.copytree(model_dir, tmp_path / "whole")
+    tensors = load_file(whole / "model.safetensors")
+    save_file({name: tensor.to(torch.int8) for name, tensor in tensors.items()}, whole / "model.safetensors")
+    fails("holds I8: quantised weights are not read", model=whole)
+    fails("no such file", "--eval_data_path", str(tmp_path / "absent.jsonl"))
     broken = shutil.copytree(model_dir, tmp_path / "broken")
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

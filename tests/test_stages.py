@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import ROOT, load_script
+from llada.flags.yaml_files import read_yaml
 from llada.training.metrics import read_metrics
 
 pretrain = load_script("pretraining/pretrain.py")
@@ -121,3 +122,21 @@ def test_a_corrupt_record_is_named(model_dir, tmp_path):
     file.write_text((SAMPLES / "sft.jsonl").read_text().splitlines()[0] + "\n{not json\n")
     with pytest.raises(ValueError, match=r"bad\.jsonl:2: malformed JSON"):
         train_sft.main(sft_flags(tmp_path / "run", model_dir, "--train_data_path", str(file)))
+
+
+def test_a_run_from_an_adapter_says_what_it_trains(model_dir, tmp_path):
+    targets = ("--lora_target_modules", "q_proj", "ff_out")
+    lora = ("--use_lora", "--lora_r", "2", "--lora_alpha", "8", *targets, "--max_steps", "1")
+    train_sft.main(sft_flags(tmp_path / "first", model_dir, *lora))
+    train_sft.main(sft_flags(tmp_path / "second", tmp_path / "first", "--max_steps", "1"))
+    said = read_yaml(tmp_path / "second/config.yaml")
+    assert (said["use_lora"], said["lora_r"], said["lora_alpha"]) == (True, 2, 8.0)
+    assert said["lora_target_modules"] == ["q_proj", "ff_out"]
+    assert (tmp_path / "second/final/adapter_model.safetensors").is_file()
+    for more, message in (
+        (("--use_lora", "--lora_r", "4"), r"--lora_r 4: the adapter that training continues, .*, has 2"),
+        (("--use_lora", "--lora_target_modules", "k_proj"), r"has \['q_proj', 'ff_out'\]"),
+    ):
+        for dry in ((), ("--dry_run",)):
+            with pytest.raises(ValueError, match=message):
+                train_sft.main(sft_flags(tmp_path / "third", tmp_path / "first", *more, *dry))

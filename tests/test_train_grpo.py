@@ -185,7 +185,8 @@ def predecessor(model_dir, tmp_path, monkeypatch, flags):
     shutil.copytree(model_dir, "llada_local_1.5")
     load_script("sft_training/train_sft.py").main(
         ["--model_name_or_path", "llada_local_1.5", "--train_data_path", str(ROOT / "data/samples/sft.jsonl"),
-         "--output_dir", "sft", "--max_steps", "1", "--max_length", "256", "--use_lora", "--lora_r", "2"]
+         "--output_dir", "sft", "--max_steps", "1", "--max_length", "256", "--use_lora",
+         "--lora_dropout", "0.1", "--lora_target_modules", "q_proj", "k_proj", "v_proj", "attn_out"]
     )  # fmt: skip
     shutil.copytree("sft/final", "checkpoints/sft_adapter")
     questions = [{"question": f"Say {word}.", "answer": word} for word in WORDS]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedTokenizerBase
 
 from llada.flags.yaml_files import read_yaml
@@ -104,6 +104,38 @@ def build_model(flags: Any, *, has_values: bool = True) -> LLaDAModelLM | PeftMo
             target_modules=flags.lora_target_modules,
             seed=flags.seed,
         )
+
+
+def adopt_adapter(flags: Any) -> None:
+    """Where training continues an adapter, makes the LoRA flags say what that one has, in place.
+
+    Raises:
+        ValueError: a flag was given that contradicts the adapter.
+    """
+    if getattr(flags, "config_name", None) is not None:
+        return
+    path = base_and_adapter(flags.model_name_or_path, getattr(flags, "sft_adapter_path", None))[1]
+    if path is None:
+        return
+    adapter = PeftConfig.from_pretrained(path)
+    targets = str(getattr(adapter, "target_modules", ""))
+    found = {
+        "lora_r": getattr(adapter, "r", None),
+        "lora_alpha": float(getattr(adapter, "lora_alpha", 0)),
+        "lora_dropout": float(getattr(adapter, "lora_dropout", 0)),
+        "lora_target_modules": [name for name in LINEAR_LAYERS if re.search(rf"\b{name}\b", targets)],
+    }
+    for name, value in found.items():
+        if not hasattr(flags, name):  # not a flag of this stage
+            continue
+        given = getattr(flags, name)
+        wants = list(LINEAR_LAYERS) if given == ["all-linear"] else given
+        if isinstance(wants, list):  # in any order and spelling
+            wants = [ours for ours, llama in LINEAR_LAYERS.items() if {ours, llama} & set(wants)]
+        if name in getattr(flags, "given_of_lora", ()) and wants != value:
+            raise ValueError(f"--{name} {given}: the adapter that training continues, {path}, has {value}")
+        setattr(flags, name, value)
+    flags.use_lora = True
 
 
 def has_fresh_adapter(flags: Any) -> bool:

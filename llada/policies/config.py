@@ -36,11 +36,6 @@ class PolicyConfig(LoraFlags, ScaleFlags, TrainConfig, MaskTokenFlag):
     )
     num_masks: int = flag(8, "Masks per answer and step (K).", at_least=1, fixed=True)
     learning_rate: float = 1e-6
-    dtype: str = flag(
-        "auto",
-        "Precision of the matrix products; parameters and sums stay float32. auto: bfloat16 on a GPU.",
-        choices=["auto", "float32", "bfloat16"],
-    )
     apply_chat_template: bool = flag(
         False, "Prompts and answers that are plain texts become turns; messages always use the template."
     )
@@ -52,8 +47,7 @@ class PolicyConfig(LoraFlags, ScaleFlags, TrainConfig, MaskTokenFlag):
 
     def settle(self, run: "Run") -> None:
         """Fills what depends on the device."""
-        if self.dtype == "auto":
-            self.dtype = "bfloat16" if run.device.type == "cuda" else "float32"
+        self.settle_dtype(run.device.type)
 
 
 @dataclass(kw_only=True)

@@ -7,13 +7,12 @@ import numpy as np
 
 from llada.diffusion.bound_gradient import disable_dropout
 from llada.models.building import run_tokenizer
-from llada.models.tokens import special_ids
 from llada.policies.answer_stream import AnswersOf, AnswerStream
 from llada.policies.config import PolicyConfig
 from llada.policies.recipes import RecipeFlags
 from llada.run import described_run
 from llada.training import dry_run as preflight
-from llada.training.loop import Loss, Stream, end_training, fit, load_trainable, start_training
+from llada.training.loop import Loss, Stream, end_training, fit, load_with_ids, start_training
 
 
 class PolicyStage:
@@ -49,17 +48,14 @@ class PolicyStage:
         config.settle(run)
         if not config.dry_run:
             return cls(config)
-        preflight.report(
-            config, rows_of, train=train, held_out=held_out, checkpoint=config.model_name_or_path, chat=True
-        )
+        preflight.report(config, rows_of, train=train, held_out=held_out, chat=True)
         return None
 
     def load(self, num_records: int) -> None:
         """Loads the policy. After the data, which fail in seconds where a checkpoint takes minutes."""
         self.config.resolve(self.run, num_records)
-        self.model = load_trainable(self.config)
+        self.model, self.ids = load_with_ids(self.config, self.tokenizer)
         disable_dropout(self.model)
-        self.ids = special_ids(self.model.config, self.tokenizer)
 
     def answers(self, answers_of: AnswersOf, lengths: Iterable[int]) -> AnswerStream:
         """A stream over records of so many tokens each; see `AnswerStream`."""

@@ -59,6 +59,7 @@ class LoraFlags:
     def check_flags(self) -> None:
         """Settles --use_lora, and the other flags where it is on."""
         given = [name for name in self.__dict__ if name.startswith("lora_") and getattr(self, name)]
+        self.given_of_lora = given  # what an adapter that training continues must agree with
         if given and (self.use_lora is False or self.lora_r == 0):
             raise ValueError(f"--{given[0]} {getattr(self, given[0])}: without effect, LoRA is turned off")
         if self.use_lora and self.lora_r == 0:
@@ -100,9 +101,6 @@ class ScaleFlags:
         needs="shard",
     )
     attn_implementation: str | None = flag(None, "transformers' attention kernel; default sdpa.")
-    dry_run: bool = flag(
-        False, "Only check the files, and print size, memory per rank and hours; writes nothing."
-    )
 
 
 @dataclass(kw_only=True)
@@ -220,7 +218,7 @@ class TrainConfig(OptimizerFlags, RecordFlags):
     """A training run."""
 
     # Flags of the stages that have them.
-    packing = use_lora = compile = cpu_offload = reduce_always = dry_run = False
+    packing = use_lora = compile = cpu_offload = reduce_always = False
     shard = activation_checkpointing = "none"
     num_workers = 0
     default_batch_size = 4
@@ -248,13 +246,19 @@ class TrainConfig(OptimizerFlags, RecordFlags):
         None, "Micro-batches per step and rank; follows from --batch_size, or gives it.", at_least=1
     )
     dtype: str = flag(
-        "float32",
-        "Precision of the matrix products; parameters and sums stay float32.",
-        choices=["float32", "bfloat16"],
+        "auto",
+        "Precision of the matrix products; parameters and sums stay float32. auto: bfloat16 on a GPU.",
+        choices=["auto", "float32", "bfloat16"],
         fixed=True,
     )
     seed: int = flag(42, "Key of every random draw.", at_least=0, fixed=True)
     device: str | None = flag(None, "cpu, cuda, ...; default the GPU if there is one.")
+    dry_run: bool = flag(
+        False, "Only check the files, and print size, memory per rank and hours; writes nothing."
+    )
+    gpu_memory_gb: float | None = flag(
+        None, "Memory of a GPU to judge for, in 1e9 bytes; default this one's.", above=0, needs="dry_run"
+    )
 
     def __post_init__(self) -> None:
         # Now, since stages fill in what a command leaves open.
@@ -265,6 +269,12 @@ class TrainConfig(OptimizerFlags, RecordFlags):
         """Steps to take."""
         if self.max_steps == 0:
             raise ValueError("--max_steps 0: nothing to do; -1 = as many as --num_train_epochs give")
+
+    def settle_dtype(self, device_type: str) -> None:
+        """Decides --dtype auto; a dry run may judge for a GPU that is not here."""
+        if self.dtype == "auto":
+            is_gpu = device_type == "cuda" or (self.dry_run and self.gpu_memory_gb is not None)
+            self.dtype = "bfloat16" if is_gpu else "float32"
 
     def agreed(self) -> dict[str, Any]:
         """The flags that change what a step computes: a resumed run must have the same."""

@@ -16,6 +16,7 @@ Memory of a rank, added up as if every part were at its peak at once:
     activations B L n a, where a is `block_bytes` (what one block keeps of a token for its backward);
                 with --activation_checkpointing full B L (n x + a), x the bytes of a block's input; with
                 selective x includes what is kept beside it: k, q, gate, MLP output and attention
+    masks       e B L L of padded rows, for each block whose backward reads them
     head        chunk_rows(V) V (4 + 2) for the logits of a chunk, and where the head is trained its gradient
                 in float32 and the product of a chunk: V D (4 + e)
 FLOPs of a token: 6 for each matrix weight of a block (LoRA: 4, since frozen weights need no gradient), the
@@ -30,6 +31,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PretrainedConfig
 
 from llada.diffusion.batches import MaskedBatch
 from llada.models.building import LINEAR_LAYERS
@@ -121,25 +123,46 @@ def block_bytes(shape: LLaDAConfig, config: TrainConfig, parameters: Parameters)
 
 
 def memory(
-    shape: LLaDAConfig, config: TrainConfig, parameters: Parameters, ranks: Ranks, *, length: int
+    shape: PretrainedConfig, config: TrainConfig, parameters: Parameters, ranks: Ranks, *, length: int
 ) -> dict[str, float]:
     """Bytes of a rank by kind, for micro-batches of `length` positions; the kinds of the module's docstring.
 
-    The CUDA context and the allocator's gaps, about 1 GB and a tenth, come on top.
+    The CUDA context and the allocator's gaps, about 1 GB and a tenth, come on top. Of a model of another kind
+    than LLaDA only the state is known.
     """
-    e = 2 if config.dtype == "bfloat16" else FLOAT32
     trainable, sharing = parameters.trainable, ranks.sharing
-    block = parameters.blocks / shape.n_layers
-    head = shape.embedding_size * shape.d_model
-    tokens = config.micro_batch_size * length
     accumulates = config.batch_size > config.micro_batch_size * ranks.world_size
-
     gradients = FLOAT32 * trainable / sharing
     if (sharing == 1 and ranks.world_size > 1) or (sharing > 1 and accumulates and not config.reduce_always):
         gradients += FLOAT32 * trainable
+    state = {
+        "weights": parameters.weight_bytes / sharing,
+        "gradients": gradients,
+        "AdamW": ADAMW_BYTES * trainable / sharing,
+    }
+    if not isinstance(shape, LLaDAConfig):
+        return state
+    tokens = config.micro_batch_size * length
+    return state | _work_memory(
+        shape, config, parameters, is_sharded=sharing > 1, tokens=tokens, length=length
+    )
+
+
+def _work_memory(
+    shape: LLaDAConfig,
+    config: TrainConfig,
+    parameters: Parameters,
+    *,
+    is_sharded: bool,
+    tokens: int,
+    length: int,
+) -> dict[str, float]:
+    e = 2 if config.dtype == "bfloat16" else FLOAT32
+    block = parameters.blocks / shape.n_layers
+    head = shape.embedding_size * shape.d_model
     working = 0.0
-    if sharing > 1:
-        largest = (trainable / shape.n_layers) if parameters.is_lora else max(block, head)
+    if is_sharded:
+        largest = parameters.trainable / shape.n_layers if parameters.is_lora else max(block, head)
         working = e * (2 * block + head) + FLOAT32 * largest
     elif e == 2 and not parameters.is_lora:
         working = e * parameters.blocks
@@ -148,19 +171,20 @@ def memory(
     if config.activation_checkpointing == "selective":
         at_input += e * (3 * shape.d_model + shape.n_kv_heads * shape.head_dim + shape.mlp_hidden_size)
         at_input += FLOAT32 * shape.n_heads
+    num_kept = shape.n_layers if config.activation_checkpointing == "none" else 1
+    activations = tokens * num_kept * per_block
     if config.activation_checkpointing != "none":
-        activations = tokens * (shape.n_layers * at_input + per_block)
-    else:
-        activations = tokens * shape.n_layers * per_block
+        activations += tokens * shape.n_layers * at_input
+    # Rows of one micro-batch differ in length: each block keeps what attention makes of their padding.
+    has_padding = config.micro_batch_size > 1 and not config.packing
+    masks = e * tokens * length * num_kept if has_padding else 0
     head_bytes = chunk_rows(shape.embedding_size) * shape.embedding_size * (FLOAT32 + 2)
     if not parameters.is_lora:
         head_bytes += head * (FLOAT32 + e)
     return {
-        "weights": parameters.weight_bytes / sharing,
-        "gradients": gradients,
-        "AdamW": ADAMW_BYTES * trainable / sharing,
         "working copies": working,
         "activations": float(activations),
+        "masks": float(masks),
         "head": float(head_bytes),
     }
 

@@ -11,14 +11,13 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llada.data.files import files_of
 from llada.data.prepared import is_usable
@@ -26,8 +25,7 @@ from llada.data.rows import Rows as DataRows
 from llada.data.shards import read_manifest
 from llada.models.building import run_tokenizer
 from llada.models.checkpoints import base_and_adapter, check_weight_files, load_config
-from llada.models.tokens import special_ids
-from llada.run import Run
+from llada.run import described_run
 from llada.training.checkpoint import check_meta, find_resume, read_meta
 from llada.training.config import TrainConfig
 from llada.training.cost import (
@@ -40,12 +38,14 @@ from llada.training.cost import (
     flops_per_token,
     memory,
 )
-from llada.training.loop import load_trainable
-from llada.training.monitor import PEAK_FLOPS
+from llada.training.loop import Load, load_with_ids
+from llada.training.monitor import peak_flops
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
 SAMPLE_RECORDS = 256  # of raw files; enough for lengths within a few per cent
 MFU = 0.4  # a usual share of a GPU's peak
+GAPS, CONTEXT = 1.1, 1e9  # what the allocator and CUDA take on top
+STATE = ("weights", "gradients", "AdamW")  # what --cpu_offload moves
 
 
 @dataclass(frozen=True)
@@ -111,67 +111,78 @@ def report(
     train: Sequence[str],
     held_out: str | Sequence[str] | None = None,
     weights: Sequence[float] | None = None,
-    checkpoint: str | None,
     chat: bool = False,
+    load: Load = load_with_ids,
 ) -> None:
     """Checks the files of a training stage and prints what the run will be. Rank 0 alone does it.
 
     Args:
         rows_of: how the stage reads its data.
         train, held_out, weights: the data and the share of each.
-        checkpoint: what to start from; None = new weights of --config_name.
         chat: whether the tokenizer needs chat tokens.
+        load: the stage's model and its special tokens.
 
     Raises:
         ValueError: whatever would stop the run itself: a missing file, a vocabulary that does not fit, a
-            batch that the ranks cannot share, a state in --output_dir that has other flags.
+            batch that the ranks cannot share, a state in --output_dir that has other flags, a GPU that is too
+            small.
     """
-    if int(os.environ.get("RANK", "0")) != 0:
+    run = described_run(config.device)
+    if not run.is_main:
         return
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    ranks = Ranks.of(config.shard, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    config.settle_dtype(run.device.type)
+    ranks = Ranks.of(config.shard, run.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", run.world_size)))
     tokenizer = run_tokenizer(config, chat=chat)
-    model, files = _build(config, checkpoint)
-    shape = model.config if isinstance(model, LLaDAModelLM) else model.get_base_model().config
-    ids = special_ids(shape, tokenizer)
+    model, ids = load(config, tokenizer, has_values=False)
+    shape = (model.get_base_model() if hasattr(model, "peft_config") else model).config
+    files = _check_files(config, shape)
     parameters = count_parameters(model)
     rows = _mixture([rows_of(path, tokenizer) for path in train], weights)
-    config.resolve(Run(rank=0, world_size=world_size, device=torch.device("cpu")), int(rows.num_rows))
+    config.resolve(run, int(rows.num_rows))
+    parts = memory(shape, config, parameters, ranks, length=config.max_length)
+    on_device = sum(size for kind, size in parts.items() if not (config.cpu_offload and kind in STATE))
+    needed, available = GAPS * on_device + CONTEXT, _gpu_memory(config)
+    share = parameters.trainable / parameters.total
     lines = [
-        ("checkpoint", f"{checkpoint or config.config_name}{files}"),
-        ("parameters", _describe_parameters(parameters)),
-        ("vocabulary", f"{len(tokenizer)} tokens, {shape.embedding_size} rows; "
-         f"mask {ids.mask}, eos {ids.eos}, pad {ids.pad}, eot {ids.eot}"),
+        ("checkpoint", files),
+        ("parameters", f"{parameters.total:,}, trainable {parameters.trainable:,} ({share:.2%})"),
+        (
+            "vocabulary",
+            f"{len(tokenizer)} tokens, {getattr(shape, 'embedding_size', shape.vocab_size)} rows; "
+            f"mask {ids.mask}, eos {ids.eos}, pad {ids.pad}, eot {ids.eot}",
+        ),
         ("data", _describe_rows(rows)),
-    ]  # fmt: skip
+    ]
     for path in [held_out] if isinstance(held_out, str) else held_out or []:
         lines.append(("held out", _describe_rows(rows_of(path, tokenizer))))
     lines += _describe_steps(config, rows, ranks)
-    lines += _describe_cost(config, shape, parameters, rows, ranks)
-    lines += _describe_memory(
-        memory(shape, config, parameters, ranks, length=config.max_length), config, ranks
-    )
+    if isinstance(shape, LLaDAConfig):
+        lines += _describe_cost(config, shape, parameters, rows, ranks)
+    lines += _describe_memory(parts, config, needed, available)
     lines += _describe_output(config, parameters)
     for name, text in lines:
         print(f"{name:>15}  {text}")
     print("dry run: nothing was loaded, nothing was written", flush=True)
+    if available is not None and needed > available:
+        raise ValueError(
+            f"--micro_batch_size {config.micro_batch_size}: a rank needs {needed / GB:.1f} GB and has "
+            f"{available / GB:.1f}. --gradient_checkpointing, --dtype bfloat16, --shard full, --use_lora or "
+            "smaller micro-batches need less"
+        )
 
 
-def _build(config: TrainConfig, checkpoint: str | None) -> tuple[nn.Module, str]:
-    """The model as training would have it, on the meta device, and a note about its weight files."""
-    model = load_trainable(config, has_values=False)
-    if checkpoint is None:
-        return model, ", new weights"
-    base, _ = base_and_adapter(checkpoint)
+def _check_files(config: TrainConfig, shape: PretrainedConfig) -> str:
+    """What the run starts from, after a look at its weight files."""
+    if getattr(config, "config_name", None) is not None:
+        return f"{config.config_name}, new weights"
+    base, _ = base_and_adapter(config.model_name_or_path)
     with torch.device("meta"):
-        size = check_weight_files(base, LLaDAModelLM(load_config(base)))
+        model = LLaDAModelLM(load_config(base)) if isinstance(shape, LLaDAConfig) else None
+    size = check_weight_files(base, model)
+    if not size and Path(base).is_dir() and not list(Path(base).glob("*.bin")):
+        raise ValueError(f"--model_name_or_path {base}: no weights there, only a configuration")
     note = f"{size / GB:.2f} GB of weights" if size else "weights not looked at (no safetensors here)"
-    return model, f", {note}"
-
-
-def _describe_parameters(parameters: Parameters) -> str:
-    share = parameters.trainable / parameters.total
-    return f"{parameters.total:,}, trainable {parameters.trainable:,} ({share:.2%})"
+    return f"{config.model_name_or_path}, {note}"
 
 
 def _describe_rows(rows: Rows) -> str:
@@ -205,27 +216,30 @@ def _describe_cost(
         "masked_share": 0.5 * rows.num_maskable / rows.num_tokens,
     }
     useful = tokens * flops_per_token(shape, parameters, **settings)
-    seconds = useful / (ranks.world_size * PEAK_FLOPS["H100"] * MFU)
+    seconds = useful / (ranks.world_size * peak_flops("H100", config.dtype) * MFU)
     text = f"{useful:.3g} FLOPs a step; {seconds:.3g} s at {MFU:.0%} MFU of an H100 per rank"
     return [("compute", text), ("time", f"{seconds * config.max_steps / 3600:.3g} hours at that rate")]
 
 
-def _describe_memory(parts: dict[str, float], config: TrainConfig, ranks: Ranks) -> list[tuple[str, str]]:
-    state = ("weights", "gradients", "AdamW")
-    where = "CPU" if config.cpu_offload and ranks.sharing > 1 else "device"
-    total = sum(size for kind, size in parts.items() if where == "device" or kind not in state)
+def _gpu_memory(config: TrainConfig) -> float | None:
+    """Bytes of the GPU to judge for: the flag's, else this machine's."""
+    if config.gpu_memory_gb is not None:
+        return config.gpu_memory_gb * GB
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def _describe_memory(
+    parts: Mapping[str, float], config: TrainConfig, needed: float, available: float | None
+) -> list[tuple[str, str]]:
     lines = [
-        (kind, f"{size / GB:9.3f} GB{' (CPU)' * (where == 'CPU' and kind in state)}")
+        (kind, f"{size / GB:9.3f} GB{' (CPU)' * (config.cpu_offload and kind in STATE)}")
         for kind, size in parts.items()
     ]
-    room = ""
-    if torch.cuda.is_available():
-        room = f"; this device has {torch.cuda.get_device_properties(0).total_memory / GB:.1f} GB"
-    lengths = f"micro-batches of {config.micro_batch_size} x {config.max_length}"
-    return [
-        *lines,
-        ("memory", f"{total / GB:9.3f} GB a rank at {lengths}, context and gaps not counted{room}"),
-    ]
+    verdict = "--gpu_memory_gb 80 judges for a GPU of that size"
+    if available is not None:
+        verdict = f"{'fits' if needed <= available else 'DOES NOT FIT'} into {available / GB:.1f} GB"
+    at = f"a rank with context and gaps, at micro-batches of {config.micro_batch_size} x {config.max_length}"
+    return [*lines, ("memory", f"{needed / GB:9.3f} GB {at}; {verdict}")]
 
 
 def _describe_output(config: TrainConfig, parameters: Parameters) -> list[tuple[str, str]]:

@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from llada.diffusion.losses import LossParts
 from llada.flags.yaml_files import write_yaml
-from llada.models.building import build_model
+from llada.models.building import adopt_adapter, build_model
 from llada.models.saving import Origin, save_model
+from llada.models.tokens import SpecialIds, special_ids
 from llada.resumable import write_atomically
 from llada.run import Run, end_run, start_run, sum_over_ranks
 from llada.training import checkpoint
@@ -33,8 +34,8 @@ from llada.training.signals import StopSignal, exit_status, give_signals_back, l
 from llada.training.step import Batch, Loss, Trainer
 
 __all__ = [
-    "Batch", "Loss", "LossParts", "Stream", "end_training", "fit", "load_trainable", "make_optimizer",
-    "prepare_trainable", "start_training",
+    "Batch", "Load", "Loss", "LossParts", "Stream", "end_training", "fit", "load_trainable", "load_with_ids",
+    "make_optimizer", "prepare_trainable", "start_training",
 ]  # fmt: skip
 
 Stream = Callable[[int], list[Batch]]
@@ -53,8 +54,10 @@ class Stateful(Protocol):
 
 
 def start_training(config: TrainConfig) -> Run:
-    """This process among its peers, from now on prepared for a signal."""
+    """This process among its peers, from now on prepared for a signal; --dtype auto is decided."""
     run = start_run(config.device)
+    config.settle_dtype(run.device.type)
+    torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on a GPU
     leave_marker_on_signals(config.output_dir, is_main=run.is_main)
     return run
 
@@ -83,7 +86,24 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.A
 
 def load_trainable(config: TrainConfig, *, has_values: bool = True) -> torch.nn.Module:
     """The model that the flags describe, ready to train; on the meta device without `has_values`."""
+    adopt_adapter(config)
     return prepare_trainable(build_model(config, has_values=has_values), config)
+
+
+class Load(Protocol):
+    """What a stage trains, and the special tokens of its stream; on the meta device without `has_values`."""
+
+    def __call__(
+        self, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, *, has_values: bool = True
+    ) -> tuple[torch.nn.Module, SpecialIds]: ...
+
+
+def load_with_ids(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, *, has_values: bool = True
+) -> tuple[torch.nn.Module, SpecialIds]:
+    """`load_trainable`, and the special tokens of the model, with which the tokenizer must agree."""
+    model = load_trainable(config, has_values=has_values)
+    return model, special_ids(model.config, tokenizer)
 
 
 def prepare_trainable(model: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
@@ -170,7 +190,7 @@ class _Session:
         )
         self._optimizer = make_optimizer(model, config)
         self._meta = config.agreed() | {"train_data_path": data}
-        self.progress = Progress(run.device, run.world_size)
+        self.progress = Progress(run.device, run.world_size, config.dtype)
         parts = {"results": self.progress, **parts}
         self._parts = {name: part for name, part in parts.items() if part is not None}
         self._saved_step = self._resume()

@@ -110,12 +110,10 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B
 PHASES = ("data", "forward_backward", "optimizer")
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of this GPU; None for a CPU or a GPU that is not in the table."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((rate for key, rate in PEAK_FLOPS.items() if key in name), None)
+def peak_flops(gpu: str, dtype: str) -> float | None:
+    """Dense FLOP/s of this GPU, None if unknown; float32 products run as TF32, at half the rate."""
+    rate = next((rate for key, rate in PEAK_FLOPS.items() if key in gpu), None)
+    return rate / 2 if rate is not None and dtype == "float32" else rate
 
 
 def peak_memory(device: torch.device) -> int:
@@ -177,12 +175,14 @@ class Progress:
     Attributes:
         device: this rank's.
         world_size: ranks, for rates per device.
+        dtype: of the matrix products.
         step: optimizer steps so far.
         results: what else goes to results.json.
     """
 
     device: torch.device
     world_size: int
+    dtype: str = "float32"
     step: int = 0
     results: dict[str, float] = field(default_factory=dict)
     phases: Phases = field(init=False)
@@ -192,6 +192,8 @@ class Progress:
 
     def __post_init__(self) -> None:
         self.phases = Phases(self.device)
+        on_gpu = self.device.type == "cuda"
+        self.peak_flops = peak_flops(torch.cuda.get_device_name(self.device), self.dtype) if on_gpu else None
         self._clear()
 
     def _clear(self) -> None:
@@ -236,9 +238,8 @@ class Progress:
         if window["flops"]:
             rate = window["flops"] / total / self.world_size
             found["tflops_per_second"] = rate / 1e12
-            peak = peak_flops(self.device)
-            if peak is not None:
-                found["mfu"] = rate / peak
+            if self.peak_flops is not None:
+                found["mfu"] = rate / self.peak_flops
         found |= {f"share_{name}": window[name] / total for name in PHASES}
         found["peak_memory_gb"] = peak_memory(self.device) / 1e9
         self._clear()

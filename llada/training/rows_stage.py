@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from llada.data.prepared import load as load_rows
 from llada.data.rows import Rows
@@ -16,21 +15,14 @@ from llada.diffusion.batches import MaskedBatch
 from llada.diffusion.losses import LossParts, masked_diffusion_loss
 from llada.diffusion.stream import ExampleOf, MaskedStream
 from llada.models.building import run_tokenizer
-from llada.models.tokens import SpecialIds, special_ids
+from llada.models.tokens import SpecialIds
 from llada.run import Run, Sums, add_sums, autocast, means_over_ranks
 from llada.training import dry_run
 from llada.training.config import TrainConfig
 from llada.training.cost import flops_counter
-from llada.training.loop import end_training, fit, load_trainable, start_training
+from llada.training.loop import Load, end_training, fit, load_with_ids, start_training
 
-Loaded = tuple[torch.nn.Module, SpecialIds]
 Loss = Callable[[torch.nn.Module, MaskedBatch, float], torch.Tensor]
-
-
-def load_masked(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Loaded:
-    """The LLaDA model to train, and its special tokens."""
-    model = load_trainable(config)
-    return model, special_ids(model.config, tokenizer)
 
 
 def train_on_rows(
@@ -39,7 +31,7 @@ def train_on_rows(
     example_of: Callable[[Dataset, SpecialIds, bool], ExampleOf],
     *,
     weights: Sequence[float] | None = None,
-    load: Callable[[TrainConfig, PreTrainedTokenizerBase], Loaded] = load_masked,
+    load: Load = load_with_ids,
     stream_type: type[MaskedStream] = MaskedStream,
     loss: Loss = masked_diffusion_loss,
     **stream_settings: Any,
@@ -59,7 +51,7 @@ def train_on_rows(
     if config.dry_run:
         dry_run.report(
             config, partial(dry_run.data_rows, kind=kind), train=paths, held_out=config.eval_data_path,
-            weights=weights, checkpoint=config.model_name_or_path, chat=chat,
+            weights=weights, chat=chat, load=load,
         )  # fmt: skip
         return
     run = start_training(config)
