@@ -146,6 +146,7 @@ def fit(
         ValueError: another run writes to the same folder, or the saved state does not belong to this run.
     """
     assert not config.dry_run, "a dry run never trains"
+    config.settle_dtype(run.device.type)
     folder = Path(config.output_dir)
     with checkpoint.folder_lock(folder) if run.is_main else nullcontext():
         parts = {"loss_watch": LossWatch(config.spike_sigmas), "early_stop": early_stop, "kept": kept}
