@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import and_masks, create_bidirectional_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -17,7 +18,7 @@ from .documents_llada import Documents, document_attention, same_document
 
 
 class LLaDARotaryEmbedding(nn.Module):
-    """Cosines and sines of position ids, [B or 1, L, head_dim] float32; any rope type of transformers."""
+    """Cosines and sines of position ids as `rotate` takes them; any rope type of transformers."""
 
     inv_freq: Tensor
 
@@ -52,19 +53,20 @@ class LLaDARotaryEmbedding(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         # Multiplication, not a matrix product: autocast would turn that into bfloat16.
         angles = position_ids[:, :, None].float() * self.inv_freq.to(x.device)
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, full_precision: bool) -> Tensor:
-    """Queries or keys [B, H, L, head_dim] turned by their positions; cos, sin: [B or 1, L, head_dim].
+    """Queries or keys [B, H, L, head_dim] turned by their positions; cos, sin: [B or 1, 1, L, head_dim].
 
-    Halves, not neighbours, form the pairs, as in Llama. In float32 and cast back, unless told otherwise.
+    Halves, not neighbours, form the pairs, as in Llama: (a, b) -> (a cos - b sin, b cos + a sin), the minus
+    already in the first half of `sin`. In float32 and cast back, unless told otherwise.
     """
     y = x.float() if full_precision else x
-    cos, sin = cos[:, None].to(y.dtype), sin[:, None].to(y.dtype)
-    first, second = y.chunk(2, dim=-1)
-    return (y * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    if cos.dtype != y.dtype:
+        cos, sin = cos.to(y.dtype), sin.to(y.dtype)
+    return (y * cos + y.roll(y.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 def eager_attention(
@@ -106,6 +108,9 @@ class LLaDAAttention(nn.Module):
         dropout = self.config.attention_dropout if self.training else 0.0
         if isinstance(mask, Documents):
             return document_attention(query, key, value, mask, scaling=self.scaling, dropout=dropout), None
+        if self.num_key_value_groups == 1 and self.config._attn_implementation == "sdpa":
+            attended = scaled_dot_product_attention(query, key, value, mask, dropout, scale=self.scaling)
+            return attended.transpose(1, 2), None
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         return kernel(self, query, key, value, mask, scaling=self.scaling, dropout=dropout, is_causal=False)
 
@@ -162,9 +167,13 @@ def make_attention_mask(
         same = same_document(document_borders, batch, num_rows)
         sees = same if sees is None else and_masks(sees, same)
 
-    if sees is not None and kernel in ("sdpa", "eager"):
+    if kernel in ("sdpa", "eager"):
         start = 0 if cache is None else cache.get_query_offset()
-        mask = _dense(sees, attention_mask, (batch, start, start + num_rows, num_keys), inputs_embeds, kernel)
+        mask = _own_mask(
+            sees, attention_mask, (batch, start, start + num_rows, num_keys), inputs_embeds.device
+        )
+        if kernel == "eager" and mask is not None:
+            mask = _additive(mask, inputs_embeds.dtype)
     else:
         mask = create_bidirectional_mask(
             config, inputs_embeds, attention_mask, past_key_values=cache, and_mask_function=sees
@@ -175,6 +184,30 @@ def make_attention_mask(
             "use sdpa, or no padding"
         )
     return mask if attention_bias is None else _combine(attention_bias, mask, inputs_embeds.dtype, kernel)
+
+
+def _own_mask(
+    sees: Callable[..., Tensor] | None,
+    attention_mask: Tensor | None,
+    span: tuple[int, int, int, int],
+    device: torch.device,
+) -> Tensor | None:
+    """[B, 1, L or 1, K] bool, what `sees` says without padding; span: (B, first row, end of rows, K).
+
+    transformers' builder asks a rule through vmap, which takes longer than the rest of a small model's
+    forward; looks at the padding's values, for which a GPU has to be waited for; and repeats padding for
+    every row, which then every layer keeps for its backward.
+    """
+    padding = None
+    if attention_mask is not None and not (attention_mask.device.type == "cpu" and attention_mask.all()):
+        padding = attention_mask[:, None, None, :].bool()
+    if sees is None:
+        return padding
+    batch, start, end, num_keys = span
+    index = torch.arange(max(batch, end, num_keys), device=device)
+    mask = sees(index[:batch, None, None], None, index[None, start:end, None], index[None, None, :num_keys])
+    mask = mask.expand(batch, end - start, num_keys)[:, None]
+    return mask if padding is None else mask & padding
 
 
 def _check_kernel(kernel: str, *, has_bias: bool, is_block_causal: bool) -> None:
@@ -199,31 +232,6 @@ def _block_causal(key_positions: Tensor, block_size: int) -> Callable[..., Tenso
     return sees
 
 
-def _dense(
-    sees: Callable[..., Tensor],
-    attention_mask: Tensor | None,
-    span: tuple[int, int, int, int],
-    like: Tensor,
-    kernel: str,
-) -> Tensor:
-    """[B, 1, L, K] what `sees` says, without keys that are padding; span: (B, first row, end of rows, K).
-
-    transformers asks such a rule through vmap, which takes longer than the rest of a small model's forward.
-    """
-    batch, start, end, num_keys = span
-    index = torch.arange(max(batch, end, num_keys), device=like.device)
-    sequences, queries, keys = (
-        index[:batch, None, None],
-        index[None, start:end, None],
-        index[None, None, :num_keys],
-    )
-    mask = sees(sequences, None, queries, keys)
-    if attention_mask is not None:
-        mask = mask & attention_mask[:, None].bool()
-    mask = mask.expand(batch, end - start, num_keys)[:, None]
-    return mask if kernel == "sdpa" else _additive(mask, like.dtype)
-
-
 def _combine(bias: Tensor, mask: Tensor | None, dtype: torch.dtype, kernel: str) -> Tensor:
     if not bias.is_floating_point():
         bias = bias != 0
@@ -240,10 +248,11 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def take_rows(x: Tensor, positions: Tensor) -> Tensor:
-    """Rows [B, R, ...] of x [B or 1, L, ...] at `positions` [B, R]."""
-    sequences = torch.arange(positions.shape[0], device=x.device)[:, None]
-    return x.expand(positions.shape[0], *x.shape[1:])[sequences, positions]
+def take_rows(positions: Tensor, *tables: Tensor) -> list[Tensor]:
+    """Rows [B, R, ...] of each table [B or 1, L, ...] at `positions` [B, R]."""
+    batch = positions.shape[0]
+    index = (torch.arange(batch, device=positions.device)[:, None], positions)
+    return [x.expand(batch, *x.shape[1:])[index] for x in tables]
 
 
 def take_mask_rows(mask: Tensor | None, positions: Tensor) -> Tensor | None:

@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -24,9 +25,12 @@ class LLaDARMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
+        weight = self.weight
+        if x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64):
+            return F.rms_norm(x, weight.shape, weight, self.eps)  # the same bits in one call
+        y = x.float()  # published: rounded to half precision before the weight, which the fused norm is not
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return weight * y.to(x.dtype)
 
 
 class LLaDALlamaBlock(GradientCheckpointingLayer):
@@ -34,8 +38,9 @@ class LLaDALlamaBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: LLaDAConfig, layer_idx: int) -> None:
         super().__init__()
-        self.config = config
         self.layer_idx = layer_idx
+        # plain attributes: a config's own take longer to read than a small matrix product
+        self.head_dim, self.full_precision = config.head_dim, config.rope_full_precision
         d_model, head_dim, d_ff = config.d_model, config.head_dim, config.mlp_hidden_size
         qkv_bias = config.include_qkv_bias
         self.attn_norm = LLaDARMSNorm(d_model, config.rms_norm_eps)
@@ -63,25 +68,25 @@ class LLaDALlamaBlock(GradientCheckpointingLayer):
     ) -> Tensor:
         """[B, L, D], or [B, R, D] with `query_positions` [B, R]: every row still gives its key and value."""
         cos, sin = position_embeddings
-        precise = self.config.rope_full_precision
         normed = self.attn_norm(hidden_states)
-        key = rotate(self._heads(self.k_proj(normed)), cos, sin, full_precision=precise)
+        key = rotate(self._heads(self.k_proj(normed)), cos, sin, full_precision=self.full_precision)
         value = self._heads(self.v_proj(normed))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
         if query_positions is not None:
-            hidden_states, normed, cos, sin = (
-                take_rows(x, query_positions) for x in (hidden_states, normed, cos, sin)
-            )
+            tables = (hidden_states, normed, cos[:, 0], sin[:, 0])
+            hidden_states, normed, cos, sin = take_rows(query_positions, *tables)
+            cos, sin = cos[:, None], sin[:, None]
             attention_mask = take_mask_rows(attention_mask, query_positions)
-        query = rotate(self._heads(self.q_proj(normed)), cos, sin, full_precision=precise)
+        query = rotate(self._heads(self.q_proj(normed)), cos, sin, full_precision=self.full_precision)
 
         attended, _ = self.attention(query, key, value, attention_mask)
-        hidden_states = hidden_states + self.dropout(self.attn_out(attended.flatten(2)))
+        added = self.attn_out(attended.flatten(2))
+        hidden_states = hidden_states + (self.dropout(added) if self.training else added)
         normed = self.ff_norm(hidden_states)
-        mlp = self.ff_out(self.activation(self.ff_proj(normed)) * self.up_proj(normed))
-        return hidden_states + self.dropout(mlp)
+        added = self.ff_out(self.activation(self.ff_proj(normed)) * self.up_proj(normed))
+        return hidden_states + (self.dropout(added) if self.training else added)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # [B, H, L, head_dim]
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, L, head_dim]

@@ -15,10 +15,12 @@ from .cache_llada import WindowCache
 from .canvas_llada import Block, Canvas
 from .generation_config_llada import LLaDAGenerationConfig
 from .graphs_llada import Recorder
+from .lean_llada import LeanForward
 from .orders_llada import ORDERS, PROBABILITIES, confidence, entropy
 from .remasking_llada import (
     ORDER_DRAW,
     TOKEN_DRAW,
+    by_rows,
     choose_tokens,
     guide,
     kl_divergence,
@@ -70,6 +72,7 @@ class Decoding:
         self.exempt_ids = torch.tensor([*end_ids, self.mask_id], device=self.device)
         self.steps = torch.zeros(len(keys), dtype=torch.long, device=self.device)
         self.recorder = Recorder(model) if settings.cuda_graphs else None
+        self.lean = LeanForward(model, canvas.tokens.shape[1]) if LeanForward.fits(model) else None
         self.is_running = [True] * len(keys)
         self.cuts = list(canvas.gen_lengths)  # of each answer, what a stop lets stay
         self.scores: Tensor | None = None  # [N, G, E] the logits each token was decided from, if asked for
@@ -159,7 +162,8 @@ class Decoding:
         if rule == "factor":
             return pick_factor(scores, valid, settings.factor)
         if rule == "entropy":
-            return pick_entropy_bounded(scores, -entropy(logits, columns), valid, settings.entropy_bound)
+            entropies = -by_rows(entropy, logits, columns)
+            return pick_entropy_bounded(scores, entropies, valid, settings.entropy_bound)
         log_p = logits.log_softmax(dim=-1)
         wide = columns[..., None].expand_as(log_p)
         if block.log_p is None:  # the first step has nothing to compare with
@@ -189,7 +193,7 @@ class Decoding:
                 columns = first_columns(unmask, max(1, num_columns))
                 picks = torch.arange(columns.shape[1], device=self.device) < counts[:, None]
                 logits, tokens = self._predict(block, columns, step)
-                seen = confidence(logits, tokens).double()
+                seen = by_rows(confidence, logits, tokens).double()
                 waits = torch.where(picks, seen, block.waits.gather(1, columns))
                 block.waits.scatter_(1, columns, waits)
                 self._write(block, step, columns, tokens, picks, logits, remask)
@@ -258,9 +262,11 @@ class Decoding:
         }
         inputs = {name: value for name, value in inputs.items() if value is not None}
         fills_cache = block.cache is not None and block.cache.window is None
-        if self.recorder is None or fills_cache:
-            return self.model(**inputs, past_key_values=block.cache).logits
-        return self.recorder(inputs, block.cache)
+        if self.recorder is not None and not fills_cache:
+            return self.recorder(inputs, block.cache)
+        if self.lean is not None:
+            return self.lean(**inputs, past_key_values=block.cache)
+        return self.model(**inputs, past_key_values=block.cache).logits
 
     def _present(self, block: Block, num_outputs: int) -> Tensor:
         """[A, E] bool: tokens of prompt and answer so far, without EOS, EoT and the mask."""
@@ -324,7 +330,8 @@ class Decoding:
             self.scores[block.rows[sequence], columns_picked] = logits[sequence, place]
         if self.on_step is None:
             return
-        confidences, offset = confidence(logits, tokens), block.start - self.canvas.num_prompt
+        confidences = by_rows(confidence, logits, tokens)
+        offset = block.start - self.canvas.num_prompt
         for i, name in enumerate(block.names):
             self.on_step(
                 {

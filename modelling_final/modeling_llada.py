@@ -175,7 +175,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
         prunes = query_positions is not None and has_rows
 
         hidden_states = self.transformer.emb_drop(hidden_states)
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        position_embeddings = tuple(table[:, None] for table in self.rotary_emb(hidden_states, position_ids))
         last = len(self.transformer.blocks) - 1
         for i, block in enumerate(self.transformer.blocks):
             hidden_states = block(
@@ -186,7 +186,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
                 query_positions=query_positions if prunes and i == last else None,
             )
         if query_positions is not None and not prunes:
-            hidden_states = take_rows(hidden_states, query_positions)
+            (hidden_states,) = take_rows(query_positions, hidden_states)
         return BaseModelOutputWithPast(
             last_hidden_state=self.transformer.ln_f(hidden_states), past_key_values=past_key_values
         )
@@ -350,7 +350,8 @@ class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
                 hidden = self._shift(
                     outputs.last_hidden_state, outputs.past_key_values, inputs.get("document_borders")
                 )
-                hidden = hidden if query_positions is None else take_rows(hidden, query_positions)
+                if query_positions is not None:
+                    (hidden,) = take_rows(query_positions, hidden)
                 outputs.last_hidden_state = hidden
         return outputs
 

@@ -8,6 +8,7 @@ sequence draws the same ones in any batch, under any padding, and on any device.
 """
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from .orders_llada import Order
 
 # Which number of a position: its token, or whether it is its turn (two independent streams).
 TOKEN_DRAW, ORDER_DRAW = 0, 1
+# Of logits looked at together: on a CPU what stays in its cache, elsewhere what fills the device.
+CHUNK_ELEMENTS = {"cpu": 2**20}
 
 
 def transfer_schedule(num_masked: int, num_steps: int) -> list[int]:
@@ -69,6 +72,19 @@ def penalise_repetition(logits: Tensor, present: Tensor, penalty: float) -> Tens
     return torch.where(present[:, None], penalised, logits)
 
 
+def by_rows(function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, values: Tensor) -> Tensor:
+    """[A, R] of a function of logits [A, R, E] and values [A, R], some rows at a time.
+
+    A vocabulary of 126,464 in float64 takes 1 MB a row; for all rows of a rollout that would be several times
+    the logits themselves.
+    """
+    num_rows = max(1, CHUNK_ELEMENTS.get(logits.device.type, 2**24) // logits.shape[-1])
+    if values.numel() <= num_rows:
+        return function(logits, values)
+    chunks = zip(logits.flatten(0, 1).split(num_rows), values.flatten().split(num_rows), strict=True)
+    return torch.cat([function(*chunk) for chunk in chunks]).view(values.shape)
+
+
 def choose_tokens(
     logits: Tensor,
     uniforms: Tensor | None,
@@ -91,9 +107,8 @@ def choose_tokens(
     """
     before = logits[..., mask_id].clone()
     logits[..., mask_id] = -torch.inf
-    if temperature == 0:
-        tokens = logits.argmax(dim=-1)
-    else:
+
+    def invert(logits: Tensor, uniforms: Tensor) -> Tensor:
         scaled = logits.double() / temperature
         if top_k or top_p < 1:
             scaled = keep_likeliest(scaled, top_k, top_p)
@@ -101,7 +116,9 @@ def choose_tokens(
         total = cumulative[..., -1:].contiguous()
         tokens = torch.searchsorted(cumulative, uniforms[..., None] * total, right=True)
         last = torch.searchsorted(cumulative, total)  # nothing beyond it has any probability
-        tokens = torch.minimum(tokens, last)[..., 0]
+        return torch.minimum(tokens, last)[..., 0]
+
+    tokens = logits.argmax(dim=-1) if temperature == 0 else by_rows(invert, logits, uniforms)
     logits[..., mask_id] = before
     return tokens
 
@@ -127,8 +144,12 @@ def order_scores(score: Order, logits: Tensor, tokens: Tensor, last_ids: Tensor 
     Source: LLaDA generate.py, low_confidence and confidence_eos_eot_inf.
     """
     if last_ids is None:
-        return score(logits, tokens)
-    scores = score(logits.index_fill(-1, last_ids, -torch.inf), tokens)
+        return by_rows(score, logits, tokens)
+
+    def among_others(logits: Tensor, tokens: Tensor) -> Tensor:
+        return score(logits.index_fill(-1, last_ids, -torch.inf), tokens)
+
+    scores = by_rows(among_others, logits, tokens)
     # not -inf: what is no candidate at all ranks lower still
     return scores.masked_fill(torch.isin(tokens, last_ids), torch.finfo(scores.dtype).min)
 
