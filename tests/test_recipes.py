@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from conftest import ROOT, load_script
+from llada.flags.parser import parse
 from llada.flags.yaml_files import read_yaml
 from llada.policies.grpo import GroupBatch, grpo_loss, term_weights
 from llada.policies.grpo_config import GrpoConfig
@@ -350,3 +351,30 @@ def test_recipe_files(path):
     if "missing" in found:
         with pytest.raises(ValueError, match=f"--recipe {path.stem}: cannot be said yet; missing: "):
             config_class.flags_of_recipe(path.stem)
+
+
+def test_every_arm_of_the_benchmark_has_flags_that_hold_and_a_cost(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts/benchmarks"))
+    bench = load_script("scripts/benchmarks/bench_recipes.py")
+    from finished_runs import arguments
+
+    sections = read_yaml(ROOT / "configs/bench_recipes.yaml")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "prompts.jsonl").touch()
+    more = {"model_name_or_path": tmp_path / "model", "output_dir": tmp_path / "out", "max_steps": 1,
+            "train_data_path": tmp_path / "prompts.jsonl"}  # fmt: skip
+    costs = {}
+    for block in sections["blocks"]:
+        for arm in sections["arms"]:
+            if block not in sections["arms"][arm].get("blocks", sections["blocks"]):
+                continue
+            flags = bench.flags_of(sections, block, arm)
+            config = parse(load_script("rlhf/train_grpo.py").Config, arguments(flags | more))
+            assert not config.use_lora and config.batch_size == 128 and config.max_grad_norm == 1.0
+            costs[block, arm] = bench.cost(flags)
+    # sampled in 16 steps; 4 masks forward and backward, or 16 steps, or one mask
+    assert costs["random", "elbo"] == 16 + 3 * 4 and costs["random", "trajectory"] == 16 + 3 * 16
+    assert costs["random", "d1"] == 16 + 3
+    # four updates from a rollout, old values under masks of their own for each; or the same masks for all
+    assert costs["random", "espo 4"] == 16 / 4 + 3 * 4 + 4
+    assert costs["random", "espo 4, masks kept"] == 16 / 4 + 3 * 4 + 1

@@ -152,7 +152,9 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, *, descripti
         words = _words_of(parser, path, read_yaml(path)) + words
     recipe = _last_value(words, "recipe") if "recipe" in parser.fields else None
     if recipe is not None:
-        words = _words_of(parser, f"recipe {recipe}", config_class.flags_of_recipe(recipe)) + words
+        with_lora = (_last_value(words, "use_lora") or "true").lower() != "false"
+        found = config_class.flags_of_recipe(recipe, with_lora=with_lora)
+        words = _words_of(parser, f"recipe {recipe}", found) + words
     words = todays_words(words, parser.fields)
     namespace, unknown = parser.parse_known_args(words)
     if unknown:

@@ -30,8 +30,12 @@ class RecipeFlags:
     )
 
     @classmethod
-    def flags_of_recipe(cls, name: str) -> dict[str, Any]:
-        """ValueError if there is no such recipe, or our flags cannot say it."""
+    def flags_of_recipe(cls, name: str, *, with_lora: bool = True) -> dict[str, Any]:
+        """The recipe's flags, those of its adapter or not.
+
+        Raises:
+            ValueError: there is no such recipe, or our flags cannot say it.
+        """
         path = FOLDER / f"{name}.yaml"
         if not path.is_file():
             raise ValueError(f"--recipe {name}: not one of {', '.join(recipe_names(cls.stage))}")
@@ -40,7 +44,8 @@ class RecipeFlags:
             raise ValueError(f"--recipe {name}: a recipe of {found['stage']}")
         if "flags" not in found:
             raise ValueError(f"--recipe {name}: cannot be said yet; missing: {'; '.join(found['missing'])}")
-        return found["flags"]
+        flags = found["flags"]
+        return flags if with_lora else {key: flags[key] for key in flags if not key.startswith("lora_")}
 
     def check_flags(self) -> None:
         """Notes what the run will not do as its recipe says."""

@@ -20,7 +20,7 @@ def run_once(script: str, flags: dict[str, object], folder: Path) -> float:
     if mark.is_file():
         return json.loads(mark.read_text())
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / script), *_arguments(flags)]
+    command = [sys.executable, str(ROOT / script), *arguments(flags)]
     print(f"== {folder}", flush=True)
     before = _children_seconds()
     with open(folder / "log.txt", "wb") as log:
@@ -39,7 +39,7 @@ def _children_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _arguments(flags: dict[str, object]) -> list[str]:
+def arguments(flags: dict[str, object]) -> list[str]:
     arguments = []
     for name, value in flags.items():
         values = value if isinstance(value, list) else [value]
