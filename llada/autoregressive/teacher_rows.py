@@ -26,9 +26,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llada.autoregressive.vocabulary import OTHER, TokenBytes, VocabMap, align_texts
-from llada.data.chat import refuse_mask_token
 from llada.data.shards import Columns
-from llada.data.template import encode_texts
+from llada.data.template import encode_texts, hold_text
 from llada.diffusion.distillation_losses import TeacherRows
 
 KIND = "teacher"
@@ -83,9 +82,11 @@ class Student:
 
     def encode_answer(self, text: str, *, is_closed: bool, where: str) -> list[int]:
         """Token ids of an answer; `is_closed`: it ended by itself, so closing tokens follow."""
-        ids = encode_texts([text], self.tokenizer)[0] + (self.closing_ids() if is_closed else [])
-        refuse_mask_token(ids, self.tokenizer, where)
-        return ids
+        try:
+            held = hold_text(text, self.tokenizer)  # a special token that the answer spells is text
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        return encode_texts([held], self.tokenizer)[0] + (self.closing_ids() if is_closed else [])
 
 
 def align_answer(

@@ -233,6 +233,10 @@ def _span_of(
         end = differs({**message, "tool_calls": [*calls, another]}, END)
         if end is None:
             raise ValueError("the chat template leaves out tool calls")
+        # another call may begin as the end of the turn does, for example with "<"
+        closing = style_of(tokenizer).closing or ""
+        overlap = (k for k in range(1, len(closing)) if whole.startswith(closing, end - k))
+        end -= next(overlap, 0)
     else:
         end = differs(_mark(message, "", END), END)
     if start is None or end is None:
