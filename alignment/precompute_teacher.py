@@ -56,6 +56,7 @@ class Config(ConversationFlags):
         None,
         "Tokenizer of the model that made the records' logits; default the student's.",
         reads="model",
+        needs="teacher=None",
     )
     server: str | None = flag(None, "Base URL of an OpenAI-compatible server, up to /v1.")
     server_model: str = flag("default", "Model name that the server knows.", needs="server")
@@ -89,6 +90,8 @@ class Config(ConversationFlags):
         """One teacher, and what it can give."""
         if self.teacher is not None and self.server is not None:
             raise ValueError("give --teacher or --server, not both")
+        if self.server is not None and self.teacher_tokenizer is not None:
+            raise ValueError(f"--teacher_tokenizer {self.teacher_tokenizer}: has no effect beside --server")
         if self.server is not None and not self.top_k:
             raise ValueError("--top_k 0: a server gives the most likely tokens only; ask for 1 to 20")
 

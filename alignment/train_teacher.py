@@ -16,13 +16,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
-from llada.data.flags import ConversationFlags
+from llada.data.flags import ConversationFlags, SpellingFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.training.config import PrefetchFlags, TrainConfig, finished_before
 
 
 @dataclass(kw_only=True)
-class Config(ConversationFlags, PrefetchFlags, TrainConfig):
+class Config(ConversationFlags, SpellingFlags, PrefetchFlags, TrainConfig):
     """Teacher training."""
 
     train_data_path: str = flag(help="Conversations: raw, or made by prepare_sft.py.", reads="path")

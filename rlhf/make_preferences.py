@@ -26,14 +26,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llada.data.flags import QuestionFlags
+from llada.data.flags import QuestionFlags, SpellingFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.inference.sampler_flags import ModelFlags, SamplerFlags, sampler_settings
 from llada.rewards.flags import RewardFlags
 
 
 @dataclass(kw_only=True)
-class Config(QuestionFlags, ModelFlags, SamplerFlags, RewardFlags):
+class Config(QuestionFlags, SpellingFlags, ModelFlags, SamplerFlags, RewardFlags):
     """Preferences."""
 
     prompts_file: str = flag(help="Records with prompts and what the rewards need.", reads="path")

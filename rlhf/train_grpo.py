@@ -34,7 +34,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from llada.data.flags import QuestionFlags
+from llada.data.flags import QuestionFlags, SpellingFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
 from llada.policies.grpo_config import GrpoConfig
@@ -44,7 +44,7 @@ from llada.training.config import finished_before
 
 
 @dataclass(kw_only=True)
-class Config(QuestionFlags, RecipeFlags, GrpoConfig, RewardFlags, SamplerFlags):
+class Config(QuestionFlags, SpellingFlags, RecipeFlags, GrpoConfig, RewardFlags, SamplerFlags):
     """GRPO."""
 
     stage = "rlhf/train_grpo.py"

@@ -13,12 +13,12 @@ Run:
 
 from dataclasses import dataclass
 
-from llada.data.flags import ConversationFlags, PrepareFlags
+from llada.data.flags import ConversationFlags, PrepareFlags, SpellingFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
 
 
 @dataclass(kw_only=True)
-class Config(PrepareFlags, ConversationFlags):
+class Config(PrepareFlags, ConversationFlags, SpellingFlags):
     """Flags of this script."""
 
     turns: str = flag(

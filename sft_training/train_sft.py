@@ -21,13 +21,13 @@ its global batch with EOS tokens that count as answer.
 from dataclasses import dataclass
 from functools import partial
 
-from llada.data.flags import ConversationFlags
+from llada.data.flags import ConversationFlags, SpellingFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.training.config import RowsConfig, finished_before
 
 
 @dataclass(kw_only=True)
-class Config(ConversationFlags, RowsConfig):
+class Config(ConversationFlags, SpellingFlags, RowsConfig):
     """SFT."""
 
     model_name_or_path: str = flag(help="Checkpoint to fine-tune.", reads="model")

@@ -359,11 +359,11 @@ def refuse(values):
 
 
 def test_bad_model_args_are_explained(lm, checkpoint):
-    assert "did you mean 'gen_length'" in refuse({"model_path": "x", "gen_lenght": 3})
-    assert "invalid choice: 'elbow'" in refuse({"model_path": "x", "likelihood": "elbow"})
-    assert "--steps: invalid int value: 'many'" in refuse({"model_path": "x", "steps": "many"})
-    with pytest.raises(ValueError, match="load_lora=True needs adapter_path"):
-        parse_model_args({"model_path": "x", "load_lora": True})
+    assert "did you mean 'gen_length'" in refuse({"model_path": "an/example", "gen_lenght": 3})
+    assert "--likelihood 'elbow': choose from" in refuse({"model_path": "an/example", "likelihood": "elbow"})
+    assert "--steps: invalid int value: 'many'" in refuse({"model_path": "an/example", "steps": "many"})
+    with pytest.raises(ValueError, match="--load_lora True: has no effect without --adapter_path"):
+        parse_model_args({"model_path": "an/example", "load_lora": True})
     with pytest.raises(ValueError, match=r"--mask_token_id 5: .* has \d+ in config.json"):
         lm(mask_id=5)
     lm(mask_id=lm().worker.ids.mask)
@@ -374,7 +374,12 @@ def test_bad_model_args_are_explained(lm, checkpoint):
 def test_the_predecessors_model_args_are_accepted():
     args = parse_model_args(
         {
-            **{"model_path": "x", "adapter_path": "a", "load_lora": False, "mask_id": 126336},
+            **{
+                "model_path": "an/example",
+                "adapter_path": "an/adapter",
+                "load_lora": False,
+                "mask_id": 126336,
+            },
             **{"max_length": 8192, "batch_size": 32, "mc_num": 128, "is_check_greedy": True, "cfg": 0.0},
             **{"steps": 1024, "gen_length": 1024, "block_length": 128, "remasking": "low_confidence"},
             **{"device": "cuda", "generate_batch_size": 1, "repetition_penalty": 1.2, "use_thinking": True},
@@ -430,7 +435,8 @@ def test_an_unknown_task_is_answered_with_the_nearest(main, checkpoint, tmp_path
 
 def test_the_debug_config_and_the_presets_are_valid(main):
     script = load_script("eval/eval_llada.py")
-    config = script.parse_arguments(["--config", str(ROOT / "configs/debug/eval_llada.yaml")])
+    debug = ["--config", str(ROOT / "configs/debug/eval_llada.yaml"), "--model_args", "model_path=an/example"]
+    config = script.parse_arguments(debug)
     assert config.model == "llada_dist"
     assert config.model_args["record_dir"] == "runs/debug/eval/requests"
     parse_model_args(config.model_args)
@@ -440,14 +446,21 @@ def test_the_debug_config_and_the_presets_are_valid(main):
     for name, preset in presets.items():
         assert set(preset) == {"for", "published", "reachable", "arguments"}
         assert set(preset["arguments"]) <= set(EvaluatorConfig.__slots__)
-        parsed = script.parse_arguments(["--preset", name, "--model_args", "model_path=x,seed=3"])
+        parsed = script.parse_arguments(["--preset", name, "--model_args", "model_path=an/example,seed=3"])
         args = parse_model_args(parsed.model_args)
         assert args.seed == 3
         if args.gen_length:
             assert args.gen_length % args.block_length == 0
             assert args.steps == args.gen_length // (2 if name.startswith("d1-") else 1)
     given = script.parse_arguments(
-        ["--preset", "gsm8k-instruct", "--num_fewshot", "2", "--model_args", "model_path=x,gen_length=128"]
+        [
+            "--preset",
+            "gsm8k-instruct",
+            "--num_fewshot",
+            "2",
+            "--model_args",
+            "model_path=an/example,gen_length=128",
+        ]
     )
     assert (given.num_fewshot, given.model_args["gen_length"], given.model_args["block_length"]) == (
         2,

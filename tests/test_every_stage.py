@@ -8,7 +8,9 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
+import flag_reads
 from conftest import ROOT, load_script
+from llada.inference import eval_args
 from llada.training.metrics import read_metrics
 from llada.training.stages import STAGES
 from processes import finish, kill_after, run_ranks, start
@@ -63,7 +65,9 @@ def made(workplace, monkeypatch):
         if not stage.debug_output.exists():
             for before in stage.after:
                 make(before)
-            load_script(stage.script).main(["--config", stage.debug_config, *size_of(name)])
+            script = load_script(stage.script)
+            flag_reads.watch(eval_args if name == "eval" else script, workplace / f"{name}.unread")
+            script.main(["--config", stage.debug_config, *size_of(name)])
         return stage.debug_output
 
     def make_alone(name: str) -> Path:
@@ -115,6 +119,12 @@ def test_the_debug_config_runs(name, made):
     assert f"python {STAGES[name].script} --config {STAGES[name].debug_config}" in header
     for before in STAGES[name].after:
         assert f"python {STAGES[before].script} --config {STAGES[before].debug_config}" in header
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_flag_is_read_or_could_not_be_given(name, made, workplace):
+    made(name)
+    assert (workplace / f"{name}.unread").read_text() == "[]"
 
 
 @pytest.mark.parametrize("name", TRAINED)

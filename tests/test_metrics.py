@@ -50,7 +50,7 @@ def test_a_resumed_run_continues_its_wandb_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", tracker)
     config = CONFIG | {"report_to": "wandb"}
     for first in (0, 2):  # the second one repeats step 3
-        metrics = Metrics(tmp_path, config, total_steps=4, first_step=first)
+        metrics = Metrics(tmp_path, config, total_steps=4, first_step=first, report_to="wandb")
         for step in (1, 2, 3) if first == 0 else (3, 4):
             metrics.log(step, {"loss": 1.0})
         metrics.close()
@@ -60,9 +60,13 @@ def test_a_resumed_run_continues_its_wandb_run(tmp_path, monkeypatch):
     lines = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [1, 2, 3, 4]
     monkeypatch.setenv("WANDB_DIR", "elsewhere")
-    Metrics(tmp_path, config | {"wandb_run_id": "mine"}, total_steps=9, first_step=4).close()
+    Metrics(
+        tmp_path, config | {"wandb_run_id": "mine"}, total_steps=9, first_step=4, report_to="wandb"
+    ).close()
     assert (tracker.started[2]["dir"], tracker.started[2]["id"]) == ("elsewhere", "mine")
-    Metrics(tmp_path, config, total_steps=4, first_step=4).close()  # a finished run opens none
+    Metrics(
+        tmp_path, config, total_steps=4, first_step=4, report_to="wandb"
+    ).close()  # a finished run opens none
     assert len(tracker.started) == 3
 
 
@@ -71,7 +75,7 @@ def test_a_missing_tracker_is_named(kind, tmp_path, monkeypatch):
     for name in ("wandb", "trackio", "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=f"--report_to {kind}: pip install"):
-        Metrics(tmp_path, CONFIG | {"report_to": kind}, total_steps=4, first_step=0)
+        Metrics(tmp_path, CONFIG, total_steps=4, first_step=0, report_to=kind)
 
 
 def test_a_panel_holds_one_metric_of_all_runs(tmp_path, monkeypatch):

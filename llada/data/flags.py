@@ -17,9 +17,6 @@ class RecordFlags:
         help="A record that cannot be used: stop and name it, or drop it, count it, and name the first ten.",
         choices=["error", "drop"],
     )
-    parse_special_tokens: bool = flag(
-        False, help="Special tokens that a text spells out are these tokens, instead of text."
-    )
 
     def reader(self) -> Reader:
         """How records are read."""
@@ -28,7 +25,16 @@ class RecordFlags:
 
 
 @dataclass(kw_only=True)
-class TextFlags(RecordFlags):
+class SpellingFlags:
+    """Flags of whoever turns texts of records into tokens."""
+
+    parse_special_tokens: bool = flag(
+        False, "Special tokens that a text spells out are these tokens, instead of text."
+    )
+
+
+@dataclass(kw_only=True)
+class TextFlags(RecordFlags, SpellingFlags):
     """Flags of whoever reads documents."""
 
     text_key: str | None = flag(None, help="Field of the document; default text.")
@@ -54,7 +60,7 @@ class ConversationFlags(QuestionFlags):
 
 
 @dataclass(kw_only=True)
-class PairFlags(QuestionFlags):
+class PairFlags(QuestionFlags, SpellingFlags):
     """Flags of whoever reads two answers to a question."""
 
     chosen_key: str | None = flag(None, help="Field of the preferred answer.")
@@ -92,7 +98,7 @@ class PrepareFlags:
 
 
 @dataclass(kw_only=True)
-class PromptFlags(QuestionFlags):
+class PromptFlags(QuestionFlags, SpellingFlags):
     """A prompt, or a file of them."""
 
     prompt: str | None = flag(None, "A prompt; its answer goes to the terminal.")

@@ -38,7 +38,7 @@ def flag(
         choices: the accepted values.
         at_least, above, at_most, below: the range of the value, or of every value of a list.
         needs: the flag without which this one has no effect and is refused: "shard" (set to anything), or
-            "report_to=wandb|trackio" (set to one of these).
+            "report_to=wandb|trackio" (set to one of these), "teacher=None" (absent).
         reads: "path" for a file or folder that must exist, "model" for a checkpoint or a name on the hub.
         writes: "file", "folder" or "new folder" that the script makes; never what it reads.
         fixed: a resumed run must have the same value.
@@ -107,16 +107,19 @@ def check_needs(config: Any) -> None:
     """ValueError for a flag that was changed and could have no effect."""
     for field in dataclasses.fields(config):
         needs, value = said_of(type(config), field.name).get("needs", ""), getattr(config, field.name)
-        if needs and value not in (*OFF, default_of(field)) and not is_met(config, needs):
+        if value not in (*OFF, default_of(field)) and not is_met(config, needs):
             partner, _, wanted = needs.partition("=")
-            wanted = f" {wanted.replace('|', ' or ')}" if wanted else ""
-            raise ValueError(f"--{field.name} {shown(value)}: has no effect without --{partner}{wanted}")
+            without = f"without --{partner} {wanted.replace('|', ' or ')}".rstrip()
+            without = f"beside --{partner}" if wanted == "None" else without
+            raise ValueError(f"--{field.name} {shown(value)}: has no effect {without}")
 
 
 def is_met(config: Any, needs: str) -> bool:
-    """Whether a flag's `needs` holds: see `flag`."""
+    """Whether a flag's `needs` hold, and those of the flag that is needed."""
+    if not needs:
+        return True
     partner, _, wanted = needs.partition("=")
     value = getattr(config, partner)
-    if not wanted:
-        return value not in OFF
-    return any(str(item) in wanted.split("|") for item in (value if isinstance(value, list) else [value]))
+    values = value if isinstance(value, list) else [value]
+    holds = any(str(item) in wanted.split("|") for item in values) if wanted else value not in OFF
+    return holds and is_met(config, said_of(type(config), partner).get("needs", ""))

@@ -16,7 +16,9 @@ class ModelArgs(SamplerFlags):
         help="Checkpoint folder, run folder, LoRA adapter folder or hub name.", reads="model"
     )
     adapter_path: str | None = flag(None, "LoRA adapter to put on the model.", reads="model")
-    load_lora: bool | None = flag(None, "True: adapter_path is required; False: it is ignored.")
+    load_lora: bool | None = flag(
+        None, "True: adapter_path is required; False: it is ignored.", needs="adapter_path"
+    )
     dtype: str = flag(
         "auto",
         "Of the weights; auto: as saved.",
@@ -65,9 +67,7 @@ class ModelArgs(SamplerFlags):
     use_thinking: bool = flag(True, "False: the answer starts with an empty <think></think>.")
 
     def check_flags(self) -> None:
-        """An adapter that is asked for, or not."""
-        if self.load_lora and not self.adapter_path:
-            raise ValueError("--model_args load_lora=True needs adapter_path=FOLDER")
+        """An adapter that is not asked for."""
         if self.load_lora is False:
             self.adapter_path = None
 

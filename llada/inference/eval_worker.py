@@ -158,7 +158,7 @@ class EvalRank:
     def sampler(self, settings: dict[str, Any]) -> LLaDAGenerationConfig:
         """The sampler of prompts with these settings. ValueError for settings that exclude each other."""
         known = LLaDAGenerationConfig().to_dict()
-        own = {name: value for name, value in dataclasses.asdict(self.args).items() if name in known}
+        own = {name: getattr(self.args, name) for name in known if hasattr(self.args, name)}
         return LLaDAGenerationConfig(**own | settings)
 
     def _generate(self, batch: dict[str, Generation]) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -1,6 +1,6 @@
 """The sampler's settings as flags, for every script that generates."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from llada.flags.declaration import flag
@@ -71,6 +71,5 @@ def sampler_settings(flags: SamplerFlags) -> "LLaDAGenerationConfig":
     """The sampler's settings among a script's flags, checked."""
     from modelling_final import LLaDAGenerationConfig  # loads torch, which the flags themselves do without
 
-    known = LLaDAGenerationConfig().to_dict()
-    values = {name: value for name, value in asdict(flags).items() if name in known}
-    return LLaDAGenerationConfig(**values | flags.blocks())
+    names = [name for name in LLaDAGenerationConfig().to_dict() if hasattr(flags, name)]
+    return LLaDAGenerationConfig(**{name: getattr(flags, name) for name in names} | flags.blocks())

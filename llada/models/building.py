@@ -73,7 +73,13 @@ def start_model(flags: Any, *, has_values: bool = True) -> LLaDAModelLM | PeftMo
     if getattr(flags, "config_name", None) is not None:
         tokenizer = load_tokenizer(flags.tokenizer_name)
         with nullcontext() if has_values else torch.device("meta"):
-            return new_model(flags.config_name, tokenizer, seed=flags.seed, max_length=flags.max_length)
+            return new_model(
+                flags.config_name,
+                tokenizer,
+                seed=flags.seed,
+                max_length=flags.max_length,
+                attn_implementation=flags.attn_implementation,
+            )
     kind, factor = getattr(flags, "rope_scaling", "none"), getattr(flags, "rope_factor", 1.0)
     return load_model(
         flags.model_name_or_path,
@@ -174,10 +180,17 @@ def new_config(config_name: str, tokenizer: PreTrainedTokenizerBase, *, max_leng
 
 
 def new_model(
-    config_name: str, tokenizer: PreTrainedTokenizerBase, *, seed: int, max_length: int
+    config_name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    max_length: int,
+    attn_implementation: str | None = None,
 ) -> LLaDAModelLM:
     """A randomly initialised model of a named size; see `new_config`. `seed`: of the initial weights."""
     config = new_config(config_name, tokenizer, max_length=max_length)
+    if attn_implementation is not None:
+        config._attn_implementation = attn_implementation
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LLaDAModelLM(config)

@@ -36,9 +36,6 @@ class PolicyConfig(LoraFlags, ScaleFlags, TrainConfig, MaskTokenFlag):
     )
     num_masks: int = flag(8, "Masks per answer and step (K).", at_least=1, fixed=True)
     learning_rate: float = 1e-6
-    apply_chat_template: bool = flag(
-        False, "Prompts and answers that are plain texts become turns; messages always use the template."
-    )
     max_samples: int | None = flag(None, "Only the first so many training records.", at_least=1)
     batch_size: int | None = flag(None, "Records per optimizer step, over all ranks; default 8.")
     micro_batch_size: int | None = flag(
@@ -57,6 +54,9 @@ class PairConfig(PairFlags, PrefetchFlags, PolicyConfig):
     train_data_path: list[str] = flag(help="Files of preference pairs.", reads="path")
     eval_data_path: list[str] | None = flag(
         None, "Pairs for validation: loss, accuracy and margin.", reads="path"
+    )
+    apply_chat_template: bool = flag(
+        False, "Prompts and answers that are plain texts become turns; messages always use the template."
     )
     eos: str = flag(
         "one",

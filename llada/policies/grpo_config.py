@@ -188,6 +188,8 @@ class GrpoConfig(GroupFlags, SurrogateFlags, LikelihoodFlags, ReferenceFlags, Po
 
     default_batch_size = 128
 
+    ref_model_name_or_path: str | None = flag(None, needs="beta")
+
     def agreed(self) -> dict[str, Any]:
         """With the flags of these groups: other terms, another loss, other advantages are another run."""
         free = ("rollout_batch_size", "max_dead_steps", "log_completions")

@@ -162,7 +162,7 @@ class OptimizerFlags:
 
 
 @dataclass(kw_only=True)
-class RecordFlags:
+class LoggingFlags:
     """Logging, validation and saving."""
 
     log_interval: int = flag(10, "Log every N steps.", at_least=1)
@@ -214,7 +214,7 @@ class RecordFlags:
 
 
 @dataclass(kw_only=True)
-class TrainConfig(OptimizerFlags, RecordFlags):
+class TrainConfig(OptimizerFlags, LoggingFlags):
     """A training run."""
 
     # Flags of the stages that have them.
@@ -231,7 +231,9 @@ class TrainConfig(OptimizerFlags, RecordFlags):
     max_steps: int = flag(
         -1, "Optimizer steps; -1 = as many as --num_train_epochs give.", at_least=-1, fixed=True
     )
-    num_train_epochs: float = flag(1.0, "Passes over the data when --max_steps is not given.", above=0)
+    num_train_epochs: float = flag(
+        1.0, "Passes over the data when --max_steps is not given.", above=0, needs="max_steps=-1"
+    )
     batch_size: int | None = flag(
         None, "Sequences per optimizer step, over all ranks and micro-batches; default 4.", at_least=1,
         fixed=True,

@@ -200,8 +200,13 @@ class _Session:
             if not self.is_finished:
                 (self._folder / "DONE").unlink(missing_ok=True)
             write_yaml(config, self._folder / "config.yaml")
-        steps = {"total_steps": config.max_steps, "first_step": self.progress.step}
-        self._metrics = Metrics(self._folder if run.is_main else None, dataclasses.asdict(config), **steps)
+        self._metrics = Metrics(
+            self._folder if run.is_main else None,
+            dataclasses.asdict(config),
+            total_steps=config.max_steps,
+            first_step=self.progress.step,
+            report_to=config.report_to,
+        )
         self._trainer = Trainer(wrapped, self._optimizer, config, run, loss, self.progress)
         self._saver = checkpoint.Saver(self._folder, run, keep=config.save_total_limit)
 

@@ -29,7 +29,13 @@ class Metrics:
     """
 
     def __init__(
-        self, folder: Path | None, config: Mapping[str, Any], *, total_steps: int, first_step: int
+        self,
+        folder: Path | None,
+        config: Mapping[str, Any],
+        *,
+        total_steps: int,
+        first_step: int,
+        report_to: str,
     ) -> None:
         self._folder = folder
         if folder is None:
@@ -42,7 +48,7 @@ class Metrics:
             ncols=min(100, self._width - 1),
         )  # fmt: skip
         is_over = first_step >= total_steps
-        self._send, self._close = _tracker("none" if is_over else config["report_to"], folder, config)
+        self._send, self._close = _tracker("none" if is_over else report_to, folder, config)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line {"step", "time", names: values}."""

@@ -47,6 +47,7 @@ class Trainer:
         self._model = model
         # Sharded weights are gathered in the right precision already.
         self._dtype = config.dtype if config.shard == "none" else "float32"
+        self._skips_nonfinite = config.on_nonfinite == "skip"
 
     def step(self, step: int, batches: list[Batch], total_units: float) -> dict[str, float]:
         """Forward, backward and update for this rank's part of a global batch of `total_units` units."""
@@ -98,7 +99,7 @@ class Trainer:
             suspects = gather_records([record for batch in batches for record in batch.record_ids])
         message = f"step {step}: {found}; nothing was updated; records: {suspects}"
         self._num_skipped_in_a_row += 1
-        if self._config.on_nonfinite == "stop" or self._num_skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+        if not self._skips_nonfinite or self._num_skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
             raise FloatingPointError(
                 f"{message}. Lower --learning_rate, look at the records, or leave such steps out with "
                 f"--on_nonfinite skip (at most {MAX_SKIPPED_IN_A_ROW} in a row)"
