@@ -148,6 +148,7 @@ def encode(
         if answer is None or not len(answer.positions):
             counts["no_text"] += 1
             continue
+        # a teacher in half precision can overflow; such a row would poison training in silence
         if np.isnan(answer.distributions.log_probs).any() or np.isnan(answer.distributions.log_rest).any():
             raise ValueError(NO_NUMBERS % where)
         fitted = fit_length(answer, where, max_length=config.max_length, long=config.long)

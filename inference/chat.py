@@ -78,6 +78,7 @@ def fit_prompt(
     A system message stays. What is left out ends before a user's message.
     """
     num_fixed = 1 if messages[0]["role"] == "system" else 0
+    # an answer without its question would be read as the user's words
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     for first in users:
         start = num_fixed if first == users[0] else first
@@ -234,6 +235,7 @@ class Chat:
 
     def _save(self, rest: str) -> None:
         path = Path(rest).expanduser()
+        # only what this conversation has written is overwritten
         if path.exists() and path not in self.saved:
             raise ValueError(f"{path} exists; choose another name")
         try:

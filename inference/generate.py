@@ -102,6 +102,7 @@ def answer_batches(
     trace_file: TextIO | None,
 ) -> Iterator[tuple[Prompt, dict[str, Any], int]]:
     """(prompt, its fields of the output, tokens generated), prompts of like length together."""
+    # like lengths share a batch: the sampler is ragged, but short answers wait for long ones
     prompts = sorted(prompts, key=lambda prompt: len(prompt.token_ids))
     num = settings.num_return_sequences
     for start in range(0, len(prompts), config.batch_size):
@@ -165,6 +166,7 @@ def answer(
         trace_file = None
         if config.trace is not None:
             path = config.trace if run.world_size == 1 else f"{config.trace}.rank{run.rank}"
+            # a killed run's trace is continued, an older one of the same name replaced
             continues = len(mine) < len(keys[run.rank :: run.world_size])
             trace_file = stack.enter_context(open(path, "a" if continues else "w", encoding="utf-8"))
         num_tokens, started = 0, time.time()

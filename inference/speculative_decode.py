@@ -124,6 +124,7 @@ def answer(decoder: SpeculativeDecoder, item: Item, ends: Sequence[int], *, comp
     if compare:
         plain = found["plain"][0]
         fields |= {"plain_seconds": seconds["plain"], "plain_tokens": len(plain)}
+        # only match gives the very tokens of plain decoding; other rules only its distribution
         if decoder.rule == "match":
             fields |= {"is_equal": tokens == plain}
             if tokens != plain:

@@ -42,6 +42,7 @@ class ResumableJob:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.read()
         self._claim(json.loads(json.dumps(settings, default=str)))
+        # a line cut by a kill must not swallow the next one
         own = self.folder / f"rank-{rank}.jsonl"
         ends_mid_line = own.exists() and own.stat().st_size > 0 and own.read_bytes()[-1:] != b"\n"
         self._file = open(own, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the job

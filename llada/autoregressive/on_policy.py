@@ -130,7 +130,9 @@ class OwnStates:
             traces[entry["row"]].append(entry)
         states = []
         for row, (tokens, trace) in enumerate(zip(output.sequences.tolist(), traces, strict=True)):
+            # with the end token: whether to stop is what the teacher knows best
             answer = tokens[-length:][: len(output.completions[row]) + 1]
+            # before its step number `stop`: step 0 is the canvas of masks only
             stop = int(generator(self.seed, "state", keys[row // num], row % num).integers(len(trace)))
             canvas = np.full(length, self.mask_id)
             for entry in trace[:stop]:
@@ -210,6 +212,7 @@ def verified_by(rewards: list[Reward], decode: Callable[[list[int]], str]) -> Ca
     """Whether the answers of states earn more than 0.5."""
 
     def verify(states: Sequence[State]) -> np.ndarray:
+        # rewards read completions as messages, as in GRPO
         texts = [[{"role": "assistant", "content": decode(state.answer)}] for state in states]
         prompts, records = ([getattr(s.prompt, name) for s in states] for name in ("prompt", "record"))
         totals, _ = compute_rewards(rewards, prompts, texts, records)
@@ -246,10 +249,12 @@ def draft_starts(
             attention_mask=None if mask is None else mask.to(device),
             query_positions=columns.to(device),
         ).logits
+        # as in the decoder, which never drafts a mask
         logits[..., stream.mask_id] = -torch.inf
         drafts = logits.argmax(-1).cpu().numpy()
         for i, first, draft in zip(active, firsts, drafts, strict=True):
             tokens = texts[i].input_ids[first : first + length]
+            # False: what the answer has no token for is not accepted
             agrees = np.append(draft[: len(tokens)] == tokens, False)
             starts[i].append(starts[i][-1] + int(np.argmin(agrees)) + 1)
         active = [i for i in active if starts[i][-1] < len(answers[i])]

@@ -125,6 +125,7 @@ class TeacherFile:
         rows = [self._row(record, j, where) for j in range(self._num_rows(record, where))]
         spoken = _CLOSING.sub("", response)
         is_closed = spoken != response
+        # the file's own texts before any tokenizer: they are what the numbers belong to
         if all(row.chosen is not None for row in rows):
             texts = self._segment(response, len(spoken), rows, where)
         else:
@@ -263,6 +264,7 @@ class TeacherFile:
                     f"{where}: 'logits' {what}: row {j} of {len(rows)} has {row.chosen!r:.60} where the "
                     f"response goes on with {response[at : at + 20]!r}"
                 )
+        # white space and closing tokens at the end may have no rows
         goals = {o for o in offsets if o >= end or not response[o:end].strip()}
         if not goals:
             at = max(offsets)

@@ -150,6 +150,7 @@ class TeacherModel:
             input_ids = torch.tensor([[ends[0]] * (width - len(row)) + row for row in rows])
             mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
             with torch.random.fork_rng():
+                # keyed by the rows: the same batch has the same answers after a resume
                 torch.manual_seed(int(generator(self.seed, "teacher", repr(rows)).integers(2**31)))
                 sequences = self.model.generate(
                     input_ids=input_ids.to(self.model.device), attention_mask=mask.to(self.model.device),
@@ -175,6 +176,7 @@ class TeacherModel:
             if not ids or any(table.texts[i] is None for i in ids):
                 return None  # nothing, or a special token within the answer
             text = _text(table.decode(ids))
+        # the teacher's own ids, not its text tokenised again, which can give other ones
         if is_identity and generated is not None:
             answer_ids = ids + (student.closing_ids() if is_closed else [])
         elif text is not None:
@@ -202,7 +204,9 @@ class TeacherModel:
             width = max(lengths[i] for i in batch)
             rows = [a.teacher_prompt + a.teacher_answer for a in batch.values()]
             input_ids = torch.tensor([row + [row[-1]] * (width - len(row)) for row in rows])
+            # padding on the right: causal rows do not see it
             mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+            # [B, L, V] logits are most of the memory
             first = min(len(a.teacher_prompt) for a in batch.values()) - 1  # logits before are of no use
             logits = self.model(
                 input_ids=input_ids.to(self.model.device), attention_mask=mask.to(self.model.device),

@@ -130,6 +130,7 @@ def from_candidates(
     n = len(candidates)
     ids = np.full((n, top_k), OTHER, dtype=np.int32)
     log_probs = np.full((n, top_k), -np.inf, dtype=np.float32)
+    # float64: candidates of one position are added up one by one
     rest = np.array(log_rest, dtype=np.float64)
     for i, row in enumerate(candidates):
         total: dict[int, float] = {}
@@ -148,6 +149,7 @@ def _keep(log_probs: Tensor, log_other: Tensor, top_k: int) -> Distributions:
     if not top_k:
         return Distributions(None, log_probs.numpy(), log_other.numpy())
     best, ids = log_probs.topk(min(top_k, log_probs.shape[-1]), dim=-1)
+    # the rest as a sum, not as 1 - p: in float32 that would be 0 or negative
     tail = log_probs.scatter(-1, ids, -torch.inf)
     rest = torch.cat([tail, log_other[:, None]], dim=-1).logsumexp(-1)
     ids = ids.where(best > -torch.inf, OTHER)
@@ -173,6 +175,7 @@ def fit_length(answer: TeacherAnswer, where: str, *, max_length: int, long: str)
             f"{max_length}; raise it, or use --long drop or --long truncate"
         )
     room = max_length - num_prompt
+    # a row without any distribution teaches nothing
     kept = answer.positions < room
     if long == "drop" or not kept.any():
         return None
@@ -186,6 +189,7 @@ def as_columns(answers: Sequence[TeacherAnswer]) -> Columns:
     rows = [np.array([*a.prompt_ids, *a.answer_ids], dtype=np.int32) for a in answers]
     in_answer = [np.arange(len(row)) >= len(a.prompt_ids) for row, a in zip(rows, answers, strict=True)]
     found = [a.distributions for a in answers]
+    # full distributions need no ids: column v is token v
     none = np.empty(0, dtype=np.int32)
     return {
         "input_ids": _lists(rows),

@@ -63,6 +63,7 @@ class ServerTeacher:
         candidates, log_rest = [], []
         for j in index[positions]:
             pairs = [self._candidate(entry, student.table, where) for entry in content[j]["top_logprobs"]]
+            # what the server does not name is the rest; rounding can leave less than nothing of it
             candidates.append(pairs)
             log_rest.append(math.log(max(1.0 - sum(math.exp(value) for _, value in pairs), 1e-12)))
         return TeacherAnswer(
@@ -86,6 +87,7 @@ class ServerTeacher:
 def _written(entry: dict[str, Any], table: TokenBytes) -> bytes | None:
     """What a token of the server writes; None for special tokens."""
     token = entry["token"]
+    # servers give special tokens their text as bytes, too
     if token in ROLE_OF_SPELLING or token in table.id_of_special:
         return None
     return bytes(entry["bytes"]) if entry.get("bytes") else token.encode()

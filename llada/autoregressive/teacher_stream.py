@@ -169,6 +169,7 @@ class AlignmentStream(MaskedStream):
 
     def __call__(self, step: int) -> list[AlignedBatch]:
         """This rank's micro-batches of one step."""
+        # before the batches are made, for all of them together
         if self.starts_of is not None:
             self._starts = self.starts_of([record_id for record_id, _ in self.records_of(step)])
         batches = super().__call__(step)
@@ -195,6 +196,7 @@ class AlignmentStream(MaskedStream):
         canvas = np.full(first + self.windows.length, self.pad_id, dtype=np.int64)
         known = example.input_ids[: len(canvas)]
         canvas[: len(known)] = known
+        # a window may reach beyond the answer: a drafter does not know where that ends
         is_masked = np.arange(len(canvas)) >= first
         return Noised(replace(example, input_ids=canvas, maskable=is_masked), is_masked, 1.0, record_id)
 
@@ -210,6 +212,7 @@ class AlignmentStream(MaskedStream):
         place = np.arange(len(window)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         # Row i of a shifted model predicts token i + 1: the text gives the first place, a mask the next one.
         is_mask = place < lengths[window] - 1
+        # masks stand behind the text in the order of their windows
         columns = len(example.input_ids) + np.cumsum(is_mask) - is_mask
         read = np.where(place == 0, starts[window], np.roll(columns, 1) + 1)
         tokens = starts[window] + place
@@ -226,6 +229,7 @@ class AlignmentStream(MaskedStream):
 
     def _collate(self, rows: list[list[Noised]]) -> AlignedBatch:
         """The batch with the rows that the rule scores, and their distributions."""
+        # a rank that has run out of records still gets a batch, of no rows
         batch = super()._collate(rows)
         width, items = batch.input_ids.shape[1], [row[0] for row in rows]
         scored, parts = [NO_ROWS], []
@@ -290,6 +294,7 @@ def _example(
         return Example(row["input_ids"], in_answer, weight=1.0 / in_answer.sum(), num_units=1.0)
     if rule == "answer":
         return Example(row["input_ids"], in_answer, weight=1.0, num_units=float(in_answer.sum()))
+    # no window may look at a later turn
     visible = np.flatnonzero(~in_answer)
     in_answer[: visible[-1] + 1 if len(visible) else 0] = False  # earlier turns are part of the prompt
     if table is not None:

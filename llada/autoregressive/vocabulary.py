@@ -63,6 +63,7 @@ class TokenBytes:
         kind = _Decoder.of(tokenizer)
         vocabulary = tokenizer.get_vocab()
         size = max(vocabulary.values()) + 1
+        # ids can have gaps, and a model more outputs than ids
         texts: list[bytes | None] = [None] * size
         tokens: list[str | None] = [None] * size
         added = tokenizer.added_tokens_decoder
@@ -198,6 +199,7 @@ class VocabMap:
             raise ValueError(
                 f"{log_probs.shape[-1]} columns are fewer than the source tokenizer's {self.source_size} ids"
             )
+        # one bucket for each target id, and the last for all that has none
         bucket = torch.where(self.is_mapped, self.target_of, self.target_size)
         bucket = torch.nn.functional.pad(bucket, (0, num_spare), value=self.target_size).to(log_probs.device)
         shape = (*log_probs.shape[:-1], self.target_size + 1)
@@ -227,6 +229,7 @@ def align_texts(
         ValueError: the two texts differ; says from which byte on.
     """
     ours, theirs = (b"".join(text or b"" for text in texts) for texts in (source, target))
+    # sentencepiece puts a space in front of a text that the other tokenizer has not
     shift = 0
     if ours != theirs and drops_first_space[0] != drops_first_space[1]:
         shift = int(ours.startswith(b" ")) - int(theirs.startswith(b" "))

@@ -65,6 +65,7 @@ class DenoisingView:
 
     def __call__(self, entry: dict[str, Any]) -> None:
         """Takes in one step and shows it."""
+        # a log has no frames: each line shows what is new in its own step
         if not self.is_live:
             self.fresh = {}
         for position in entry["remasked"]:

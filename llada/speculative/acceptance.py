@@ -114,6 +114,7 @@ def by_match(chains: list[list[int]], p: Tensor, draws: Draws, position: int) ->
         position: number of the first drafted token in the output, the key of its noise.
     """
     drawn: dict[int, list[int]] = {}
+    # the verifier's draw is one for all chains: it never depends on which of them it is compared with
     alive, num = list(range(len(chains))), 0
     while True:
         lead = alive[0]

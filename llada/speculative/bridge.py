@@ -72,8 +72,10 @@ class Bridge:
                 "--bridge vocabulary (drafts of common tokens) or --bridge text (text tokenised again)"
             )
         ends = {*config.end_ids, self.vocabulary.source.closing}
+        # a drafter that pads with EOS must still be able to draft EOS
         never = {config.mask_token_id, config.pad_token_id, drafter_tokenizer.bos_token_id} - ends
         target_of[[i for i in never if i is not None and i < len(target_of)]] = OTHER
+        # a verifier's head can be narrower than its tokenizer
         target_of[target_of >= num_outputs] = OTHER
         if kind == "text":
             texts = self.vocabulary.source.texts[: config.embedding_size]

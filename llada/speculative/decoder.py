@@ -46,10 +46,9 @@ class SpeculativeStats:
 
     rounds: int = 0
     tokens: int = 0
-    reached: list[int] = field(
-        default_factory=list
-    )  # drafts that came to position k with all before accepted
-    accepted: list[int] = field(default_factory=list)  # and those whose token k was accepted
+    # of each position k: drafts that came to it with all before accepted, and those whose token k was, too
+    reached: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
     draft_forwards: int = 0
     verifier_forwards: int = 0
     draft_seconds: float = 0.0
@@ -183,6 +182,7 @@ class SpeculativeDecoder:
         """
         place = shared_length(answer, plain)
         text, both = [*prompt, *plain[:place]], [plain[place], answer[place]]
+        # whole text in one forward, and last token with kept keys: the two ways that rounded differently
         self.verifier.start()
         whole = self.verifier.scores(text, [[]])[0]
         self.verifier.start()
@@ -219,6 +219,7 @@ class SpeculativeDecoder:
         seed, greedy = self.settings.seed, GreedyDraws()
         verify = greedy if self.settings.temperature == 0 else KeyedDraws(seed, record_id, "verify")
         draft = KeyedDraws(seed, record_id, "draft")
+        # with match, the first chain shares the verifier's noise, so close distributions agree more often
         if self.settings.drafter_temperature == 0:
             return verify, greedy, greedy if self.rule == "match" else None
         return verify, draft, verify if self.rule == "match" else None
@@ -232,15 +233,18 @@ class SpeculativeDecoder:
         answer, stats, recent = [], SpeculativeStats(), float(self.settings.draft_length)
         while True:
             started, room = time.perf_counter(), limit - len(answer) - 1
+            # the last token of an answer is the verifier's own, so there is nothing to draft for it
             draft = Draft([[]], None)
             if drafts and room > 0:
                 draft = self.drafter.draft(answer, min(self._length(recent), room), draft_draws, lead)
+                # tokenised again, a draft can be longer than its masks
                 draft = draft._replace(chains=[chain[:room] for chain in draft.chains])
             drafted = time.perf_counter()
             scores = self.verifier.scores(prompt + answer, draft.chains)
             accepted = self._accept(draft, scores, verify_draws, len(answer))
             chain = draft.chains[accepted.chain]
             num_before = len(answer)
+            # an end token within the draft ends the answer, whatever was accepted behind it
             for token in [*chain[: accepted.num], accepted.token]:
                 answer.append(token)
                 if ends := is_done(answer):
@@ -267,6 +271,7 @@ class SpeculativeDecoder:
             is_greedy = self.settings.temperature == 0
             return by_match(draft.chains, scores if is_greedy else scores.softmax(-1), draws, position)
         p = scores.softmax(dim=-1)
+        # an empty draft is plain decoding; q has no rows then
         if not any(draft.chains):
             return Accepted(0, 0, draws.choose(p[0, :1])[0])
         if self.rule == "block":

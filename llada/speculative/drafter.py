@@ -91,6 +91,7 @@ class Drafter:
             if self.keeps_q:
                 rows_of_q.append(q)
             peak = q.amax(dim=-1).to(peaks.dtype)
+            # the surest of all masks that are left, by the probability of the token that was drawn
             if columns.shape[1] > count:
                 scores = q.gather(-1, tokens[..., None])[..., 0]
                 best = pick_top(scores, torch.ones_like(scores, dtype=torch.bool), count)
@@ -102,6 +103,7 @@ class Drafter:
             num_before, num_done = num_done, num_done + count
             if self.settings.draft == "left_to_right" and self._all_end(peaks[:, :num_done]):
                 break
+        # keys of masks would be seen by the next draft as if they were text
         self._forget_window(canvas, length)
         chains = self._chains(drawn[:, :num_done], peaks[:, :num_done], answer)
         return Draft(chains, torch.cat(rows_of_q, dim=1) if self.keeps_q else None)
@@ -129,6 +131,7 @@ class Drafter:
             rows = torch.tensor(canvas[cache.get_seq_length() :], device=self.device)[None]
             rows, offset = torch.cat([rows.long(), window], dim=1), rows.shape[1]
         else:
+            # left to right, what stood at the last forward is not computed again; otherwise masks lie between
             cache, first = self._cache, 0 if self.settings.draft == "confidence" else num_known
             if cache.layers[0].keys.shape[0] < len(window):
                 cache.batch_repeat_interleave(len(window))
@@ -157,6 +160,7 @@ class Drafter:
     def _weights(self, logits: Tensor) -> Tensor:
         """q [1 or K, R, D] of logits [1 or K, R, E], float32 or float64."""
         scores = logits[..., self.bridge.allowed]
+        # q decides what is accepted: half precision would make ratios wrong
         scores = scores if scores.dtype == torch.float64 else scores.float()
         scores = self.warpers(None, scores.flatten(0, 1)).unflatten(0, scores.shape[:2])
         return self.bridge.weights(scores.softmax(dim=-1))
@@ -175,10 +179,8 @@ class Drafter:
         )
 
     def _chains(self, drawn: Tensor, peaks: Tensor, answer: Sequence[int]) -> list[list[int]]:
-        """Each chain up to its first token, after token 0, whose q is flat.
-
-        Only q may decide this: to drop a token for its own probability changes what it was drawn from.
-        """
+        """Each chain up to its first token, after token 0, whose q is flat."""
+        # Only q may decide this: to drop a token for its own probability changes what it was drawn from.
         is_flat = peaks < self.settings.min_confidence
         is_flat[:, 0] = False
         lengths = (is_flat.cumsum(dim=1) == 0).sum(dim=1).tolist()

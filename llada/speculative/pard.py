@@ -64,6 +64,7 @@ def write_drafter(model: LLaDAModelLM, verifier: str, folder: Path, *, origin: O
         ValueError: a drafter that is not causal, or has another number of outputs than the verifier.
     """
     target, tokenizer = load_causal_lm(verifier, flag="--verifier")
+    # vLLM compares the two numbers and refuses
     drafter, width = causal_form(model), target.config.get_text_config().vocab_size
     if drafter.config.vocab_size != width:
         raise ValueError(
@@ -124,9 +125,11 @@ def engine_decode(
     mask_id, answer, stats = drafter.config.pard_token, [], SpeculativeStats()
     while len(answer) < max_new_tokens and not (answer and answer[-1] in ends):
         text = [*prompt, *answer]
+        # an engine stops drafting where the answer must end, and so does the decoder
         length = min(draft_length, max_new_tokens - len(answer) - 1)
         draft = []
         if length:
+            # the last row of the text predicts the first token, so G tokens need G - 1 masks
             draft = _most_likely(drafter, text + [mask_id] * (length - 1), length)
         wanted = _most_likely(verifier, text + draft, length + 1)
         num = next((k for k, token in enumerate(draft) if token != wanted[k]), length)

@@ -34,6 +34,7 @@ class Verifier:
             ValueError: a model whose memory of rejected tokens cannot be taken back, such as Mamba.
         """
         config = model.config.get_text_config(decoder=True)
+        # a linear-attention or recurrent layer has no keys of single tokens to cut off
         layers = DynamicCache(config=config).layers
         if (
             model.config.is_encoder_decoder
@@ -62,6 +63,7 @@ class Verifier:
 
         Rows behind the end of a shorter chain mean nothing. float32, or float64 from a float64 model.
         """
+        # chains often begin alike, and equal ones need one row only
         text, unique = list(text), list(dict.fromkeys(map(tuple, chains)))
         longest = max(map(len, unique))
         padded = [[*chain, *[text[-1]] * (longest - len(chain))] for chain in unique]
@@ -76,6 +78,7 @@ class Verifier:
         """Logits [rows of chains, num_logits, V] of the last rows."""
         num_held = self._take_back(text)
         if len(chains) > 1 and self.uses_cache:
+            # what all chains share is forwarded once, before the cache is copied for each
             if num_held < len(text) - 1:
                 self._run([text[num_held:-1]], 1)
                 num_held = len(text) - 1
@@ -85,6 +88,7 @@ class Verifier:
         return self._run([text[num_held:] + chain for chain in chains], num_logits)
 
     def _run(self, rows: list[list[int]], num_logits: int) -> Tensor:
+        # [K, whole prompt, V] logits of the first forward would be most of the memory
         limits = {"logits_to_keep": num_logits} if self.model._supports_logits_to_keep() else {}
         logits = self.model(
             input_ids=torch.tensor(rows, device=self.device),
@@ -95,26 +99,25 @@ class Verifier:
         return logits[:, -num_logits:]
 
     def _take_back(self, text: list[int]) -> int:
-        """Cuts the cache to one row that begins as the text does; returns its number of tokens.
-
-        At least one token of the text is left to be forwarded, or nothing would give logits.
-        """
+        """Cuts the cache to one row that begins as the text does; returns its number of tokens."""
         if not self.uses_cache:
             return 0
         if self._cache is None:
             # without the config: its sliding-window layers forget what a rejection has to bring back
             self._cache, self._rows = DynamicCache(), [[]]
         shared = [shared_length(row, text) for row in self._rows]
+        # rows of the last round differ in their drafts; keep the one that was accepted furthest
         best = max(range(len(shared)), key=shared.__getitem__)
         if len(self._rows) > 1:
             self._cache.batch_select_indices(torch.tensor([best], device=self.device))
-        num_held = min(shared[best], len(text) - 1)
+        num_held = min(shared[best], len(text) - 1)  # one token is left, or nothing would give logits
         self._cache.crop(num_held - len(self._rows[best]))
         return num_held
 
     def _processed(self, text: list[int], chains: list[list[int]], logits: Tensor) -> Tensor:
         if all(type(processor) in ROW_BY_ROW for processor in self.processors):
             return self.processors(None, logits.flatten(0, 1)).unflatten(0, logits.shape[:2])
+        # a repetition penalty and the like look at the text, which is another at every position
         scores = torch.empty_like(logits)
         for row, chain in enumerate(chains):
             tokens = torch.tensor([text + chain], device=self.device)
