@@ -1,7 +1,7 @@
 """The names that `eval_llada.py --model_args` takes. Nothing slow is imported: see llada/flags.py."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from llada.diffusion.settings import ESTIMATORS, EXACT_TOKENS, LIKELIHOODS
 from llada.flags.parser import flag, parse
@@ -11,6 +11,8 @@ from llada.inference.sampler_flags import SamplerFlags
 @dataclass(kw_only=True)
 class ModelArgs(SamplerFlags):
     """The names that --model_args takes: the sampler's, and these."""
+
+    fills_blocks: ClassVar[bool] = True
 
     model_path: str = flag(
         help="Checkpoint folder, run folder, LoRA adapter folder or hub name.", reads="model"

@@ -1,7 +1,7 @@
 """The sampler's settings as flags, for every script that generates."""
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llada.flags.declaration import flag
 from llada.models.flags import MaskTokenFlag
@@ -21,6 +21,7 @@ class SamplerFlags(SamplerSettings):
         "semi_autoregressive_origin: the canvas grows. Default: padding with --block_length, else fixed.",
     )
     seed: int = 42
+    fills_blocks: ClassVar[bool] = False  # an evaluation rounds lengths up to whole blocks, and cuts answers
 
     def check_flags(self) -> None:
         """What excludes what, and lengths that divide."""
@@ -29,7 +30,7 @@ class SamplerFlags(SamplerSettings):
         values = {field.name: getattr(self, field.name) for field in fields(SamplerSettings)} | self.blocks()
         settings = SamplerSettings(**{name: value for name, value in values.items() if value is not None})
         settings.check()
-        if self.gen_length is not None:  # of an evaluation the task may say it
+        if self.gen_length is not None and not self.fills_blocks:
             settings.steps_per_block(self.gen_length)
 
     def blocks(self) -> dict[str, Any]:
