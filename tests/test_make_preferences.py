@@ -86,7 +86,7 @@ def test_a_killed_run_goes_on_and_batches_do_not_matter(arguments, tmp_path, mon
     assert sorted(asked) == [2, 3, 4]
     for name in ("paired.jsonl", "unpaired.jsonl", "results.json"):
         assert (cut / name).read_text() == (whole / name).read_text()
-    script.main([*arguments, "--output_dir", str(cut), "--threshold", "0.9"])
+    script.main([*arguments, "--output_dir", str(cut), "--desirable_from", "0.9"])
     assert len(asked) == 3  # only compared anew
     assert all(record["label"] == (record["score"] >= 0.9) for record in read(cut, "unpaired.jsonl"))
 
@@ -139,7 +139,7 @@ def test_mistakes_are_named(arguments, tmp_path):
         main([*arguments, *out, "--gen_length", "256"])
     with pytest.raises(ValueError, match=r"jsonl:1: .* where 6 fit"):
         main([*arguments, *out, "--gen_length", "250"])
-    with pytest.raises(ValueError, match="temperature above 0"):
+    with pytest.raises(ValueError, match=r"--temperature 0\.0: must be"):
         main([*arguments, *out, "--temperature", "0"])
     with pytest.raises(ValueError, match="'task'"):
         main([*arguments, *out, "--reward_funcs", "reasoning_gym"])
