@@ -208,12 +208,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     encoding = Encoding(
         tokenizer, config.eos, config.apply_chat_template, config.max_length, config.long,
-        config.parse_special_tokens,
+        config.parse_special_tokens, drops_bad=config.bad_records == "drop",
     )  # fmt: skip
     encoded = encode_answers(
         [(where, item.prompt, item.completion) for where, item in items],
         encoding,
-        losses if reader.drops_bad else None,
+        losses,
     )
     usable = [n for n, found in enumerate(encoded) if found.outcome != "bad"]
     items, encoded = [items[n] for n in usable], [encoded[n] for n in usable]

@@ -6,6 +6,7 @@ answer, make_preferences).
 
 import json
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -364,7 +365,8 @@ def test_what_a_template_refuses_is_dropped_too(tokenizer, tmp_path):
     )
     with pytest.raises(ValueError, match=r"p.jsonl:1: the chat template leaves out tool calls"):
         load_pairs([str(pairs)], encoding, Reader())
-    found, counts = load_pairs([str(pairs)], encoding, Reader(drops_bad=True))
+    drops = replace(encoding, drops_bad=True)
+    found, counts = load_pairs([str(pairs)], drops, Reader(drops_bad=True))
     assert not found and counts["bad records, dropped"] == 1 and counts["dropped"] == 0
 
 

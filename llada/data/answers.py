@@ -34,6 +34,7 @@ from llada.data.records import Located
 from llada.data.template import HELD, encode_texts, hold, hold_text
 
 EOS = ("one", "filled", "none", "padded")
+PLAIN = "plain texts among conversations, continued as they stand (--apply_chat_template makes them turns)"
 _BATCH = 256
 
 
@@ -47,6 +48,7 @@ class Encoding:
         max_length: of prompt and answer together.
         long: what to do with a longer answer: stop, leave it out, or cut its end.
         parse_special: special tokens that a text spells are these tokens, instead of text.
+        drops_bad: what cannot be encoded is left out and counted, instead of ending the run.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -55,6 +57,7 @@ class Encoding:
     max_length: int
     long: str
     parse_special: bool = False
+    drops_bad: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,14 @@ def encode_answers(
     """The tokens of each ("file:line", prompt, answer).
 
     Args:
-        counts: given, what cannot be encoded is counted there (`note_bad`) and gets the outcome "bad".
+        counts: gets, in words, what a user should know of the texts. What cannot be encoded and is dropped
+            gets the outcome "bad".
     """
+    counts = Counter() if counts is None else counts
     found: list[Encoded] = []
+    num_plain = sum(isinstance(prompt, str) for _, prompt, _ in items)
+    if not encoding.chat and 0 < num_plain < len(items):
+        counts[PLAIN] += num_plain
     for start in range(0, len(items), _BATCH):
         batch = [
             (where, _usable(where, prompt, answer, encoding, counts))
@@ -108,16 +116,16 @@ def encode_answers(
 
 
 def _usable(
-    where: str, prompt: Text, answer: Text, encoding: Encoding, counts: Counter | None
+    where: str, prompt: Text, answer: Text, encoding: Encoding, counts: Counter
 ) -> list[Segment] | None:
     try:
         segments = _segments(prompt, answer, encoding)
     except ValueError as error:
-        if counts is None:
+        if not encoding.drops_bad:
             raise ValueError(f"{where}: {error}") from error
         note_bad(counts, f"{where}: {error}")
         return None
-    if counts is not None and any(HELD in text for text, _ in segments):
+    if any(HELD in text for text, _ in segments):
         counts[SPELLED] += 1
     return segments
 
@@ -191,7 +199,7 @@ def load_pairs(
     both = encode_answers(
         [(where, pair.prompt, side) for where, pair in located for side in (pair.chosen, pair.rejected)],
         encoding,
-        counts if reader.drops_bad else None,
+        counts,
     )
     pairs = []
     for chosen, rejected in zip(both[::2], both[1::2], strict=True):

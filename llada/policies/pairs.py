@@ -133,7 +133,7 @@ def read_pairs(
     """The pairs of some files as tokens, and counts."""
     encoding = Encoding(
         tokenizer, config.eos, config.apply_chat_template, config.max_length, config.long,
-        config.parse_special_tokens,
+        config.parse_special_tokens, drops_bad=config.bad_records == "drop",
     )  # fmt: skip
     return load_pairs(paths, encoding, config.reader(), max_samples=limit)
 
