@@ -1,15 +1,18 @@
 """The preparation scripts: their output, going on after a stop, and what they refuse."""
 
 import json
+import os
 
 import pytest
+import torch
 
 from chat_samples import learned, small_tokenizer, write_jsonl
 from conftest import ROOT, load_script
 from llada.data import shards
-from llada.data.prepared import prepare
+from llada.data.prepared import load, prepare
 from llada.data.rows import ConversationRows, CorpusRows
 from llada.data.shards import load_rows, read_manifest
+from llada.run import Run
 
 corpus = load_script("pretraining/prepare_corpus.py")
 sft = load_script("sft_training/prepare_sft.py")
@@ -125,7 +128,7 @@ def test_example_lines_of_the_format_page_are_accepted(tmp_path, tokenizer_folde
 @pytest.mark.parametrize("fraction", ["1.0", "-0.1"])
 @pytest.mark.parametrize("script", [corpus, sft])
 def test_validation_fraction_out_of_range(script, fraction, tmp_path, tokenizer_folder):
-    with pytest.raises(ValueError, match=rf"--validation_fraction {fraction} must be in \[0, 1\)"):
+    with pytest.raises(ValueError, match=rf"--validation_fraction {fraction}: must be at least 0"):
         script.main(
             flags(
                 input="absent", tokenizer=tokenizer_folder, output_dir=tmp_path, validation_fraction=fraction
@@ -145,7 +148,7 @@ def test_validation_that_holds_out_nothing(tmp_path, tokenizer_folder):
 
 def test_missing_input_is_named(tmp_path, tokenizer_folder):
     for script in (corpus, sft):
-        with pytest.raises(ValueError, match="absent: no such file or folder"):
+        with pytest.raises(ValueError, match="--input 'absent': no such file or folder"):
             script.main(flags(input="absent", tokenizer=tokenizer_folder, output_dir=tmp_path / "o"))
         assert not (tmp_path / "o").exists()
 
@@ -228,3 +231,69 @@ def test_an_error_in_a_worker_reaches_the_user(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "fine"}, {"text": "<|mdm_mask|>"}])
     with pytest.raises(ValueError, match=r"a.jsonl:2: the text contains the mask token"):
         prepare([path], CorpusRows(9), small_tokenizer(), tmp_path / "o", shard_size=1, num_proc=2)
+
+
+# --- inputs are known by their content
+
+
+def test_inputs_are_recognised_by_their_whole_content(tmp_path):
+    # a change in the middle of a large file, with the old size and time
+    path = tmp_path / "a.txt"
+    text = ("one two three " * 2000 + "\n\n") * 80
+    path.write_text(text)
+    out = tmp_path / "out"
+    prepare([path], CorpusRows(64), small_tokenizer(), out)
+    before = os.stat(path)
+    middle = len(text) // 2
+    path.write_text(text[:middle] + "x" + text[middle + 1 :])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(ValueError, match=r"was prepared differently: inputs was .*a.txt.*, is .*a.txt"):
+        prepare([path], CorpusRows(64), small_tokenizer(), out)
+    path.write_text(text)  # the old content at a new time
+    rows = prepare([path], CorpusRows(64), small_tokenizer(), out)
+    assert len(rows) == len(load_rows(out))
+
+
+def test_unchanged_inputs_are_not_read_again(tmp_path, monkeypatch):
+    path = documents(tmp_path / "a.jsonl")
+    prepare([path], CorpusRows(64), small_tokenizer(), tmp_path / "out")
+    monkeypatch.setattr(shards.hashlib, "file_digest", None)
+    prepare([path], CorpusRows(64), small_tokenizer(), tmp_path / "out")
+
+
+def test_a_corrected_record_and_the_same_command_go_on(tmp_path):
+    """Rows inside a run folder are made anew as long as the run has no state."""
+    run = Run(rank=0, world_size=1, device=torch.device("cpu"))
+    path = tmp_path / "a.jsonl"
+    options = {"prepared": tmp_path / "run/data/train", "run": run, "run_folder": tmp_path / "run"}
+
+    def load_again():
+        return load([str(path)], ConversationRows(99), small_tokenizer(), **options)
+
+    write_jsonl(path, [{"question": "a", "answer": "b"}, {"question": "a", "answer": ""}])
+    with pytest.raises(ValueError, match=r"a.jsonl:2: empty answer"):
+        load_again()
+    write_jsonl(path, [{"question": "a", "answer": "b"}, {"question": "a", "answer": "c"}])
+    assert [learned(row, small_tokenizer())[0][0] for row in load_again()] == ["b", "c"]
+    write_jsonl(path, [{"question": "a", "answer": "b"}, {"question": "a", "answer": "d"}])
+    assert [learned(row, small_tokenizer())[0][0] for row in load_again()] == ["b", "d"]
+    (tmp_path / "run/latest").write_text("step-1")
+    write_jsonl(path, [{"question": "a", "answer": "e"}])
+    with pytest.raises(ValueError, match="was prepared differently: inputs"):
+        load_again()
+
+
+def test_what_was_dropped_is_told_at_every_start(tmp_path, capsys):
+    run = Run(rank=0, world_size=1, device=torch.device("cpu"))
+    pairs = [{"question": "a", "answer": "b"}, {"question": "a", "answer": "b" * 99}]
+    (tmp_path / "data").mkdir()
+    path = write_jsonl(tmp_path / "data/a.jsonl", pairs)
+    (tmp_path / "data/test.jsonl").write_text("never read")
+    for _ in range(2):
+        load([str(tmp_path / "data")], ConversationRows(40, long="drop"), small_tokenizer(),
+             prepared=tmp_path / "p", run=run)  # fmt: skip
+        printed = capsys.readouterr().out
+        assert "2 conversations in 1 rows (1 rows dropped, 0 truncated)" in printed
+        assert "warning: 1 of 2 are not used" in printed
+        assert "files left out: test.jsonl" in printed
+    assert path.exists()

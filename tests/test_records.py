@@ -1,6 +1,11 @@
 """Reading records: every kind of file, where each record stands, and what is said of a bad file."""
 
+import bz2
+import csv
+import gzip
+import io
 import json
+import lzma
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from llada.data.files import files_of
+from llada.data.files import files_of, input_files, left_out
 from llada.data.records import read_records
 
 
@@ -180,3 +185,114 @@ def test_unknown_text_documents(tmp_path):
     assert message(path, text_documents="page") == (
         "--text_documents 'page': use one of blank_line, line, file"
     )
+
+
+# --- kinds of files, and folders of them
+
+ROWS = [{"question": "2 + 2?", "answer": "4"}, {"question": 'two\nlines, "quoted"', "answer": "yes"}]
+
+
+def in_kind(kind: str) -> bytes:
+    if kind in (".csv", ".tsv"):
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(ROWS[0]), delimiter="," if kind == ".csv" else "\t")
+        writer.writeheader()
+        writer.writerows(ROWS)
+        return text.getvalue().encode()
+    if kind == ".json":
+        return json.dumps(ROWS, indent=1).encode()
+    return "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+def packed(data: bytes, ending: str) -> bytes:
+    if ending == ".zst":
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, "zstd") as stream:
+            stream.write(data)
+        return sink.getvalue().to_pybytes()
+    return {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[ending](data)
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("kind", [".jsonl", ".ndjson", ".json", ".csv", ".tsv"])
+def test_every_kind_of_file_plain_and_compressed_in_any_case(tmp_path, kind, ending):
+    for name in ("a" + kind + ending, "A" + (kind + ending).upper()):
+        path = write(tmp_path / name, packed(in_kind(kind), ending))
+        told = []
+        found = list(read_records(path, on_bytes=told.append))
+        assert [record for _, record in found] == ROWS
+        lines = {".json": [2, 6], ".csv": [2, 3], ".tsv": [2, 3]}.get(kind, [1, 2])
+        assert [where for where, _ in found] == [f"{path}:{line}" for line in lines]
+        assert 0 < sum(told) <= path.stat().st_size
+
+
+def test_records_over_several_lines_in_a_jsonl_file(tmp_path):
+    records_ = [{"conversations": [{"role": "user", "content": "a"}]}, {"text": "b"}]
+    text = "\n".join(json.dumps(record, indent=2) for record in records_) + '\n{"text": "c"}\n'
+    path = write(tmp_path / "a.jsonl", text)
+    assert records(path) == [*records_, {"text": "c"}]
+    assert places(path) == [f"{path}:1", f"{path}:9", f"{path}:12"]
+
+
+def test_damaged_files_are_named(tmp_path):
+    for ending, data in ((".gz", b"no"), (".bz2", b"no"), (".xz", b"no"), (".zst", b"nothing at all")):
+        path = write(tmp_path / f"a.jsonl{ending}", data)
+        assert message(path).startswith(f"{path}: damaged {ending} file: ")
+    whole = gzip.compress(b'{"n": 1}\n' * 1000)
+    path = write(tmp_path / "cut.jsonl.gz", whole[: len(whole) // 2])
+    assert message(path).startswith(f"{path}: damaged .gz file: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"a": ' + "[" * 100_000, "malformed JSON: "),
+        ('{"a": ' + "9" * 5000 + "}", "malformed JSON: Exceeds the limit"),
+    ],
+)
+def test_json_that_python_cannot_hold(tmp_path, content, said):
+    path = write(tmp_path / "a.jsonl", '{"n": 1}\n' + content)
+    assert message(path).startswith(f"{path}:2: {said}")
+
+
+def test_a_table_with_too_many_or_too_few_fields(tmp_path):
+    path = write(tmp_path / "a.csv", "a,b\n1,2\n1,2,3\n")
+    assert message(path) == f"{path}:3: not 2 fields, as the header has"
+    path = write(tmp_path / "a.csv", "a,b\n1\n")
+    assert message(path) == f"{path}:2: not 2 fields, as the header has"
+
+
+def test_what_of_a_folder_is_training_data(tmp_path):
+    names = {
+        "a.jsonl": None, "b.NDJSON": None, "sub/latest.json": None, "train-00000-of-00002.jsonl": "train",
+        "my_train.jsonl": "train", "unit-test-generation.jsonl": None, "data.csv.gz": None,
+        "test.jsonl": "test", "gsm8k_test.jsonl": "test", "test-00000-of-00001.jsonl": "test",
+        "validation/x.jsonl": "validation", "dev.jsonl": "validation", "valid.jsonl": "validation",
+    }  # fmt: skip
+    left = ["LICENSE.txt", "README.md", "readme.txt", "notes.doc", ".cache/x.jsonl", "dataset_infos.json"]
+    for name in (*names, *left):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        data = b"n\n1\n" if "csv" in name else b'{"n": 1}\n'
+        write(tmp_path / name, packed(data, ".gz" if name.endswith(".gz") else ""))
+
+    def read(split="train"):
+        return sorted(str(file.relative_to(tmp_path)) for file in input_files(tmp_path, split))
+
+    assert read() == sorted(name for name, split in names.items() if split in (None, "train"))
+    for split in ("test", "validation"):
+        assert read(split) == sorted(name for name, found in names.items() if found == split)
+    ((told, number),) = left_out(tmp_path).items()
+    assert number == 6 + 6 and told.startswith("files left out: .cache/x.jsonl, LICENSE.txt, README.md, ")
+    assert told.endswith("and 7 more")
+    assert left_out(tmp_path / "sub") == {}
+    assert [record for _, record in read_records(tmp_path / "validation")] == [{"n": 1}]  # named, so read
+    assert message(tmp_path, split="holdout").startswith(
+        f"{tmp_path}: no files of the split 'holdout', only of"
+    )
+
+
+def test_a_malformed_line_can_be_left_out(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"n": 1}\n{"n": \n["x"]\n{"n": 2}\n')
+    bad = []
+    assert [record for _, record in read_records(path, on_bad=bad.append)] == [{"n": 1}, {"n": 2}]
+    assert [told.split(": ")[0] for told in bad] == [f"{path}:2", f"{path}:3"]

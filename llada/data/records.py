@@ -46,7 +46,11 @@ class JsonStream:
         self._column = 0  # characters of the cursor's line that are gone from `_text`
         self.line = 1
         self._decoder = json.JSONDecoder()
-        self._grow(max(_CHUNK, len(_BOM)))
+        try:
+            self._grow(max(_CHUNK, len(_BOM)))
+        except BaseException:
+            self._open.__exit__(*sys.exc_info())  # closes the file, and names a damaged one
+            raise
         if self._text.startswith(_BOM.decode()):
             self._text, self._num_used = self._text[1:], len(_BOM)
 
