@@ -20,6 +20,9 @@ from torch import Tensor
 
 from llada.diffusion.masking import generator
 
+# What is certain costs no random number. Rounding must not decide what is: every later draw would be another.
+SURE = 1 - 1e-9
+
 
 class Draws(Protocol):
     """Where random decisions come from."""
@@ -155,7 +158,7 @@ def by_token(chains: list[list[int]], q: Tensor, p: Tensor, draws: Draws) -> Acc
                 probability = ratios[lead][num]
             else:
                 probability = float(residual[token] / q[lead, num, token])
-            if probability >= 1 or draws.accept(probability):
+            if probability >= SURE or draws.accept(probability):
                 accepted = token
                 break
             before = p[lead, num] if residual is None else residual
@@ -195,7 +198,7 @@ def by_block(chain: list[int], q: Tensor, p: Tensor, draws: Draws) -> Accepted:
             probability = surplus[num] / missing
         else:  # p = q from here on, and everything after this was accepted but for rounding
             probability = 1.0
-        if probability >= 1 or draws.accept(probability):
+        if probability >= SURE or draws.accept(probability):
             break
     else:
         num = 0
