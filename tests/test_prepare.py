@@ -10,6 +10,7 @@ from chat_samples import learned, small_tokenizer, write_jsonl
 from conftest import ROOT, load_script
 from llada.data import shards
 from llada.data.prepared import load, prepare
+from llada.data.reading import to_labelled, to_messages, to_pair, to_prompt
 from llada.data.rows import ConversationRows, CorpusRows
 from llada.data.shards import load_rows, read_manifest
 from llada.run import Run
@@ -112,17 +113,29 @@ def test_debug_configs_prepare_the_samples(tmp_path, monkeypatch):
         assert len(load_rows(out / "train")) > 0
 
 
-def test_example_lines_of_the_format_page_are_accepted(tmp_path, tokenizer_folder):
+def examples(heading):
+    """The JSON examples of a section of data/README.md."""
     page = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
-    page = page.partition("## Conversations")[2].partition("\n## ")[0]
-    lines = [line.split("`")[-2] for line in page.splitlines() if line.startswith("| ") and "`{" in line]
-    assert len(lines) == 8
-    lines += [line for line in page.splitlines() if line.startswith('{"conversations"')]
-    path = write_jsonl(tmp_path / "a.jsonl", [json.loads(line) for line in lines])
+    section = page.partition(f"\n## {heading}")[2].partition("\n## ")[0].splitlines()
+    lines = [line.split("`")[-2] for line in section if line.startswith("| ") and "`{" in line]
+    return [json.loads(line) for line in lines + [line for line in section if line.startswith("{")]]
+
+
+def test_example_lines_of_the_format_page_are_accepted(tmp_path, tokenizer_folder):
+    conversations = examples("Conversations")
+    assert len(conversations) == 22
+    # our template writes no tools; tests/test_templates.py has one that does
+    written = [record for record in conversations if "tools" not in record]
+    path = write_jsonl(tmp_path / "a.jsonl", written)
     sft.main(flags(input=path, tokenizer=tokenizer_folder, output_dir=tmp_path / "o"))
     rows = load_rows(tmp_path / "o" / "train")
-    assert len(rows) == len(lines)
+    assert len(rows) == len(written)
     assert learned(rows[0], small_tokenizer()) == ["4<|eot_id|><|endoftext|>"]
+    assert all(to_messages(record, "f:1") and to_prompt(record, "f:1") for record in conversations)
+    assert [to_pair(record, "f:1").chosen for record in examples("Preference pairs")]
+    labelled = [to_labelled(record, "f:1")[0].label for record in examples("Labelled answers")[:4]]
+    assert labelled == [True, False, False, True]
+    assert [to_prompt(record, "f:1") for record in examples("Prompts (generation)")]
 
 
 @pytest.mark.parametrize("fraction", ["1.0", "-0.1"])
