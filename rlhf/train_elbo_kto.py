@@ -237,12 +237,13 @@ class KtoLoss:
         leaf = log_likelihoods(model, batch.chunks).requires_grad_()
         ratios = leaf - batch.numbers["b_ref"]
         compared = self._compared(model, batch, ratios)
+        # over all ranks and micro-batches: in small batches z0 would follow the record itself
         total, count = sum_over_ranks([float(compared.sum()), len(compared)])
         z0 = kto_baseline(ratios, mode=config.z0_mode, total=total, count=count, previous=self.z0)
         if config.z0_mode == "ema":
             self.z0 = float(z0[0])
         value = self._losses(ratios, batch.numbers["is_desirable"].bool(), z0).sum() / total_units
-        coefficients = differentiate(value, leaf) / config.num_masks
+        coefficients = differentiate(value, leaf) / config.num_masks  # B is a mean over draws here
         sums = step_sums(ratios.detach(), z0, leaf.detach(), batch, config.beta)
         return LossParts(value.detach(), gradient_parts(model, batch.chunks, coefficients), sums)
 

@@ -99,11 +99,13 @@ class AnswerStream:
     def __call__(self, step: int) -> list[AnswerBatch]:
         """This rank's share of the global batch, sorted by length and dealt to the ranks in turn."""
         records = records_of(step, self.batch_size, num_records=len(self.lengths), seed=self.seed)
+        # sorted first, dealt after: ranks get rows of like length, which pad less and end together
         by_length = np.argsort(self.lengths[[record_id for record_id, _ in records]], kind="stable")
         micro_batches = []
         for start in range(0, self.batch_size, self.run.world_size * self.micro_batch_size):
             start += self.run.rank * self.micro_batch_size
             places = by_length[start : start + self.micro_batch_size]
+            # the next record of the whole batch, so that mismatched answers do not depend on ranks
             micro_batches.append(
                 [(*records[place], records[(place + 1) % self.batch_size][0]) for place in places]
             )
@@ -112,14 +114,14 @@ class AnswerStream:
     def all_records(self, limit: int | None = None) -> Iterator[tuple[AnswerBatch, list[int]]]:
         """This rank's share of the data in order, one micro-batch at a time, always as in epoch 0.
 
-        Every rank gets as many batches. Yields (batch, ids of its records that count): a rank that has run
-        out of records gets its last ones again, so that sharded models forward in step.
+        Yields (batch, ids of its records that count), as many on every rank.
         """
         num_records = min(limit or len(self.lengths), len(self.lengths))
         stride = self.run.world_size * self.micro_batch_size
         for start in range(0, num_records, stride):
             first = start + self.run.rank * self.micro_batch_size
             ids = list(range(first, min(first + self.micro_batch_size, num_records)))
+            # a rank out of records takes the last one again: sharded models forward in step
             yield self.batch_of(ids or [num_records - 1]), ids
 
     def batch_of(self, ids: Sequence[int]) -> AnswerBatch:
@@ -134,7 +136,7 @@ class AnswerStream:
         numbers = {name: [value for a in flat for value in a.numbers[name]] for name in flat[0].numbers}
         return AnswerBatch(
             chunks=[self._draws(pairs) for pairs in scored],
-            others=[self._draws(pairs) for pairs in others if pairs],
+            others=[self._draws(pairs) for pairs in others if pairs],  # empty but for --z0_mode kl_mismatched
             lengths=torch.tensor([len(request.answer) for a in flat for request in a.requests]),
             numbers={name: torch.tensor(values, dtype=torch.float64) for name, values in numbers.items()},
             num_units=float(len(flat)),

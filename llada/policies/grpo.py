@@ -46,8 +46,10 @@ def group_advantages(
     known = ~np.isnan(groups)
     count = known.sum(axis=1, keepdims=True)
     total = np.where(known, groups, 0.0).sum(axis=1, keepdims=True)
+    # a completion alone in its group has nothing to be compared with
     centred = np.where(known & (count > 1), groups - total / np.maximum(count, 1), 0.0)
     if scale == "group":
+        # before the baseline below changes what is centred
         std = np.sqrt((centred**2).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))
     else:
         std = batch_std
@@ -63,16 +65,14 @@ def softmax_advantages(rewards: np.ndarray, num_generations: int) -> np.ndarray:
     """
     groups = rewards.reshape(-1, num_generations)
     known = ~np.isnan(groups)
-    mean = np.where(known, groups, 0.0).sum(axis=1, keepdims=True) / np.maximum(
-        1, known.sum(1, keepdims=True)
-    )
-    centred = np.where(known, groups - mean, -np.inf)
+    filled = np.where(known, groups, 0.0)
 
     def softmax(values: np.ndarray) -> np.ndarray:
-        powers = np.where(known, np.exp(values - np.where(known, values, -np.inf).max(1, keepdims=True)), 0.0)
+        # centring, which wd1 does first, changes no softmax
+        powers = np.where(known, np.exp(values - values.max(axis=1, keepdims=True)), 0.0)
         return powers / np.maximum(powers.sum(axis=1, keepdims=True), 1e-300)
 
-    return (num_generations * (softmax(centred) - softmax(-centred))).reshape(-1)
+    return (num_generations * (softmax(filled) - softmax(-filled))).reshape(-1)
 
 
 def term_weights(loss_type: str, counts: Tensor, shares: Tensor, *, longest: int) -> tuple[Tensor, Tensor]:
@@ -104,10 +104,12 @@ def term_losses(
     if flags.surrogate == "linear":
         losses = -advantages * new / sizes
     elif flags.surrogate == "squared":
-        moved = (new - old).clamp(math.log(1 - low), math.log(1 + high))
+        # no gradient outside: with GDSD's 4e-4 nats of a whole answer about one inner update counts
+        moved = (new - old).clamp(math.log(max(1 - low, 1e-300)), math.log(1 + high))
         losses = (moved / sizes - flags.squared_target * advantages) ** 2
     else:
         ratio = ((new - old) / sizes).exp()
+        # the minimum lets a ratio far above 1 through where A < 0, as PPO does
         losses = -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
         seen = ratio.detach()
         low_clip, high_clip = (seen < 1 - low) & (advantages < 0), (seen > 1 + high) & (advantages > 0)
@@ -132,6 +134,7 @@ def kl_terms(difference: Tensor, estimator: str) -> Tensor:
     """
     if estimator == "k1":
         return difference
+    # expm1: near d = 0 the three terms of k3 cancel to d^2 / 2
     return difference**2 / 2 if estimator == "k2" else torch.expm1(-difference) + difference
 
 
@@ -176,7 +179,9 @@ def grpo_loss(
     advantages = batch.advantages[owners]
 
     def loss_of(new: Tensor, which: slice) -> Tensor:
-        old = new.detach() if batch.old is None else batch.old[which]
+        old = (
+            new.detach() if batch.old is None else batch.old[which]
+        )  # on policy the ratio is 1, its gradient not 0
         ref = None if batch.ref is None else batch.ref[which]
         losses, logged = term_losses(flags, new, old, ref, advantages[which], terms.sizes[which])
         for name, values in logged.items():

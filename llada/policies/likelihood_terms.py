@@ -76,6 +76,7 @@ class MaskedTerms(Terms):
     is_linear = True  # in log p, so its slopes can be had without its values
 
     def _log_probs(self, model: torch.nn.Module) -> Tensor:
+        # float64: a ratio is a small difference of sums of a thousand nats
         return torch.cat([-model(**batch.inputs).nll.cpu().double() for batch in self.chunks])
 
     def _of(self, log_probs: Tensor) -> Tensor:
@@ -97,6 +98,7 @@ class MaskedTerms(Terms):
             on_policy: the loss depends on differences to what the terms are now, so they need not be known.
             is_linear: the loss is linear in the terms: then its value comes while the parts are called.
         """
+        # Slopes of a linear loss are the same everywhere, and so are those of a ratio at 1: no first pass.
         known = not self.is_linear or not (on_policy or is_linear)
         with torch.no_grad():
             found = self._log_probs(model) if known else torch.zeros(len(self.terms), dtype=torch.float64)
@@ -140,12 +142,14 @@ class EuboTerms(MaskedTerms):
         owner = torch.zeros(len(tokens), dtype=torch.long).index_copy(0, place, self.terms)
         # in logarithms: a token that the model finds impossible is where this term matters
         logs = self.exponent * log_probs - self.rates.log()
+        # -inf where no mask covers a token cannot happen: `tokens` holds the covered ones alone
         most = torch.full((len(tokens),), -torch.inf, dtype=torch.float64)
         most = most.scatter_reduce(0, place, logs.detach(), "amax")
         total = torch.zeros_like(most).index_add(0, place, (logs - most[place]).exp())
         upper = torch.zeros_like(lower).index_add(0, owner, (total.log() + most) / self.exponent)
         count = torch.bincount(owner, minlength=len(lower)).clamp(min=1)
         mixed = self.weight * self.sizes * upper / count + (1 - self.weight) * lower
+        # where, not a product: what is not chosen may be infinite
         return torch.where(self.is_negative, mixed, lower)
 
 

@@ -67,13 +67,14 @@ class PairStage:
     def evaluate(self, model: torch.nn.Module, batch: AnswerBatch) -> tuple[Tensor, Tensor, Sums]:
         """([P] losses, the leaf [P, 2] that they were computed from, sums to log)."""
         drawn = draw_values(model, batch.chunks)
-        policy = drawn.sum(0).view(-1, 2).requires_grad_()
+        policy = drawn.sum(0).view(-1, 2).requires_grad_()  # a leaf: the model's own graph is walked later
         reference = batch.numbers.get("b_ref", torch.full(drawn.shape[1:], torch.nan)).view(-1, 2)
         if self.reference is not None:
             with self.reference(model) as frozen:
                 reference = draw_values(frozen, batch.chunks).sum(0).view(-1, 2)
         losses, rewards = self.loss(PairBounds(policy, reference, batch.lengths.view(-1, 2)))
         rewards = rewards.detach()
+        # the standard error of a sum of K draws; one draw says nothing of it
         spread = drawn.std(0) * len(drawn) ** 0.5 if len(drawn) > 1 else torch.zeros(drawn.shape[1])
         per_pair = {
             "rewards/chosen": rewards[:, 0],
@@ -89,6 +90,7 @@ class PairStage:
     def step_loss(self, model: torch.nn.Module, batch: AnswerBatch, total_units: float) -> LossParts:
         """The loss of a step, in as many parts as it has forwards."""
         losses, policy, sums = self.evaluate(model, batch)
+        # the mean over masks is inside the loss: a mean of losses of single masks is another objective
         value = losses.sum() / total_units
         coefficients = differentiate(value, policy).flatten()
         return LossParts(value.detach(), gradient_parts(model, batch.chunks, coefficients), sums)
@@ -122,6 +124,7 @@ def answers_of(
         Request(tokens.context, tokens.answer, f"{record_id} {side}")
         for tokens, side in zip(pairs[record_id], ("chosen", "rejected"), strict=True)
     ]
+    # keyed by side: masks that both answers share did not lower the noise of their difference
     masks = MaskSettings(config.num_masks, config.mask_plan, config.size_law)
     plans = plan_draws(requests, masks, config.seed, purpose, epoch if b_ref is None else 0)
     return Answers(requests, plans, {} if b_ref is None else {"b_ref": b_ref[record_id].tolist()})
@@ -167,7 +170,7 @@ def train_on_pairs(config: PairConfig, loss: PairLoss, *, reference: str = "none
     data = {"preference": pairs}
     if config.eval_data_path is not None:
         data["validation"], _ = read_pairs(config, stage.tokenizer, config.eval_data_path)
-    stage.load(len(pairs))
+    stage.load(len(pairs))  # after the data: a bad record is told before a large checkpoint is read
 
     streams = {}
     for purpose, records in data.items():

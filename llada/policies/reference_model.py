@@ -97,5 +97,5 @@ def precompute_reference(
     barrier()
     job.read()
     if config.shard != "none":
-        model.cpu()  # sharding starts from there
+        model.cpu()  # where FSDP shards it from
     return np.array([job[key] for key in keys])

@@ -45,7 +45,7 @@ class RolloutFiles:
         name = "completions.jsonl" if self._run.is_main else f"completions.rank{self._run.rank}.jsonl"
         path = self._folder / name
         self._folder.mkdir(parents=True, exist_ok=True)
-        if not self._log_is_cut:
+        if not self._log_is_cut:  # steps after the state that a run resumes from are written again
             self._log_is_cut = True
             if path.exists():
                 lines = path.read_text(encoding="utf-8").splitlines()
@@ -70,6 +70,7 @@ class RolloutFiles:
         text = json.dumps([asdict(completion) for completion in completions])
         write_atomically(folder / f"{rollout}-rank{self._run.rank}.json", text)
         states = [int(path.name.removeprefix("step-")) for path in self._folder.glob("step-*[0-9]")]
+        # a run may resume from any saved state, and that of a step in the midst of a rollout needs it
         oldest = min([*states, rollout * num_iterations]) // num_iterations
         for path in folder.glob(f"*-rank{self._run.rank}.json"):
             if int(path.name.partition("-")[0]) < oldest:
@@ -81,6 +82,7 @@ class RolloutFiles:
         Raises:
             ValueError: some are not there.
         """
+        # of all ranks: the resumed run may have another number of them
         files = sorted((self._folder / "rollouts").glob(f"{rollout}-rank*.json"))
         found = [Completion(**values) for file in files for values in json.loads(file.read_text())]
         unique = {(c.place, c.candidate): c for c in found}
@@ -147,6 +149,7 @@ class RolloutStream:
 
     def _make(self, rollout: int) -> list[Completion]:
         prompts, places = self._prompts_of(rollout)
+        # the sampler keys its draws by prompt and candidate; another rollout of a prompt needs another seed
         seed = int(generator(self.config.seed, "rollout", rollout).integers(2**62))
         with autocast(self.run.device, self.config.dtype):
             completions = self.sampler.answer(prompts, seed=seed, num_generations=self.config.num_generations)
@@ -242,7 +245,7 @@ class RolloutStream:
             terms=terms,
             advantages=torch.tensor(advantages, dtype=torch.float64),
             weights=weights[chosen],
-            old=None if config.surrogate == "linear" else old,
+            old=None if config.surrogate == "linear" else old,  # a KL may need it where the loss does not
             ref=old if config.kl_to == "old" else _flat([c.ref and c.ref[drawn] for c in completions], terms),
             num_units=max(float(units.sum()), 1e-9),  # else nothing would be divided by nothing
             record_ids=[c.prompt for c in completions],
@@ -264,6 +267,7 @@ class RolloutStream:
             sums[name] = sums.get(name, 0.0) + c.advantage
             first.setdefault(name, i)
         needed = {first[name]: total for name, total in sums.items() if total != 0}
+        # at least one, with an advantage of 0: a step without any forward would have no gradient to average
         missing = max(1, int(max_over_ranks(len(needed)))) - len(needed)
         return [*needed, *[0] * missing], [*needed.values(), *[0.0] * missing]
 

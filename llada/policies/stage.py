@@ -52,10 +52,10 @@ class PolicyStage:
         return None
 
     def load(self, num_records: int) -> None:
-        """Loads the policy. After the data, which fail in seconds where a checkpoint takes minutes."""
+        """Loads the policy, for so many records."""
         self.config.resolve(self.run, num_records)
         self.model, self.ids = load_with_ids(self.config, self.tokenizer)
-        disable_dropout(self.model)
+        disable_dropout(self.model)  # the two passes, and policy and reference, must see one network
 
     def answers(self, answers_of: AnswersOf, lengths: Iterable[int]) -> AnswerStream:
         """A stream over records of so many tokens each; see `AnswerStream`."""

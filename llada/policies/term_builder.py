@@ -45,7 +45,7 @@ class Answer:
     trace: Sequence[dict[str, Any]] | None = None
     canvas: Sequence[int] = ()
     iteration: int = 0
-    is_negative: bool = False
+    is_negative: bool = False  # decides which bound SPG pushes
 
 
 class Masks(NamedTuple):
@@ -116,7 +116,7 @@ class TermBuilder:
             return Masks(everything, np.ones(1), np.zeros(1, int), chance[None] < config.p_mask_prompt)
         if config.likelihood == "coupled":
             time = random.uniform(*COUPLED_TIMES)
-            half = random.random(size) < time
+            half = random.random(size) < time  # each token on its own, as published, not a fixed number
             masks = np.stack([np.ones(size, dtype=bool), half, ~half])
             return Masks(masks, np.array([0.5, 0.5 / time, 0.5 / (1 - time)]), np.arange(3), is_hidden)
         if config.mask_plan == "block":
@@ -152,6 +152,7 @@ class TermBuilder:
         """
         config, width = self.config, self.settings.block_of(self.settings.gen_length)
         num_blocks, used = -(-self.settings.gen_length // width), -(-size // width)
+        # of the whole canvas, then folded: a short answer's blocks may come twice, as published
         blocks = random.permutation(num_blocks)[: config.num_masks] % used
         masks = np.zeros((config.num_masks, size), dtype=bool)
         hidden = random.random((config.num_masks, len(answer.prompt))) < config.p_mask_prompt
@@ -160,6 +161,7 @@ class TermBuilder:
             mask[:start] = random.random(start) < config.p_mask_prompt
             mask[start + random.permutation(end - start)[: random.integers(1, end - start + 1)]] = True
             mask[end:] = True
+        # L / |S| where the bound has a weight of the size law: the published mean over masked tokens
         weights = size / (config.num_masks * np.maximum(1, masks.sum(axis=1)))
         return Masks(masks, weights, np.arange(len(masks)), hidden)
 
@@ -169,7 +171,7 @@ class TermBuilder:
         tail = self.settings.gen_length - len(scored) if self.config.eos == "tail" else 0
         rows = []
         for k, is_masked in enumerate(masks.is_masked):
-            hidden = masks.is_hidden[min(k, len(masks.is_hidden) - 1)]
+            hidden = masks.is_hidden[min(k, len(masks.is_hidden) - 1)]  # one for all forwards, or one each
             start = np.where(hidden, self.ids.mask, prompt)
             tokens = np.concatenate([start, scored, np.full(tail, self.ids.mask)])
             is_scored = np.pad(is_masked, (len(prompt), tail))
@@ -191,6 +193,7 @@ class TermBuilder:
             num_draws = masks.draws.max() + 1
             terms = [np.full_like(place, draw) for place, draw in zip(places, masks.draws, strict=True)]
             shares = np.full(num_draws, size / num_draws)
+            # each draw estimates the whole bound alone, so the weights of a mean over draws do not apply
             weights = weights * (num_draws if config.mask_weights == "bound" else 1)
         else:
             ends = np.cumsum([len(place) for place in places])
@@ -250,6 +253,7 @@ class TermBuilder:
             chosen = np.arange(len(found))
             if 0 < config.trajectory_steps < len(found):
                 random = generator(config.seed, "steps", answer.key)
+                # without replacement: the share below is then the inverse of a step's probability
                 chosen = np.sort(random.choice(chosen, config.trajectory_steps, replace=False))
             states += [found[i] for i in chosen]
             owners += [n] * len(chosen)
