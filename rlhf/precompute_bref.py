@@ -18,7 +18,7 @@ then: the same command after a kill goes on where it stopped.
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -90,7 +90,6 @@ import torch
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from llada.data.answers import Encoded, Encoding, Tokens, encode_answers, labelled_answers
 from llada.data.reading import BAD, Labelled, describe_losses
@@ -179,22 +178,28 @@ def bounds_of(
     return means.tolist()
 
 
-def check_mask_token(config: Config, mask_id: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """ValueError if --mask_id or --mask_token is not the token that the model was trained with."""
-    named = [] if config.mask_id is None else [config.mask_id]
-    if config.mask_token is not None:
-        named.append(tokenizer.get_vocab().get(config.mask_token))
-    if any(token_id != mask_id for token_id in named):
-        raise ValueError(
-            f"--mask_id {config.mask_id} --mask_token {config.mask_token}: the model's mask token has id "
-            f"{mask_id}"
-        )
+def write_records(
+    config: Config,
+    items: Sequence[Labelled],
+    encoded: Sequence[Encoded],
+    means: Mapping[int, list[float]],
+    settings: dict[str, Any],
+) -> int:
+    """Writes --output_path, and gives the number of its records."""
+    num_draws, lines = config.num_masks[-1], []
+    for index, (item, found) in enumerate(zip(items, encoded, strict=True)):
+        values = means.get(index, [0.0] * num_draws)  # nothing is left of the answer
+        record = describe(index, item, found, num_draws)
+        record |= {"B_ref": {str(k): values[k - 1] for k in config.num_masks}, "fingerprint": settings}
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    Path(config.output_path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(config.output_path), "".join(lines))
+    return len(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Writes the records with their reference values."""
     config = parse(Config, argv, description=__doc__)
-    k_vals = config.num_masks
     if start_processes(__file__, argv, config.num_gpus, config.device):
         return
     run = start_run(config.device)
@@ -221,7 +226,8 @@ def main(argv: list[str] | None = None) -> None:
         config.model_name_or_path, dtype=config.weights_dtype, device=run.device, mask_token_id=config.mask_id
     ).eval()
     ids = special_ids(model.config, tokenizer)
-    check_mask_token(config, ids.mask, tokenizer)
+    if config.mask_token is not None and tokenizer.get_vocab().get(config.mask_token) != ids.mask:
+        raise ValueError(f"--mask_token {config.mask_token}: the model's mask token has id {ids.mask}")
     flags = (config.eos, config.apply_chat_template, config.dtype, config.weights_dtype)
     settings = fingerprint(
         config.model_name_or_path, tokenizer, BrefSettings(config.max_length, ids.mask, *flags)
@@ -229,7 +235,8 @@ def main(argv: list[str] | None = None) -> None:
     if config.parse_special_tokens:
         settings["parse_special_tokens"] = True
     parts = f"{config.output_path}.parts"
-    job = ResumableJob(parts, {**settings, "draws": k_vals[-1]}, rank=run.rank, world_size=run.world_size)
+    wanted = {**settings, "draws": config.num_masks[-1]}  # fewer are prefixes of these
+    job = ResumableJob(parts, wanted, rank=run.rank, world_size=run.world_size)
     tokens = [found.tokens for found in encoded]
     batches = [{i: tokens[i] for i in indices} for indices in batches_of(tokens, config.batch_size)]
     keys = [job.key([[i, t.context.tolist(), t.answer.tolist()] for i, t in b.items()]) for b in batches]
@@ -240,18 +247,11 @@ def main(argv: list[str] | None = None) -> None:
         job.read()
         rows = (zip(batch, job[key], strict=True) for batch, key in zip(batches, keys, strict=True))
         means = dict(chain.from_iterable(rows))
-        lines = []
-        for index, ((_, item), found) in enumerate(zip(items, encoded, strict=True)):
-            values = means.get(index, [0.0] * k_vals[-1])  # nothing is left of the answer
-            record = describe(index, item, found, k_vals[-1])
-            record |= {"B_ref": {str(k): values[k - 1] for k in k_vals}, "fingerprint": settings}
-            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-        Path(config.output_path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(config.output_path), "".join(lines))
+        num_records = write_records(config, [item for _, item in items], encoded, means, settings)
         shutil.rmtree(parts)
         counts = Counter(found.outcome for found in encoded)
-        lost = describe_losses(losses, len(lines) + losses[BAD], lost=counts["dropped"])
-        print(f"{len(lines)} records -> {config.output_path}, answers {dict(counts)}{lost}", flush=True)
+        lost = describe_losses(losses, num_records + losses[BAD], lost=counts["dropped"])
+        print(f"{num_records} records -> {config.output_path}, answers {dict(counts)}{lost}", flush=True)
     end_run()
 
 

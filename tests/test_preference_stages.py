@@ -260,12 +260,12 @@ def test_what_kto_refuses(model_dir, bref, tmp_path):
             run(KTO, *kto_flags(model_dir, file, tmp_path / "x", "--max_steps", 1, *extra))
 
     refuses("--z0_mode global_mean with a batch of one record: z0 would be the record's own r",
-            "--batch_size", 0, "--micro_batch_size", 1)  # fmt: skip
+            "--batch_size", 1, "--micro_batch_size", 1)  # fmt: skip
     refuses("--num_masks 3: .*train.jsonl:1 has B_ref for K = 1, 2, 4", "--num_masks", 3)
     refuses("--max_length 128: .* has B_ref for max_length 256", "--max_length", 128)
     refuses("--eos none: .* has B_ref for eos 'one'", "--eos", "none")
     refuses("dtype was 'float32', is 'bfloat16'", "--dtype", "bfloat16")
-    refuses("--n_D 0.0 --n_U 0.0: shares", "--n_D", 0, "--n_U", 0)
+    refuses("--n_D 0.0 --n_U 0.0: no record is left", "--n_D", 0, "--n_U", 0)
     changed = [{**records[0], "mask_hashes": records[1]["mask_hashes"]}, *records[1:]]
     refuses(r"c.jsonl:1: masked_idx_sums or mask_hashes differ", file=write(tmp_path / "c.jsonl", changed))
     other = [*records[:-1], {**records[-1], "fingerprint": {**records[0]["fingerprint"], "model": "0"}}]
@@ -283,11 +283,12 @@ def test_another_model_is_refused_unless_it_is_named_as_the_reference(model_dir,
 
 def test_what_precompute_refuses(model_dir, tmp_path):
     flags = ["--model_path", model_dir, "--dataset", SAMPLES / "kto.jsonl", "--output_file", tmp_path / "o"]
-    with pytest.raises(ValueError, match="--k_vals '1,x': give positive numbers"):
+    with pytest.raises(ValueError, match="--num_masks: invalid int value: 'x'"):
         run(BREF, *flags, "--k_vals", "1,x")
-    for named in (["--mask_id", "3"], ["--mask_token", "<none of its tokens>"]):
-        with pytest.raises(ValueError, match="the model's mask token has id"):
-            run(BREF, *flags, "--k_vals", "1", *named)
+    with pytest.raises(ValueError, match="--mask_token <none>: the model's mask token has id"):
+        run(BREF, *flags, "--k_vals", "1", "--mask_token", "<none>")
+    with pytest.raises(ValueError, match=r"--mask_token_id 3: .* has 316 in config\.json"):
+        run(BREF, *flags, "--k_vals", "1", "--mask_id", "3")
     # a tokenizer with more tokens than the embedding has rows; weights that are not numbers
     larger = AutoTokenizer.from_pretrained(model_dir)
     larger.add_tokens([f"<{n}>" for n in range(1000)])

