@@ -76,7 +76,6 @@ from transformers import PreTrainedTokenizerBase
 
 from llada.data.final_answer import final_answer
 from llada.data.prompts import Prompt, read_asked_prompts
-from llada.data.reading import describe_losses
 from llada.diffusion.likelihood import Request, score_answers
 from llada.diffusion.settings import LikelihoodSettings, MaskSettings
 from llada.models.building import load_for_inference
@@ -214,13 +213,11 @@ def main(argv: list[str] | None = None) -> None:
     run = start_run(config.device)
     model, tokenizer = load_for_inference(**config.to_load(), chat=config.is_instruct, device=run.device)
     context = model.config.max_sequence_length
-    prompts, counts = read_asked_prompts(
+    prompts = read_asked_prompts(
         config, tokenizer, context=context, gen_length=config.gen_length, long=config.long_prompts
     )
-    if run.is_main:
-        print(f"{len(prompts)} prompts{describe_losses(counts, len(prompts) + counts.total())}", flush=True)
-        if settings.is_approximate:
-            print("approximate: other tokens than the published sampler's are possible", flush=True)
+    if run.is_main and settings.is_approximate:
+        print("approximate: other tokens than the published sampler's are possible", flush=True)
     made_with = {name: value for name, value in asdict(config).items() if name not in FREE}
     made_with["checkpoint"] = describe_checkpoint(config.model_name_or_path, config.adapter_path)
     parts = config.output_path and f"{config.output_path}.parts"

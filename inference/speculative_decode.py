@@ -88,7 +88,7 @@ class Item(Prompt):
 
 def read_items(config: Config, pair: "Pair") -> Iterator[Item]:
     """The prompts in both models' tokens; ValueError names file and line, also of one without room."""
-    prompts, _ = read_asked_prompts(config, pair.drafter_tokenizer)
+    prompts = read_asked_prompts(config, pair.drafter_tokenizer)
     for prompt in prompts:
         asked = prompt.prompt
         if config.is_instruct and isinstance(asked, str):

@@ -23,15 +23,16 @@ from llada.data.chat import (
     Segment,
     encode_rows,
     fit,
+    notes_of,
     refuse_mask_token,
     render_opened,
     split_conversation,
 )
 from llada.data.fields import Reader, as_turns
 from llada.data.messages import Text
-from llada.data.reading import SPELLED, Labelled, Record, note_bad, read
+from llada.data.reading import Labelled, Record, note_bad, read
 from llada.data.records import Located
-from llada.data.template import HELD, encode_texts, hold, hold_text
+from llada.data.template import encode_texts, hold, hold_text
 
 EOS = ("one", "filled", "none", "padded")
 PLAIN = "plain texts among conversations, continued as they stand (--apply_chat_template makes them turns)"
@@ -125,8 +126,7 @@ def _usable(
             raise ValueError(f"{where}: {error}") from error
         note_bad(counts, f"{where}: {error}")
         return None
-    if any(HELD in text for text, _ in segments):
-        counts[SPELLED] += 1
+    counts.update(notes_of(prompt, encoding.tokenizer, parse_special=encoding.parse_special))
     return segments
 
 

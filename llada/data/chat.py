@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from llada.data.messages import Message
-from llada.data.template import Span, encode_texts, hold, hold_text, spans_of, style_of
+from llada.data.messages import Message, Text
+from llada.data.template import Span, encode_texts, hold, hold_text, spans_of, spells_special, style_of
 
 Row = dict[str, list]
 Segment = tuple[str, bool]
@@ -20,6 +20,7 @@ Segment = tuple[str, bool]
 
 TURNS = ("all", "last", "split")
 LONG = ("error", "drop", "truncate")
+SPELLED = "records that spell special tokens, kept as text (--parse_special_tokens makes them tokens)"
 
 
 def split_conversation(
@@ -230,6 +231,17 @@ def render_prompt(
     input_ids = [token_id for ids in encode_texts(pieces, tokenizer) for token_id in ids]
     refuse_mask_token(input_ids, tokenizer, "prompt")
     return input_ids
+
+
+def notes_of(text: Text, tokenizer: PreTrainedTokenizerBase, *, parse_special: bool) -> list[str]:
+    """What a user should know of a prompt, in words to be counted."""
+    turns = [{"role": "user", "content": text}] if isinstance(text, str) else text
+    notes = []
+    if not parse_special and any(spells_special(turn["content"], tokenizer) for turn in turns):
+        notes.append(SPELLED)
+    if turns and turns[0]["role"] == "system" and style_of(tokenizer).drops_system:
+        notes.append("conversations whose system message the chat template does not write")
+    return notes
 
 
 def drops_system(tokenizer: PreTrainedTokenizerBase) -> bool:

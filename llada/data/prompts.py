@@ -1,6 +1,7 @@
 """Prompts for a model to answer: token ids, and the record with what a verifier needs."""
 
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,11 +10,11 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from llada.data.chat import render_prompt
+from llada.data.chat import notes_of, render_prompt
 from llada.data.fields import Reader, as_turns
 from llada.data.flags import PromptFlags
 from llada.data.messages import Text
-from llada.data.reading import Record, read
+from llada.data.reading import Record, describe_losses, read
 from llada.run import Run, first_rank_first
 
 
@@ -34,14 +35,15 @@ class Prompt:
         return self.record.get("id", self.index)
 
 
-def read_asked_prompts(
-    flags: PromptFlags, tokenizer: PreTrainedTokenizerBase, **limits: Any
-) -> tuple[list[Prompt], Counter]:
-    """The prompts that these flags name, see `read_prompts`."""
-    return read_prompts(
+def read_asked_prompts(flags: PromptFlags, tokenizer: PreTrainedTokenizerBase, **limits: Any) -> list[Prompt]:
+    """The prompts that these flags name, see `read_prompts`; rank 0 prints what did not come through."""
+    prompts, counts = read_prompts(
         flags.prompts_file, tokenizer, text=flags.prompt, chat=flags.is_instruct, limit=flags.max_samples,
         reader=flags.reader(), parse_special=flags.parse_special_tokens, **limits,
     )  # fmt: skip
+    if counts and int(os.environ.get("RANK", "0")) == 0:
+        print(f"{len(prompts)} prompts{describe_losses(counts, len(prompts) + counts.total())}", flush=True)
+    return prompts
 
 
 def read_prompts(
@@ -91,6 +93,7 @@ def read_prompts(
             raise record.error(str(error)) from error
         if not token_ids:
             raise record.error("empty prompt")
+        record.notes += notes_of(prompt, tokenizer, parse_special=parse_special)
         return Prompt(0, token_ids, {}, prompt, asked, record.where)
 
     if path is None:

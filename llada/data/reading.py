@@ -274,7 +274,6 @@ def read(
             yield where, fields, found
 
 
-SPELLED = "records that spell special tokens, kept as text (--parse_special_tokens makes them tokens)"
 BAD = "bad records, dropped"
 _NAMED = 10  # bad records that are named
 _MANY = 0.1  # share of the records from which on losing them is worth a warning

@@ -252,7 +252,7 @@ def _read_one(
     if kind in (".jsonl", ".ndjson"):
         return _read_jsonl(file, on_bytes, on_bad)
     if kind == ".json":
-        return _read_json(file, on_bytes)
+        return _read_json(file, on_bytes, on_bad)
     if kind == ".parquet":
         return _read_parquet(file, on_bytes)
     if kind in (".csv", ".tsv"):
@@ -300,10 +300,13 @@ def _read_jsonl(file: Path, on_bytes: OnBytes | None, on_bad: OnBad | None) -> I
             yield where, record
 
 
-def _read_json(file: Path, on_bytes: OnBytes | None) -> Iterator[Located]:
+def _read_json(file: Path, on_bytes: OnBytes | None, on_bad: OnBad | None) -> Iterator[Located]:
     with JsonStream(file, on_bytes) as stream:
         for where, value in stream.records(stream.value):
-            yield where, _record(value, where)
+            if isinstance(value, dict) or on_bad is None:
+                yield where, _record(value, where)
+            else:
+                on_bad(f"{where}: expected a JSON object {{...}}")
 
 
 def _read_table(file: Path, delimiter: str, on_bytes: OnBytes | None) -> Iterator[Located]:

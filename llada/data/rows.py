@@ -19,11 +19,11 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from llada.data.chat import LONG, TURNS, encode_rows, fit, refuse_mask_token, split_conversation
+from llada.data.chat import LONG, SPELLED, TURNS, encode_rows, fit, refuse_mask_token, split_conversation
 from llada.data.fields import Reader
 from llada.data.files import OnBytes
 from llada.data.messages import Message
-from llada.data.reading import SPELLED, Record, describe_losses, note_bad, read
+from llada.data.reading import Record, describe_losses, note_bad, read
 from llada.data.shards import Columns, Item, join_columns
 from llada.data.template import HELD, encode_texts, hold_text, style_of
 

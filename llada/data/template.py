@@ -132,6 +132,11 @@ def hold_text(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return _specials(tokenizer).sub(lambda found: found[0][0] + HELD + found[0][1:], text)
 
 
+def spells_special(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text spells a special token."""
+    return _specials(tokenizer).search(text) is not None
+
+
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The texts of the special tokens."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
