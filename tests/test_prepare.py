@@ -124,12 +124,10 @@ def examples(heading):
 def test_example_lines_of_the_format_page_are_accepted(tmp_path, tokenizer_folder):
     conversations = examples("Conversations")
     assert len(conversations) == 22
-    # our template writes no tools; tests/test_templates.py has one that does
-    written = [record for record in conversations if "tools" not in record]
-    path = write_jsonl(tmp_path / "a.jsonl", written)
+    path = write_jsonl(tmp_path / "a.jsonl", conversations)
     sft.main(flags(input=path, tokenizer=tokenizer_folder, output_dir=tmp_path / "o"))
     rows = load_rows(tmp_path / "o" / "train")
-    assert len(rows) == len(written)
+    assert len(rows) == len(conversations)
     assert learned(rows[0], small_tokenizer()) == ["4<|eot_id|><|endoftext|>"]
     assert all(to_messages(record, "f:1") and to_prompt(record, "f:1") for record in conversations)
     assert [to_pair(record, "f:1").chosen for record in examples("Preference pairs")]

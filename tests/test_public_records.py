@@ -4,6 +4,7 @@ Entry points: SFT (and teachers that score given answers), DPO, KTO, prompts (GR
 answer, make_preferences).
 """
 
+import copy
 import json
 from collections import Counter
 from dataclasses import replace
@@ -352,18 +353,24 @@ def test_bad_records_stop_or_are_dropped_and_named(tokenizer, tmp_path):
 
 
 def test_what_a_template_refuses_is_dropped_too(tokenizer, tmp_path):
-    tool = {"messages": [*PROMPT, {"role": "assistant", "content": "", "tool_calls": [CALL]}]}
-    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": PROMPT + said(A)}, tool])
+    tokenizer = copy.deepcopy(tokenizer)  # as Mistral's and others do
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if loop.index0 and m.role == messages[loop.index0 - 1].role %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    )
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [{"messages": PROMPT + said(A)}, {"messages": PROMPT * 2 + said(A)}]
+    )
     items = list(ConversationRows(99).items([path], Counter()))
-    with pytest.raises(ValueError, match=r"a.jsonl:2: the chat template leaves out tool calls"):
+    with pytest.raises(ValueError, match=r"a.jsonl:2: the chat template refuses this .*: roles must alt"):
         ConversationRows(99).encode(items, tokenizer=tokenizer)
     _, counts = ConversationRows(99, Reader(drops_bad=True)).encode(items, tokenizer=tokenizer)
     assert counts["bad records, dropped"] == 1
     encoding = Encoding(tokenizer, "one", False, 99, "error")
     pairs = write_jsonl(
-        tmp_path / "p.jsonl", [{"prompt": PROMPT, "chosen": said(A), "rejected": [tool["messages"][1]]}]
+        tmp_path / "p.jsonl", [{"prompt": PROMPT * 2, "chosen": said(A), "rejected": said(B)}]
     )
-    with pytest.raises(ValueError, match=r"p.jsonl:1: the chat template leaves out tool calls"):
+    with pytest.raises(ValueError, match=r"p.jsonl:1: the chat template refuses this .*: roles must alt"):
         load_pairs([str(pairs)], encoding, Reader())
     drops = replace(encoding, drops_bad=True)
     found, counts = load_pairs([str(pairs)], drops, Reader(drops_bad=True))

@@ -6,7 +6,7 @@ import pytest
 
 from chat_samples import learned, small_tokenizer
 from llada.data.answers import Encoding, encode_answers
-from llada.data.chat import encode_conversation, render_prompt, split_conversation
+from llada.data.chat import TOOLS, encode_conversation, notes_of, render_prompt, split_conversation
 from llada.data.template import added_tokens, style_of
 from real_templates import TEMPLATES
 
@@ -147,13 +147,30 @@ def test_a_template_that_cannot_be_told_apart_is_refused_by_name():
 
 
 def test_what_a_template_leaves_out_is_refused():
-    template = "{% for m in messages if m.role != 'tool' %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-    tokenizer = with_template(template)
-    tool = {"role": "tool", "content": "4"}
-    with pytest.raises(ValueError, match="the chat template leaves out a turn of role 'tool'"):
-        encode_conversation([USER, said("A"), tool, said("B")], tokenizer)
-    with pytest.raises(ValueError, match="the chat template leaves out the tools"):
-        encode_conversation([{**USER, "tools": [{"name": "add"}]}, said("A")], tokenizer)
+    template = "{% for m in messages[:2] + messages[3:] %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match="the chat template leaves out a turn of role 'user'"):
+        encode_conversation([USER, said("A"), USER, said("B")], with_template(template))
+
+
+CALLS = [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}]
+WITH_TOOLS = [{**USER, "tools": [{"name": "add"}]}, {**said("Let me see."), "tool_calls": CALLS},
+              {"role": "tool", "content": "4"}, said("4")]  # fmt: skip
+
+
+def test_tools_are_text_where_the_template_has_no_place_for_them():
+    for name in ("LLaDA", "Llama 3", "R1-Distill"):
+        template, specials = TEMPLATES[name]
+        tokenizer = with_template(template)
+        tokenizer.add_special_tokens({"additional_special_tokens": specials})
+        (row,) = encode_conversation(WITH_TOOLS, tokenizer)
+        text = tokenizer.decode(row["input_ids"])
+        assert '<tools>\n{"name": "add"}\n</tools>\nTo call a tool, answer with\n<tool_call>' in text
+        assert USER["content"] in text and "<tool_response>\n4\n</tool_response>" in text
+        call = 'Let me see.\n<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>'
+        assert [plain(text, tokenizer) for text in learned(row, tokenizer)] == [call, "4"]
+        prompt = render_prompt(WITH_TOOLS[:1], tokenizer, chat=True)
+        assert "To call a tool" in tokenizer.decode(prompt)
+        assert TOOLS in notes_of(WITH_TOOLS, tokenizer, parse_special=False)
 
 
 def test_tool_calls_are_learned_where_the_template_writes_them():
@@ -164,10 +181,7 @@ def test_tool_calls_are_learned_where_the_template_writes_them():
         "{{ '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     tokenizer = with_template(template)
-    calls = [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}]
-    messages = [{**USER, "tools": [{"name": "add"}]}, {**said("Let me see."), "tool_calls": calls},
-                {"role": "tool", "content": "4"}, said("4")]  # fmt: skip
-    (row,) = encode_conversation(messages, tokenizer)
+    (row,) = encode_conversation(WITH_TOOLS, tokenizer)
     call = 'Let me see.<call>{"name": "add", "arguments": {"a": 2}}</call><|eot_id|>'
     assert learned(row, tokenizer) == [call, "4<|eot_id|><|endoftext|>"]
     assert '[tools][{"name": "add"}]' in tokenizer.decode(row["input_ids"])

@@ -15,7 +15,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from llada.data.messages import Message
-from llada.data.template import encode_texts, hold, render
+from llada.data.template import encode_texts, fit_messages, render
 from llada.models.checkpoints import DTYPES, describe_checkpoint, resolve_checkpoint
 
 
@@ -74,4 +74,4 @@ def prompt_ids(prompt: str | Sequence[Message], tokenizer: PreTrainedTokenizerBa
     """A prompt in such a model's tokens: messages in its own chat format, a text with its own first token."""
     if isinstance(prompt, str):
         return tokenizer(prompt, verbose=False)["input_ids"]
-    return encode_texts([render(hold(prompt, tokenizer), tokenizer, header=True)], tokenizer)[0]
+    return encode_texts([render(fit_messages(prompt, tokenizer), tokenizer, header=True)], tokenizer)[0]

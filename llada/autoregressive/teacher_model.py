@@ -14,7 +14,7 @@ from llada.autoregressive.teacher_rows import Student, TeacherAnswer, align_answ
 from llada.autoregressive.vocabulary import OTHER, VocabMap
 from llada.data.chat import render_prompt
 from llada.data.messages import Message
-from llada.data.template import encode_texts, hold, render
+from llada.data.template import encode_texts, fit_messages, render
 from llada.diffusion.masking import generator
 from llada.models.tokens import end_ids
 
@@ -136,7 +136,7 @@ class TeacherModel:
         if self.tokenizer.chat_template is None:
             text = "\n".join(message["content"] for message in messages) + "\n"
         else:
-            text = render(hold(messages, self.tokenizer), self.tokenizer, header=True)
+            text = render(fit_messages(messages, self.tokenizer), self.tokenizer, header=True)
         return encode_texts([text], self.tokenizer)[0]
 
     @torch.inference_mode()

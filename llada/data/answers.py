@@ -32,7 +32,7 @@ from llada.data.fields import Reader, as_turns
 from llada.data.messages import Text
 from llada.data.reading import Labelled, Record, note_bad, read
 from llada.data.records import Located
-from llada.data.template import encode_texts, hold, hold_text
+from llada.data.template import encode_texts, fit_messages, hold_text
 
 EOS = ("one", "filled", "none", "padded")
 PLAIN = "plain texts among conversations, continued as they stand (--apply_chat_template makes them turns)"
@@ -144,9 +144,8 @@ def _segments(prompt: Text, answer: Text, encoding: Encoding) -> list[Segment]:
             [*prompt, *answer], tokenizer, turns="last", parse_special=encoding.parse_special
         )
         return row
-    if not encoding.parse_special:
-        prompt, answer = hold(prompt, tokenizer), hold(answer, tokenizer)
-    return [(render_opened(prompt, tokenizer), False), (answer[0]["content"], True)]
+    turns = fit_messages([*prompt, *answer], tokenizer, parse_special=encoding.parse_special)
+    return [(render_opened(turns[:-1], tokenizer), False), (turns[-1]["content"], True)]
 
 
 def _encode_joined(rows: Sequence[Sequence[Segment]], tokenizer: PreTrainedTokenizerBase) -> list[Row]:

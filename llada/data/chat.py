@@ -12,7 +12,16 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from llada.data.messages import Message, Text
-from llada.data.template import Span, encode_texts, hold, hold_text, spans_of, spells_special, style_of
+from llada.data.template import (
+    Span,
+    encode_texts,
+    fit_messages,
+    hold_text,
+    spans_of,
+    spells_special,
+    style_of,
+    uses_tools,
+)
 
 Row = dict[str, list]
 Segment = tuple[str, bool]
@@ -20,6 +29,8 @@ Segment = tuple[str, bool]
 
 TURNS = ("all", "last", "split")
 LONG = ("error", "drop", "truncate")
+SYSTEM_LOST = "conversations whose system message the chat template does not write"
+TOOLS = "conversations with tools, written as text: the chat template has no place for them"
 SPELLED = "records that spell special tokens, kept as text (--parse_special_tokens makes them tokens)"
 
 
@@ -43,7 +54,7 @@ def split_conversation(
     """
     if turns not in TURNS:
         raise ValueError(f"--turns {turns!r}: use one of {', '.join(TURNS)}")
-    messages = list(messages) if parse_special else hold(messages, tokenizer)
+    messages = fit_messages(messages, tokenizer, parse_special=parse_special)
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("learn", True)]
     if turns == "split":
         return [_segments(messages[: i + 1], {i}, tokenizer) for i in answers]
@@ -222,7 +233,7 @@ def render_prompt(
     try:
         if chat:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            messages = messages if parse_special else hold(messages, tokenizer)
+            messages = fit_messages(messages, tokenizer, parse_special=parse_special)
             pieces = [text for text, _ in _prompt_segments(messages, tokenizer)]
         else:
             pieces = [prompt if parse_special else hold_text(prompt, tokenizer)]
@@ -240,7 +251,9 @@ def notes_of(text: Text, tokenizer: PreTrainedTokenizerBase, *, parse_special: b
     if not parse_special and any(spells_special(turn["content"], tokenizer) for turn in turns):
         notes.append(SPELLED)
     if turns and turns[0]["role"] == "system" and style_of(tokenizer).drops_system:
-        notes.append("conversations whose system message the chat template does not write")
+        notes.append(SYSTEM_LOST)
+    if uses_tools(turns) and not style_of(tokenizer).renders_tools:
+        notes.append(TOOLS)
     return notes
 
 

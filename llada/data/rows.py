@@ -19,7 +19,17 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from llada.data.chat import LONG, SPELLED, TURNS, encode_rows, fit, refuse_mask_token, split_conversation
+from llada.data.chat import (
+    LONG,
+    SPELLED,
+    SYSTEM_LOST,
+    TURNS,
+    encode_rows,
+    fit,
+    notes_of,
+    refuse_mask_token,
+    split_conversation,
+)
 from llada.data.fields import Reader
 from llada.data.files import OnBytes
 from llada.data.messages import Message
@@ -206,8 +216,9 @@ class ConversationRows(Rows):
         if with_system and style_of(tokenizer).drops_system:
             counts["system_left_out"] = with_system
         found = list(self.usable(items, split, counts))
-        if spelled := sum(any(HELD in text for row in rows for text, _ in row) for _, rows in found):
-            counts[SPELLED] = spelled
+        for _, messages in items:
+            notes = notes_of(messages, tokenizer, parse_special=self.parse_special)
+            counts.update(note for note in notes if note != SYSTEM_LOST)  # `system_left_out`, of old
         segments = [(where, row) for where, rows in found for row in rows]
         kept = []
         encoded = encode_rows([row for _, row in segments], tokenizer)

@@ -7,6 +7,7 @@ Unicode, which no text holds.
 A template is a program, so a few facts about it are learned from probes, once (`Style`).
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,9 +121,51 @@ def _try(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> str | N
         return None  # it says so when it meets such a conversation
 
 
-def hold(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[Message]:
-    """The messages with a mark in every special token that their contents spell, so that it stays text."""
+def fit_messages(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, parse_special: bool = False
+) -> list[Message]:
+    """The messages as they are rendered: tools as text where the template has no place for them.
+
+    Args:
+        parse_special: if not, every special token that a content spells gets a mark, so that it stays text.
+
+    Raises:
+        ValueError: a content spells the mask token.
+    """
+    if uses_tools(messages) and not style_of(tokenizer).renders_tools:
+        messages = _with_tools_as_text(messages, in_user=style_of(tokenizer).drops_system)
+    if parse_special:
+        return list(messages)
     return [{**m, "content": hold_text(m["content"], tokenizer)} for m in messages]
+
+
+def uses_tools(messages: Sequence[Message]) -> bool:
+    """Whether a conversation has tools, or calls of them."""
+    return any(m.get("tools") or m.get("tool_calls") or m["role"] == "tool" for m in messages)
+
+
+def _with_tools_as_text(messages: Sequence[Message], *, in_user: bool) -> list[Message]:
+    """Tools described in the system message, calls in the answer, what they gave back in a user's turn."""
+    found = []
+    for m in messages:
+        calls = [json.dumps(call["function"], ensure_ascii=False) for call in m.get("tool_calls", [])]
+        parts = [m["content"], *(f"<tool_call>\n{call}\n</tool_call>" for call in calls)]
+        text = "\n".join(part for part in parts if part)
+        if m["role"] == "tool":
+            found.append({"role": "user", "content": f"<tool_response>\n{text}\n</tool_response>"})
+        else:
+            kept = {name: value for name, value in m.items() if name not in ("tools", "tool_calls")}
+            found.append({**kept, "content": text})
+    if tools := messages[0].get("tools"):
+        lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+        text = f"<tools>\n{lines}\n</tools>\nTo call a tool, answer with\n<tool_call>\n"
+        text += '{"name": ..., "arguments": {...}}\n</tool_call>'
+        place = next(i for i, m in enumerate(found) if m["role"] == "user") if in_user else 0
+        if in_user or found[0]["role"] == "system":
+            found[place] = {**found[place], "content": "\n\n".join([found[place]["content"], text])}
+        else:
+            found.insert(0, {"role": "system", "content": text})
+    return found
 
 
 def hold_text(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -190,9 +233,6 @@ def spans_of(
     Raises:
         ValueError: the template leaves out something that has a meaning.
     """
-    style = style_of(tokenizer)
-    if messages[0].get("tools") and not style.renders_tools:
-        raise ValueError("the chat template leaves out the tools")
     whole = render(messages, tokenizer, header=header)
     is_marked = [bool(m["content"].strip()) and not m.get("tool_calls") for m in messages]
     marked = render(
@@ -212,7 +252,7 @@ def spans_of(
             spans[i] = _span_of(i, messages, tokenizer, whole, header)
             if spans[i] is None and message["role"] in ("user", "tool"):
                 raise ValueError(f"the chat template leaves out a turn of role {message['role']!r}")
-    if style.has_markers:
+    if style_of(tokenizer).has_markers:
         spans = _marked_by_template(messages, tokenizer, whole, spans)
     return whole, spans
 
