@@ -54,7 +54,7 @@ class LikelihoodSettings:
         kind: `elbo`, `l2r` or `policy`.
         masks: for `elbo`.
         seed: masks are a pure function of (seed, key of the request), in any order, batch and world size.
-        batch_size: sequences per forward.
+        batch_size: sequences per forward; None: 32, on a CPU as many as make some 768 tokens.
         cfg_scale: classifier-free guidance w: logits l_u + (1 + w)(l_c - l_u), the context masked in l_u;
             twice the cost.
     """
@@ -62,7 +62,7 @@ class LikelihoodSettings:
     kind: str = "elbo"
     masks: MaskSettings = MaskSettings()
     seed: int = 0
-    batch_size: int = 32
+    batch_size: int | None = None
     cfg_scale: float = 0.0
 
     def __post_init__(self) -> None:

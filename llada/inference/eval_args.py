@@ -36,7 +36,9 @@ class ModelArgs(SamplerFlags):
         None, "Folder of finished requests; default OUTPUT_PATH/requests.", writes="folder"
     )
     # likelihood
-    batch_size: int | None = flag(None, "Sequences per forward of likelihoods; default 32.", at_least=1)
+    batch_size: int | None = flag(
+        None, "Sequences a forward of likelihoods; default 32, on a CPU 768 tokens.", at_least=1
+    )
     likelihood: str = flag(
         "elbo",
         "What a log-likelihood means; see llada/diffusion/likelihood.py.",

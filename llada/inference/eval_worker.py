@@ -59,7 +59,7 @@ class EvalRank:
             reference_batch=min(args.reference_batch, args.num_masks),
         )
         self._likelihood = LikelihoodSettings(
-            args.likelihood, masks, args.seed, args.batch_size or 32, args.cfg_scale
+            args.likelihood, masks, args.seed, args.batch_size, args.cfg_scale
         )
         self.run = start_run(args.device)
         # Requests and results travel on the CPU, whatever the device of the model.

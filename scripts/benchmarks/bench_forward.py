@@ -2,7 +2,8 @@
 
     dual       a window of --block_length rows against a filled cache (--cache dual)
     full       --rows rows without a cache, logits of all of them
-    likelihood 8 x 84 tokens, the nll of half of them
+    likelihood 4 answers of 24 tokens after 60, --num_masks masks each; ours beside the published program,
+               which runs batches of 32 and forms all logits
     draw       tokens and confidences of --draw_rows rows at vocabulary --draw_vocab: seconds, and the peak of
                memory above the logits in multiples of them
 
@@ -34,17 +35,18 @@ WHAT = ("dual", "full", "likelihood", "draw")
 class Config:
     """Flags of the benchmark."""
 
-    config_name: str = flag("1m", help="Size of the model, as for pretraining.")
-    vocab_size: int = flag(320, help="Its vocabulary.")
+    config_name: str = flag("1m", help="Size of the model, as for pretraining.", reads="size")
+    vocab_size: int = flag(320, help="Its vocabulary.", at_least=1)
     what: list[str] = flag(list(WHAT), help="What to time.", choices=WHAT)
     against: str | None = flag(None, help="Another checkout of this repository.")
-    prompt_length: int = flag(96, help="dual: tokens before the block.")
-    block_length: int = flag(32, help="dual: rows of the window.")
-    rows: int = flag(128, help="full: rows.")
-    draw_rows: int = flag(64, help="draw: rows.")
-    draw_vocab: int = flag(126_464, help="draw: vocabulary.")
-    repeats: int = flag(100, help="Turns of each arm.")
-    threads: int = flag(1, help="CPU threads.")
+    prompt_length: int = flag(96, help="dual: tokens before the block.", at_least=1)
+    block_length: int = flag(32, help="dual: rows of the window.", at_least=1)
+    rows: int = flag(128, help="full: rows.", at_least=1)
+    num_masks: int = flag(128, help="likelihood: masks of an answer, a multiple of 32.", at_least=32)
+    draw_rows: int = flag(64, help="draw: rows.", at_least=1)
+    draw_vocab: int = flag(126_464, help="draw: vocabulary.", at_least=1)
+    repeats: int = flag(100, help="Turns of each arm.", at_least=1)
+    threads: int = flag(1, help="CPU threads.", at_least=1)
     device: str = flag("cpu", help="cpu or cuda.")
 
 
@@ -54,6 +56,8 @@ if __name__ == "__main__":
 import torch
 
 import modelling_final
+from llada.diffusion.likelihood import Request, score_answers
+from llada.diffusion.settings import LikelihoodSettings, MaskSettings
 from llada.flags.yaml_files import read_yaml
 from llada.models.building import ROOT
 
@@ -93,7 +97,9 @@ def forwards(package: ModuleType, config: Config) -> dict[str, Run]:
         run = importlib.import_module(f"{package.__name__}.lean_llada").LeanForward(model, 8192)
     start, end = config.prompt_length, config.prompt_length + config.block_length
     random = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, config.vocab_size - 2, (8, 2 * end), generator=random).to(config.device)
+    ids = torch.randint(0, config.vocab_size - 2, (8, end + config.block_length), generator=random).to(
+        config.device
+    )
     cache = package.WindowCache(model.config)
     with torch.no_grad():
         model(ids[:1], past_key_values=cache)
@@ -105,12 +111,35 @@ def forwards(package: ModuleType, config: Config) -> dict[str, Run]:
         "query_positions": torch.arange(end - start, device=config.device)[None],
     }
     full = ids.flatten()[: config.rows][None]
-    some = {"input_ids": ids[:, :84], "rows": torch.arange(0, 8 * 84, 2, device=config.device)}
-    some["targets"] = some["input_ids"].flatten()[some["rows"]]
+    return {"dual": lambda: run(**window), "full": lambda: run(input_ids=full)}
+
+
+def likelihoods(config: Config) -> dict[str, Run]:
+    """name -> the likelihoods of four answers."""
+    model = make_model(modelling_final, config)
+    ids = torch.randint(0, config.vocab_size - 2, (4, 84), generator=torch.Generator().manual_seed(3))
+    requests = [Request(tuple(row[:60]), tuple(row[60:]), str(n)) for n, row in enumerate(ids.tolist())]
+    settings = LikelihoodSettings(masks=MaskSettings(config.num_masks, exact_tokens=0))
+    mask_id = model.config.mask_token_id
+
+    def published(row: torch.Tensor) -> float:
+        """get_log_likelihood.py of LLaDA: masks of one answer, 32 at a time."""
+        losses = []
+        for _ in range(config.num_masks // 32):
+            k = int(torch.randint(1, 25, ()))
+            sizes = ((torch.linspace(k, k + 31 * 24 / 32, steps=32).round().long() - 1) % 24) + 1
+            is_masked = torch.rand(32, 24).argsort(dim=1).argsort(dim=1) < sizes[:, None]
+            is_masked = torch.nn.functional.pad(is_masked, (60, 0)).to(config.device)
+            tokens = row.to(config.device).expand(32, -1)
+            logits = model(torch.where(is_masked, mask_id, tokens)).logits
+            nll = torch.nn.functional.cross_entropy(logits[is_masked], tokens[is_masked], reduction="none")
+            weights = (24 / sizes)[:, None].expand(-1, 84).to(config.device)[is_masked]
+            losses.append(float((nll * weights).sum() / 32))
+        return -sum(losses) / len(losses)
+
     return {
-        "dual": lambda: run(**window),
-        "full": lambda: run(input_ids=full),
-        "likelihood": lambda: model(**some).nll,
+        "ours": lambda: torch.tensor([s.log_likelihood for s in score_answers(model, requests, settings)]),
+        "published": lambda: torch.tensor([published(row) for row in ids]),
     }
 
 
@@ -172,15 +201,18 @@ def main(argv: list[str] | None = None) -> None:
     if config.against is not None:
         packages["before"] = load_package(config.against)
     for what in config.what:
-        make = (
-            drawing if what == "draw" else lambda package, config, what=what: forwards(package, config)[what]
-        )
-        arms = {name: make(package, config) for name, package in packages.items()}
-        seconds = take_turns(arms, config.repeats if what != "draw" else 5, config.device)
+        if what == "likelihood":
+            arms = likelihoods(config)
+        elif what == "draw":
+            arms = {name: drawing(package, config) for name, package in packages.items()}
+        else:
+            arms = {name: forwards(package, config)[what] for name, package in packages.items()}
+        seconds = take_turns(arms, config.repeats if what in ("dual", "full") else 5, config.device)
         line = ", ".join(f"{name} {1e3 * statistics.median(s):.3f} ms" for name, s in seconds.items())
+        for name in arms.keys() - {"ours"}:
+            pairs = zip(seconds[name], seconds["ours"], strict=True)
+            line += f", {statistics.median(other / ours for other, ours in pairs):.2f}x"
         if "before" in arms:
-            pairs = zip(seconds["before"], seconds["ours"], strict=True)
-            line += f", {statistics.median(b / o for b, o in pairs):.2f}x"
             line += f", difference {float((arms['ours']() - arms['before']()).abs().max()):.1e}"
         if what == "draw":
             size = 4 * config.draw_rows * config.draw_vocab
