@@ -110,7 +110,7 @@ from llada.diffusion.bound_gradient import (
 from llada.diffusion.likelihood import Request
 from llada.diffusion.preference_losses import kto_baseline, kto_losses
 from llada.diffusion.settings import MaskSettings
-from llada.policies.answer_stream import AnswerBatch, Answers, AnswerStream, sums_of
+from llada.policies.answer_stream import AnswerBatch, AnswerStream, RecordAnswers, sums_of
 from llada.policies.kto_reference import (
     BrefFile,
     BrefRecord,
@@ -159,7 +159,7 @@ def check_made_with(file: BrefFile, config: Config, tokenizer: PreTrainedTokeniz
 
 def answers_of(
     config: Config, records: list[BrefRecord], record_id: int, epoch: int, neighbour: int
-) -> Answers:
+) -> RecordAnswers:
     """An answer under the masks of its B_ref; for `kl_mismatched` also the neighbour's answer to it."""
     record = records[record_id]
     tokens, others = record.tokens, []
@@ -170,7 +170,7 @@ def answers_of(
         others = [(other, *plan_draws([other], masks, config.seed, "kl", epoch))]
     request = Request(tokens.context, tokens.answer, str(record_id))
     numbers = {"b_ref": [record.b_ref], "is_desirable": [float(record.is_desirable)]}
-    return Answers([request], [plan_of(record.masks)], numbers, others)
+    return RecordAnswers([request], [plan_of(record.masks)], numbers, others)
 
 
 def log_likelihoods(model: torch.nn.Module, chunks: list[MaskedCopies]) -> Tensor:

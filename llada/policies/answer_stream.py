@@ -23,7 +23,7 @@ from llada.run import Run, Sums
 
 
 @dataclass
-class Answers:
+class RecordAnswers:
     """The answers of one record (two of a pair), their masks, and numbers that go with each of them."""
 
     requests: list[Request]
@@ -70,8 +70,8 @@ def sums_of(columns: Mapping[str, Tensor]) -> Sums:
     return {name: (float(values.sum()), len(values)) for name, values in columns.items()}
 
 
-AnswersOf = Callable[[int, int, int], Answers]
-"""(record id, epoch, id of the next record of the global batch) -> its Answers."""
+AnswersOf = Callable[[int, int, int], RecordAnswers]
+"""(record id, epoch, id of the next record of the global batch) -> its RecordAnswers."""
 
 
 @dataclass

@@ -28,7 +28,7 @@ from llada.data.reading import BAD, describe_losses
 from llada.diffusion.bound_gradient import differentiate, draw_values, gradient_parts, plan_draws
 from llada.diffusion.likelihood import Request
 from llada.diffusion.settings import MaskSettings
-from llada.policies.answer_stream import AnswerBatch, Answers, AnswerStream, sums_of
+from llada.policies.answer_stream import AnswerBatch, AnswerStream, RecordAnswers, sums_of
 from llada.policies.config import PairConfig
 from llada.policies.reference_model import Reference, make_reference, precompute_reference
 from llada.policies.stage import PolicyStage
@@ -118,7 +118,7 @@ def answers_of(
     record_id: int,
     epoch: int,
     _: int,
-) -> Answers:
+) -> RecordAnswers:
     """Both answers of a pair with their masks. Where B_ref is known it is that of epoch 0's masks."""
     requests = [
         Request(tokens.context, tokens.answer, f"{record_id} {side}")
@@ -127,7 +127,7 @@ def answers_of(
     # keyed by side: masks that both answers share did not lower the noise of their difference
     masks = MaskSettings(config.num_masks, config.mask_plan, config.size_law)
     plans = plan_draws(requests, masks, config.seed, purpose, epoch if b_ref is None else 0)
-    return Answers(requests, plans, {} if b_ref is None else {"b_ref": b_ref[record_id].tolist()})
+    return RecordAnswers(requests, plans, {} if b_ref is None else {"b_ref": b_ref[record_id].tolist()})
 
 
 def read_pairs(
