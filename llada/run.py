@@ -1,14 +1,21 @@
 """Where a run lives: its processes, its device and its precision."""
 
+import itertools
+import json
 import os
+import re
 import subprocess
 import sys
+import threading
+import time
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +26,9 @@ for _message in (
     "`is_gradient_checkpointing` is deprecated",  # peft asks transformers
 ):
     warnings.filterwarnings("ignore", message=_message)
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,21 +44,23 @@ class Run:
         return self.rank == 0
 
 
-def start_run(device: str | None = None) -> Run:
-    """Joins the process group that torchrun or accelerate launch describes in the environment, if there is
-    one.
+def start_run(device: str | None = None, *, step_seconds: float | None = None) -> Run:
+    """Joins the process group that torchrun or accelerate launch describes in the environment, if any.
 
     Args:
         device: "cpu", "cuda", ...; default the GPU of this process's LOCAL_RANK where there is one, else the
-        CPU.
+            CPU.
+        step_seconds: how long a rank may wait for another within a step; default half an hour.
     """
+    global _peers
     run = described_run(device)
     if run.device.type == "cuda":
         torch.cuda.set_device(run.device)
     if run.world_size > 1 and not dist.is_initialized():
         # gloo beside nccl: CPU tensors (counts, flags, checkpoints) travel on it
         backend = "cpu:gloo,cuda:nccl" if run.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=timedelta(seconds=step_seconds or 1800))
+        _peers = _Peers(run)
     return run
 
 
@@ -82,23 +94,157 @@ def described_run(device: str | None = None) -> Run:
     return Run(
         rank=int(os.environ.get("RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        device=torch.device(device),
+        device=_usable(device),
     )
+
+
+def _usable(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except Exception as error:  # each kind of device has its own way to be missing
+        reason = str(error).strip().splitlines()[0].partition(" device type at")[0]
+        raise ValueError(f"--device {name}: not here ({reason})") from error
+    return device
 
 
 def end_run() -> None:
     """Leaves the process group, if this process is in one."""
+    global _peers
+    if _peers is not None:
+        _peers.ended.set()
+        _peers = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+# A thread of each rank says every few seconds where it is: a silent rank has died or was stopped. What FSDP
+# and DDP do within a step has a timeout.
+BEAT_SECONDS, SILENT_SECONDS, STEP_SECONDS = 3.0, 40.0, 50.0
+
+
+class _Peers:
+    """Where each rank is, told over the job's store; ends the job where one has stopped answering."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.place = run, "the start"
+        # Waits for a rank that prepares data or writes a checkpoint, however long that takes.
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        name = f"llada {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} {next(_starts)}"
+        self._store = dist.PrefixStore(name, dist.TCPStore(address, port, is_master=False))
+        self.ended = threading.Event()
+        self._say(0)
+        dist.barrier(self.group)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """All ranks wait for one another here; TimeoutError if one of them does so elsewhere."""
+        before, self.place = self.place, f"{self.place}, {what}"
+        place = torch.tensor(zlib.crc32(self.place.encode()))
+        total = place.clone()
+        dist.all_reduce(total, group=self.group)
+        if total != place * self.run.world_size:
+            time.sleep(BEAT_SECONDS + 1)  # until the others have said where they are
+            raise TimeoutError(f"ranks wait for one another in different places: {self.places()}")
+        yield
+        self.place = before
+
+    def _say(self, beat: int) -> None:
+        self._store.set(str(self.run.rank), json.dumps([beat, self.place]))
+
+    def _heard(self, ranks: list[int]) -> list[tuple[int, str]]:
+        return [json.loads(text) for text in self._store.multi_get(list(map(str, ranks)))]
+
+    def places(self) -> str:
+        """Where the ranks are, those at one place together."""
+        found: dict[str, list[str]] = {}
+        for rank, (_, place) in enumerate(self._heard(list(range(self.run.world_size)))):
+            found.setdefault(place, []).append(str(rank))
+        return "; ".join(f"rank {', '.join(ranks)}: {place}" for place, ranks in found.items())
+
+    def _watch(self) -> None:
+        # Rank 0 watches all, the others rank 0: the store serves one reader after the other.
+        others = list(range(1, self.run.world_size)) if self.run.is_main else [0]
+        last_beats, heard_at = [0] * len(others), [time.monotonic()] * len(others)
+        looked_at = time.monotonic()
+        for beat in itertools.count(1):
+            if self.ended.wait(BEAT_SECONDS):
+                return
+            try:
+                self._say(beat)
+                heard = self._heard(others)
+            except (RuntimeError, OSError):  # the store has ended with the job
+                return
+            now = time.monotonic()
+            was_stopped, looked_at = now - looked_at > 3 * BEAT_SECONDS, now  # and the others perhaps with us
+            for i, (number, place) in enumerate(heard):
+                if was_stopped or number != last_beats[i]:
+                    last_beats[i], heard_at[i] = number, now
+                elif now - heard_at[i] > SILENT_SECONDS:
+                    silence = f"has not answered for {now - heard_at[i]:.0f} s, last at {place}"
+                    text = f"rank {self.run.rank}, at {self.place}: rank {others[i]} {silence}"
+                    print("\n" + text, file=sys.stderr, flush=True)
+                    os._exit(1)  # the main thread waits and cannot be reached
+
+
+_starts = itertools.count()
+_peers: _Peers | None = None
+
+
+def at(place: str) -> None:
+    """Says where this rank is from now on; all ranks must be at the same places in the same order."""
+    if _peers is not None:
+        _peers.place = place
+
+
+@contextmanager
+def naming_ranks() -> Iterator[None]:
+    """Within its body a collective that fails or times out is a TimeoutError that says where ranks are."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _peers is None or not re.search("gloo|NCCL|timed? ?out|onnection", str(error)):
+            raise
+        time.sleep(BEAT_SECONDS + 1)
+        reason = f"{str(error).strip().splitlines()[0][-120:]}; {_peers.places()}"
+        raise TimeoutError(f"rank {_peers.run.rank}, at {_peers.place}: {reason}") from error
+
+
+def _all_reduce(values: list[float], what: str, op: dist.ReduceOp = dist.ReduceOp.SUM) -> list[float]:
+    if _peers is None:
+        return [float(value) for value in values]
+    with _peers.waiting(what):
+        total = torch.tensor(values, dtype=torch.float64)
+        if len(values):
+            dist.all_reduce(total, op=op, group=_peers.group)
+    return total.tolist()
+
+
 def sum_over_ranks(values: list[float]) -> list[float]:
     """Each value summed over all ranks, in float64 so that counts stay exact."""
-    if not dist.is_initialized():
-        return [float(value) for value in values]
-    total = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(total)
-    return total.tolist()
+    return _all_reduce(values, "sums")
+
+
+def max_over_ranks(value: float) -> float:
+    """The largest of all ranks' values."""
+    return _all_reduce([value], "largest", dist.ReduceOp.MAX)[0]
+
+
+def barrier() -> None:
+    """Waits for all ranks, as long as they live; nothing to wait for in a single process."""
+    _all_reduce([], "barrier")
+
+
+def gather_over_ranks(value: T) -> list[T]:
+    """The value of each rank, which is pickled."""
+    if _peers is None:
+        return [value]
+    values = [value] * _peers.run.world_size
+    with _peers.waiting("gathering"):
+        dist.all_gather_object(values, value, group=_peers.group)
+    return values
 
 
 Sums = dict[str, tuple[float, float]]
@@ -119,21 +265,6 @@ def means_over_ranks(sums: Sums) -> dict[str, float]:
     flat = sum_over_ranks([number for pair in sums.values() for number in pair])
     pairs = zip(sums, flat[::2], flat[1::2], strict=True)
     return {name: total / number for name, total, number in pairs if number}
-
-
-def max_over_ranks(value: float) -> float:
-    """The largest of all ranks' values."""
-    if not dist.is_initialized():
-        return float(value)
-    largest = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return largest.item()
-
-
-def barrier() -> None:
-    """Waits for all ranks; nothing to wait for in a single process."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 @contextmanager

@@ -49,7 +49,9 @@ class Config(QuestionFlags, SpellingFlags, RecipeFlags, GrpoConfig, RewardFlags,
 
     stage = "rlhf/train_grpo.py"
 
-    train_data_path: str = flag("openai/gsm8k@main", "File of prompts, or name@config of a hub data set.")
+    train_data_path: str = flag(
+        "openai/gsm8k@main", "File of prompts, or name@config of a hub data set.", reads="data"
+    )
     eval_data_path: str | None = flag(
         None, "Prompts for held-out accuracy: the first reward, at temperature 0.", reads="path"
     )
@@ -181,8 +183,6 @@ def make_stream(
 ) -> RolloutStream:
     """The stream of rollouts, with the sampler that makes them."""
     settings = sampler_settings(config)
-    if config.shard != "none":
-        settings = settings.changed(early_stop=False)  # every rank must take part in as many forwards
     stage.model.config.eot_token_id = stage.ids.eot
     return RolloutStream(
         sampler=Sampler(

@@ -1,6 +1,7 @@
-"""A small run of `fit` under torchrun, with a fault of one rank: what test_faults.py starts.
+"""A small run of `fit` on several ranks, with a fault of one of them: what test_faults.py starts.
 
-Usage: poisoned_run.py OUTPUT FAULT, FAULT = nan_stop, nan_skip, or kill (rank 1 dies in step 3).
+Usage: poisoned_run.py OUTPUT FAULT, FAULT = nan_stop, nan_skip, or what rank 1 does in step 3: kill (it
+dies), stop (it answers no more), elsewhere (it sums what the other does not), forward (one more, sharded).
 """
 
 import os
@@ -10,35 +11,46 @@ from dataclasses import replace
 
 import torch
 
+import llada.run
 from llada.diffusion.losses import masked_diffusion_loss
-from llada.run import end_run, start_run
+from llada.run import end_run, start_run, sum_over_ranks
 from llada.training.loop import fit, prepare_trainable
 from test_training import NoTokenizer, make_config, make_stream, tiny_model
 
-output, fault = sys.argv[1:]
-run = start_run("cpu")
-config = make_config(
-    output, num_workers=0, micro_batch_size=2, on_nonfinite="skip" if fault == "nan_skip" else "stop"
-)
-stream = make_stream(config, run)
+
+def main(argv):
+    output, fault = argv
+    llada.run.BEAT_SECONDS, llada.run.SILENT_SECONDS = 0.2, 4.0  # the limits, sooner
+    run = start_run("cpu", step_seconds=4.0)
+    config = make_config(
+        output, num_workers=0, micro_batch_size=2, on_nonfinite="skip" if fault == "nan_skip" else "stop"
+    )
+    config.shard = "full" if fault == "forward" else "none"
+    stream = make_stream(config, run)
+    model = prepare_trainable(tiny_model(), config)
+
+    def faulty(step):
+        batches = stream(step)
+        if step == 3 and run.rank == 1:
+            if fault in ("kill", "stop"):
+                os.kill(os.getpid(), signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
+            if fault == "elsewhere":
+                llada.run.at("a sum of its own")
+                sum_over_ranks([1.0])
+            if fault == "forward":
+                masked_diffusion_loss(model, batches[0], 1.0)
+            weights = torch.full_like(batches[1].weights, float("nan"))
+            batches[1] = replace(batches[1], weights=weights)
+            print(f"poisoned {sorted(batches[1].record_ids)}", flush=True)
+        return batches
+
+    fit(
+        model, NoTokenizer(), config, run, stream=faulty, loss=masked_diffusion_loss, validate=None, data="",
+    )  # fmt: skip
+    weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    print(f"rank {run.rank} ends with {weights.double().sum().item():.12f}", flush=True)
+    end_run()
 
 
-def faulty(step):
-    batches = stream(step)
-    if step == 3 and run.rank == 1:
-        if fault == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        weights = torch.full_like(batches[1].weights, float("nan"))
-        batches[1] = replace(batches[1], weights=weights)
-        print(f"poisoned {sorted(batches[1].record_ids)}", flush=True)
-    return batches
-
-
-model = prepare_trainable(tiny_model(), config)
-fit(
-    model, NoTokenizer(), config, run, stream=faulty, loss=masked_diffusion_loss, validate=None,
-    data="",
-)  # fmt: skip
-weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-print(f"rank {run.rank} ends with {weights.double().sum().item():.12f}", flush=True)
-end_run()
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -49,20 +49,27 @@ def finish(process: BaseProcess, log: Path, status: int = 0) -> None:
     assert not is_late and process.exitcode == status, f"status {process.exitcode}\n{text[-3000:]}"
 
 
-def run_ranks(world_size: int, script: str, flags: list[object], folder: Path) -> list[Path]:
-    """Runs the script on so many ranks, as torchrun would, to its end; their logs, in `folder`."""
+def start_ranks(
+    world_size: int, script: str, flags: list[object], folder: Path
+) -> list[tuple[BaseProcess, Path]]:
+    """The script started on so many ranks, as torchrun would; their processes and logs, in `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     logs = [folder / f"rank{rank}.log" for rank in range(world_size)]
     common = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
-    processes = [
-        start(script, flags, log, RANK=rank, LOCAL_RANK=rank, MASTER_PORT=port, **common)
+    return [
+        (start(script, flags, log, RANK=rank, LOCAL_RANK=rank, MASTER_PORT=port, **common), log)
         for rank, log in enumerate(logs)
     ]
-    for process, log in zip(processes, logs, strict=True):
+
+
+def run_ranks(world_size: int, script: str, flags: list[object], folder: Path) -> list[Path]:
+    """Runs the script on so many ranks to its end; their logs."""
+    started = start_ranks(world_size, script, flags, folder)
+    for process, log in started:
         finish(process, log)
-    return logs
+    return [log for _, log in started]
 
 
 def kill_after(process: BaseProcess, folder: Path, num_lines: int) -> None:

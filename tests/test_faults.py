@@ -21,6 +21,7 @@ from llada.training import checkpoint, signals
 from llada.training.loop import end_training, fit, prepare_trainable, start_training
 from llada.training.metrics import read_metrics
 from llada.training.monitor import MAX_SKIPPED_IN_A_ROW, LossWatch
+from processes import start_ranks
 from test_training import CPU, NoTokenizer, make_config, make_stream, tiny_model, train, weights_of
 
 
@@ -234,33 +235,66 @@ def test_the_watch_resumes_where_it_was():
 # ranks
 
 
-def on_two_ranks(output, fault):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(ROOT / "tests/poisoned_run.py"), str(output), fault]  # fmt: skip
-    path = os.pathsep.join(filter(None, [str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+def on_two_ranks(folder, fault):
+    """(exit status, output) of both ranks; one that still lives when the other has failed is killed."""
+    started = start_ranks(2, "tests/poisoned_run.py", [folder / "run", fault], folder)
+    processes = [process for process, _ in started]
+    first, second = processes[::-1] if fault == "forward" else processes
+    first.join(200)
+    second.join(200 if first.exitcode == 0 else 5)
+    for process in processes:
+        process.kill()
+        process.join()
+    return [(process.exitcode, log.read_text()) for process, log in started]
 
 
 def test_a_nan_on_one_rank_stops_all_and_its_records_are_named(tmp_path):
-    done = on_two_ranks(tmp_path, "nan_stop")
-    assert done.returncode != 0
-    (poisoned_records,) = re.findall(r"poisoned (\[.*\])", done.stdout)
-    named = re.findall(r"FloatingPointError: step 3: .*?records: (\[.*?\])", done.stderr)
-    assert set(named) == {poisoned_records}
+    ranks = on_two_ranks(tmp_path, "nan_stop")
+    (poisoned_records,) = re.findall(r"poisoned (\[.*\])", ranks[1][1])
+    for status, text in ranks:
+        assert status != 0
+        named = re.findall(r"FloatingPointError: step 3: .*?records: (\[.*?\])", text)
+        assert set(named) == {poisoned_records}
 
 
 def test_a_nan_on_one_rank_is_skipped_by_all(tmp_path):
-    done = on_two_ranks(tmp_path, "nan_skip")
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = re.findall(r"ends with (\S+)", done.stdout)
+    ranks = on_two_ranks(tmp_path, "nan_skip")
+    assert [status for status, _ in ranks] == [0, 0], ranks
+    first, second = (re.search(r"ends with (\S+)", text)[1] for _, text in ranks)
     assert first == second != "nan"
-    assert json.loads((tmp_path / "results.json").read_text())["num_skipped_steps"] == 1
+    assert json.loads((tmp_path / "run/results.json").read_text())["num_skipped_steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "rank", "message"),
+    [
+        ("stop", 0, r"rank 0, at step 4, sums: rank 1 has not answered for \d+ s, last at step \d"),
+        (
+            "elsewhere",
+            0,
+            r"TimeoutError: ranks wait .*: rank 0: step 4, sums; rank 1: a sum of its own",
+        ),
+        (
+            "forward",
+            1,
+            r"TimeoutError: rank 1, at step 4: .*imed out.*; rank 0: step 4, sums; rank 1: st",
+        ),
+    ],
+)
+def test_ranks_that_stop_or_disagree_end_the_job_by_name(fault, rank, message, tmp_path):
+    started = time.monotonic()
+    status, text = on_two_ranks(tmp_path, fault)[rank]
+    assert status == 1 and re.search(message, text), text[-3000:]
+    assert time.monotonic() - started < 120  # limits of 4 s here, 50 s else; a loaded machine is slow
 
 
 def test_a_killed_rank_ends_the_job(tmp_path):
     started = time.monotonic()
-    done = on_two_ranks(tmp_path, "kill")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               str(ROOT / "tests/poisoned_run.py"), str(tmp_path), "kill"]  # fmt: skip
+    path = os.pathsep.join(filter(None, [str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
     assert done.returncode != 0 and time.monotonic() - started < 120
     assert "Signal 9 (SIGKILL)" in done.stderr
     assert not (tmp_path / "DONE").exists()

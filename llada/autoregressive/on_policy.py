@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from llada.autoregressive.causal_lm import load_causal_lm
@@ -32,7 +31,7 @@ from llada.diffusion.masking import generator
 from llada.diffusion.stream import records_of
 from llada.models.tokens import SpecialIds
 from llada.rewards.scoring import Reward, compute_rewards, load_rewards
-from llada.run import Run, autocast
+from llada.run import Run, autocast, gather_over_ranks
 from modelling_final import LLaDAGenerationConfig
 from modelling_final.generation_llada import generate
 
@@ -270,10 +269,7 @@ def starts_over_ranks(
     shares = run.world_size > 1 and config.shard == "none"
     with autocast(run.device, config.dtype):
         mine = draft_starts(model, stream, record_ids[run.rank :: run.world_size] if shares else record_ids)
-    parts = [mine]
-    if shares:
-        parts = [{} for _ in range(run.world_size)]
-        dist.all_gather_object(parts, mine)
+    parts = gather_over_ranks(mine) if shares else [mine]
     return {record_id: starts for part in parts for record_id, starts in part.items()}
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from llada.data.final_answer import THINK, opens_thought
 from llada.data.prompts import Prompt
 from llada.rewards.scoring import Reward, compute_rewards
+from llada.training.parallel import free_forwards
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 
 _TRACED = ("block", "positions", "token_ids")
@@ -65,8 +66,9 @@ class Sampler:
         """`num_generations` completions of each prompt, scored; a prompt's are after one another."""
         completions: list[Completion] = []
         stride = max(1, self.batch_size // num_generations)
-        for start in range(0, len(prompts), stride):
-            completions += self._sample(prompts[start : start + stride], seed, num_generations)
+        with free_forwards(self.model):  # ranks have other prompts, which take other numbers of steps
+            for start in range(0, len(prompts), stride):
+                completions += self._sample(prompts[start : start + stride], seed, num_generations)
         owners = [prompt for prompt in prompts for _ in range(num_generations)]
         # a template may have opened the thought that a completion begins in
         opened = {p.index: THINK * opens_thought(self.tokenizer.decode(p.token_ids[-16:])) for p in prompts}

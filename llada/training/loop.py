@@ -24,7 +24,7 @@ from llada.models.building import adopt_adapter, build_model
 from llada.models.saving import Origin, save_model
 from llada.models.tokens import SpecialIds, special_ids
 from llada.resumable import write_atomically
-from llada.run import Run, end_run, start_run, sum_over_ranks
+from llada.run import STEP_SECONDS, Run, at, end_run, naming_ranks, start_run, sum_over_ranks
 from llada.training import checkpoint
 from llada.training.config import TrainConfig, learning_rate
 from llada.training.metrics import Metrics
@@ -55,7 +55,8 @@ class Stateful(Protocol):
 
 def start_training(config: TrainConfig) -> Run:
     """This process among its peers, from now on prepared for a signal; --dtype auto is decided."""
-    run = start_run(config.device)
+    # Ranks compile at their own pace.
+    run = start_run(config.device, step_seconds=600.0 if config.compile else STEP_SECONDS)
     config.settle_dtype(run.device.type)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on a GPU
     leave_marker_on_signals(config.output_dir, is_main=run.is_main)
@@ -153,7 +154,7 @@ def fit(
         session = _Session(model, tokenizer, config, run, loss, validate, data, parts)
         step = session.progress.step
         batches = _batches(stream, step, config.max_steps, config.num_workers)
-        with StopSignal() as signal:
+        with StopSignal() as signal, naming_ranks():
             session.train(batches, flops_of, signal)
         session.end(signal.number)
 
@@ -244,6 +245,7 @@ class _Session:
             self._note_validation()
         self.progress.phases.mark("before")
         while not self.is_finished:
+            at(f"step {self.progress.step + 1}")
             batches = next(steps)
             self.progress.phases.mark("data")
             total = _Totals(
@@ -291,6 +293,7 @@ class _Session:
     def _note_validation(self) -> None:
         if self._validate is None:
             return
+        at(f"validation after step {self.progress.step}")
         found = self._validate(self._model)
         values = found if isinstance(found, Mapping) else {"eval_loss": found}
         self.progress.note_validation(values)
@@ -306,6 +309,7 @@ class _Session:
         parts = {name: part.state_dict() for name, part in self._parts.items()}
         meta = {**self._meta, **parts, "world_size": self._run.world_size}
         self._saved_step = self.progress.step
+        at(f"saving step {self._saved_step}")
         self._saver.start(self._saved_step, self._model, self._optimizer, meta)
 
     def _export(self, name: str) -> None:

@@ -11,18 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+
+from llada.run import gather_over_ranks
 
 MAX_SKIPPED_IN_A_ROW = 10  # then it is not a batch that is broken, but the weights
 
 
 def gather_records(record_ids: list[int]) -> list[int]:
     """The records of all ranks, sorted, each once; every rank must call it."""
-    if dist.is_initialized():
-        parts: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(parts, record_ids)
-        record_ids = [record for part in parts for record in part]
-    return sorted(set(record_ids))
+    return sorted({record for part in gather_over_ranks(record_ids) for record in part})
 
 
 @dataclass

@@ -4,12 +4,15 @@ The loss of a micro-batch is already divided by the units of the global batch, a
 over ranks, so the loop multiplies by the number of ranks and the sum comes out.
 """
 
+import math
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import psutil
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -29,7 +32,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from llada.run import Run
+from llada.run import Run, max_over_ranks, sum_over_ranks
 
 _aten = torch.ops.aten
 _MATRIX_PRODUCTS = {_aten.mm.default, _aten.addmm.default}
@@ -92,14 +95,16 @@ def _selective_contexts() -> tuple[Any, Any]:
 def parallelize(
     model: torch.nn.Module, run: Run, *, shard: str, dtype: str, cpu_offload: bool = False
 ) -> torch.nn.Module:
-    """The model, spread over the ranks.
+    """The model, spread over the ranks; its products are to run under autocast in `dtype`.
+
+    Sharded and replicated training compute the same: matrices are gathered in `dtype`, which autocast would
+    cast them to, and what autocast leaves in float32 stays so.
 
     Args:
         model: on the CPU; what this rank keeps of it is moved to `run.device`.
         shard: "none" replicates; "full" shards weights, gradients and optimizer over all ranks; "hybrid"
-        shards
-            them within a node (LOCAL_WORLD_SIZE ranks) and replicates over nodes.
-        dtype: of the gathered parameters; the shards, and the reduction of gradients, stay float32.
+            shards them within a node (LOCAL_WORLD_SIZE ranks) and replicates over nodes.
+        dtype: of the gathered matrices; the shards, and the reduction of gradients, stay float32.
         cpu_offload: keep the shards in CPU memory between uses.
     """
     if shard == "none":
@@ -107,28 +112,120 @@ def parallelize(
         return DistributedDataParallel(model) if run.world_size > 1 else model
     if run.world_size == 1:
         raise ValueError(f"--shard {shard} needs several processes: start the script with torchrun")
+    sizes, names = (run.world_size,), None
     if shard == "hybrid":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", run.world_size))
-        mesh = init_device_mesh(
-            run.device.type, (run.world_size // local, local), mesh_dim_names=("replicate", "shard")
+        sizes, names = (run.world_size // local, local), ("replicate", "shard")
+    mesh = init_device_mesh(run.device.type, sizes, mesh_dim_names=names)
+    # Norms and biases are small, and rounding the norms' weights would show: they stay whole, in float32.
+    vectors = {parameter for parameter in model.parameters() if parameter.ndim < 2}
+    for parameter in vectors:
+        parameter.data = parameter.data.to(run.device)
+
+    def shard_module(module: nn.Module | list[nn.Module], dtype: torch.dtype | None, **more: bool) -> None:
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # it would round rotary tables, loss weights and coefficients
         )
-    else:
-        mesh = init_device_mesh(run.device.type, (run.world_size,))
-    options = {
-        "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
-    }
-    transformer = (
-        model.get_base_model().model.transformer if hasattr(model, "peft_config") else model.model.transformer
-    )
-    fully_shard(transformer.wte, **options)
+        offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+        fully_shard(
+            module, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=vectors, **more
+        )
+
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    transformer = base.model.transformer
+    if not base.config.weight_tying:  # tied, the embedding is also the head: the root's, gathered throughout
+        shard_module(transformer.wte, None)
     for block in transformer.blocks:
-        fully_shard(block, **options)
-    # The tail is used last in the forward and first in the backward, so it is not resharded in between.
-    fully_shard([transformer.ln_f, transformer.ff_out], reshard_after_forward=False, **options)
-    fully_shard(model, **options)
+        shard_module(block, getattr(torch, dtype))
+    if not base.config.weight_tying:
+        # The head's weight is read, its forward is not called: ln_f's is, just before. Used last in the
+        # forward and first in the backward, so not resharded in between.
+        tail = [transformer.ln_f, transformer.ff_out]
+        shard_module(tail, getattr(torch, dtype), reshard_after_forward=False)
+    shard_module(model, None)
     return model
+
+
+@contextmanager
+def free_forwards(model: nn.Module) -> Iterator[None]:
+    """Within its body every rank runs as many forwards of a sharded model as it likes, without gradients.
+
+    Weights are gathered once where they fit into what memory is free on every rank. Elsewhere all ranks go
+    through each forward together, those that are done with empty ones.
+    """
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    device = next(parameter.device for parameter in model.parameters() if not isinstance(parameter, DTensor))
+    nothing = torch.zeros(1, 1, dtype=torch.long, device=device)
+    with torch.no_grad():
+        model(input_ids=nothing)  # FSDP finds its root in the first forward
+    model.unshard()  # generate() goes past the hooks of a PeftModel, which may be the root
+    needed = sum(parameter.numel() * 2 for parameter in base.parameters() if parameter.ndim > 1)
+    is_gathered = max_over_ranks(needed - _ROLLOUT_SHARE * _free_memory(device)) <= 0
+    if dist.get_rank() == 0 and not getattr(model, "has_told", False):
+        model.has_told = True
+        how = (
+            "weights gathered once a rollout" if is_gathered else "all ranks go through each forward together"
+        )
+        print(f"--shard: {how} ({needed / 1e9:.2f} GB in bfloat16)", flush=True)
+    if is_gathered:
+        for shard in shards:
+            shard.set_reshard_after_forward(False, recurse=False)
+            shard.unshard()
+    else:
+        hook = base.register_forward_pre_hook(lambda *_: (sum_over_ranks([1.0]), None)[1])
+    yield
+    if not is_gathered:
+        hook.remove()
+        with torch.no_grad():
+            while sum_over_ranks([0.0])[0]:
+                base(input_ids=nothing)
+    tail = (model, base.model.transformer.ln_f, base.model.transformer.ff_out)
+    for shard in shards:
+        shard.set_reshard_after_forward(shard not in tail, recurse=False)
+        shard.reshard()
+
+
+_ROLLOUT_SHARE = 0.6  # of the free memory; the rest is for logits and caches of the rollout
+
+
+def _free_memory(device: torch.device) -> float:
+    """Bytes that this rank may still take."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def reduce_vectors(model: nn.Module) -> None:
+    """Averages over ranks the gradients of what a sharded model keeps whole."""
+    if not isinstance(model, FSDPModule):
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None and not isinstance(p, DTensor)]
+    if gradients:
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        parts = (flat / dist.get_world_size()).split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+    """Scales the gradients down to this norm over all of them, if it is larger; the norm before."""
+    kinds = [[p for p in parameters if isinstance(p, DTensor) == is_sharded] for is_sharded in (True, False)]
+    if not all(kinds):
+        return whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+    # torch does not add up norms of sharded and of whole tensors
+    found = [[p.grad for p in kind if p.grad is not None] for kind in kinds]
+    norm = math.hypot(*(whole(torch.nn.utils.get_total_norm(gradients)) for gradients in found))
+    for kind in kinds:
+        torch.nn.utils.clip_grads_with_norm_(kind, max_norm, torch.tensor(norm))
+    return norm
 
 
 def gradient_sync(model: torch.nn.Module, *, last: bool) -> AbstractContextManager:

@@ -108,6 +108,10 @@ STAGES = {
                 *("--redraw_masks", "true", "--group_masks", "false", "--num_iterations", "2"),
                 *("--beta", "0.1", "--kl_estimator", "k3", "--count_zero_advantages", "false"),
             ),
+            "threshold, lora": (
+                *("--parallel_decoding", "threshold", "--threshold", "0.3", "--lora_r", "2"),
+                *("--beta", "0.1", "--eval_limit", "1"),
+            ),
         },
     ),
     "inference": Stage("inference/generate.py", after=("sft",), reads_checkpoint=True),

@@ -10,7 +10,7 @@ from llada.diffusion.losses import LossParts
 from llada.run import Run, Sums, add_sums, autocast, means_over_ranks, sum_over_ranks
 from llada.training.config import TrainConfig, learning_rate
 from llada.training.monitor import MAX_SKIPPED_IN_A_ROW, Progress, gather_records
-from llada.training.parallel import gradient_sync, whole
+from llada.training.parallel import clip_gradients, gradient_sync, reduce_vectors
 
 
 class Batch(Protocol):
@@ -45,8 +45,6 @@ class Trainer:
         self._state, self._num_skipped_in_a_row = state, 0
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._model = model
-        # Sharded weights are gathered in the right precision already.
-        self._dtype = config.dtype if config.shard == "none" else "float32"
         self._skips_nonfinite = config.on_nonfinite == "skip"
 
     def step(self, step: int, batches: list[Batch], total_units: float) -> dict[str, float]:
@@ -60,8 +58,8 @@ class Trainer:
             loss, more = self._forward_backward(batch, total_units, last=i == len(batches) - 1)
             losses.append(loss)
             add_sums(sums, more)
-        max_norm = self._config.max_grad_norm or math.inf
-        grad_norm = whole(torch.nn.utils.clip_grad_norm_(self._parameters, max_norm))
+        reduce_vectors(self._model)
+        grad_norm = clip_gradients(self._parameters, self._config.max_grad_norm or math.inf)
         (loss_value,) = sum_over_ranks([float(sum(losses))])
         self._state.phases.mark("forward_backward")
         if math.isfinite(loss_value) and math.isfinite(grad_norm):
@@ -79,14 +77,14 @@ class Trainer:
         # Gradients are averaged over ranks; the loss is already divided by the global number of units.
         always = self._config.reduce_always
         with gradient_sync(self._model, last=last or always):
-            with autocast(self._run.device, self._dtype):
+            with autocast(self._run.device, self._config.dtype):
                 loss = self._loss(self._model, batch.to(self._run.device), total_units)
             if isinstance(loss, torch.Tensor):
                 (loss * self._run.world_size).backward()
                 return loss.detach(), {}
         for k, part in enumerate(loss.parts):
             with gradient_sync(self._model, last=always or (last and k == len(loss.parts) - 1)):
-                with autocast(self._run.device, self._dtype):
+                with autocast(self._run.device, self._config.dtype):
                     value = part()
                 (value * self._run.world_size).backward()
         return loss.value, loss.sums
