@@ -28,7 +28,7 @@ class Config(ConversationFlags, SpellingFlags, PrefetchFlags, TrainConfig):
     train_data_path: str = flag(help="Conversations: raw, or made by prepare_sft.py.", reads="path")
     eval_data_path: str | None = flag(None, "The same for validation.", reads="path")
     tokenizer_name: str = flag(help="Tokenizer folder; the student's, for a shared vocabulary.")
-    config_name: str | None = flag(None, "From scratch: a size in configs/models.")
+    config_name: str | None = flag(None, "From scratch: a size in configs/models.", reads="size")
     model_name_or_path: str | None = flag(None, "Causal checkpoint to continue.", reads="model")
 
     def check_flags(self) -> None:
@@ -43,13 +43,13 @@ if __name__ == "__main__":
 import torch
 from datasets import Dataset
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
 )
 
+from llada.autoregressive.causal_lm import named_refusal, read_causal_config, read_causal_model
 from llada.data.rows import ConversationRows
 from llada.diffusion.batches import Example, MaskedBatch, Noised
 from llada.diffusion.stream import MaskedStream
@@ -118,11 +118,14 @@ def load_causal(
     with nullcontext() if has_values else torch.device("meta"):
         if config.config_name is not None:
             model = new_teacher(config.config_name, tokenizer, seed=config.seed, max_length=config.max_length)
-        elif has_values:
-            path = resolve_checkpoint(config.model_name_or_path)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         else:
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model_name_or_path))
+            path = resolve_checkpoint(config.model_name_or_path)
+            with named_refusal("--model_name_or_path", path):
+                shape = read_causal_config(path)
+                if has_values:
+                    model = read_causal_model(path, dtype="float32")
+                else:
+                    model = AutoModelForCausalLM.from_config(shape)
     pad = tokenizer.pad_token_id  # no token is masked; an id is needed where a stream would put one
     return model.train(), SpecialIds(mask=pad, eos=tokenizer.eos_token_id, pad=pad, eot=None)
 

@@ -92,9 +92,8 @@ def test_settings_change_and_bad_ones_do_not(chat):
 
 
 def test_a_block_length_asks_for_blocks(chat):
-    out = chat(
-        "/set block_length 4", "/set method fixed_length block_length 2", flags=["--method", "fixed_length"]
-    )
+    fixed = "/set method fixed_length"
+    out = chat(fixed, "/set block_length 4", f"{fixed} block_length 2")
     assert "block_length = 4, method = semi_autoregressive_padding" in out
     assert "method = fixed_length, block_length = 2" in out
 

@@ -214,7 +214,10 @@ def test_bad_prompt_files(run, tmp_path, content, message):
         ([], "either --prompt TEXT or --prompts_file"),
         (["--prompt", "a", "--gen_length", "10"], "gen_length 10 is not a multiple of block_length 4"),
         (["--prompt", "a", "--steps", "1"], "steps 1 cannot be shared out evenly over 2 blocks"),
-        (["--prompt", "a", "--best_of", "majority"], "--best_of majority chooses among answers"),
+        (
+            ["--prompt", "a", "--best_of", "majority"],
+            "--best_of majority: has no effect without --num_return_sequences",
+        ),
         (["--prompt", "a", "--gen_length", "256", "--steps", "256"], "leaves no room in a context of 256"),
     ],
 )
@@ -243,13 +246,14 @@ def test_answers_as_messages(run, prompts):
         assert line["prompt"][-1]["role"] == "user" and line["id"] == text["id"]
 
 
-def test_the_methods_of_the_predecessor(run):
+def test_the_methods_of_the_predecessor(model_dir):
     script = load_script("inference/generate.py")
 
     def parse(*flags):
-        return script.sampler_settings(script.parse(script.Config, ["--model_path", "m", *flags]))
+        return script.sampler_settings(script.parse(script.Config, ["--model_path", str(model_dir), *flags]))
 
     assert parse().method == "fixed_length"
     assert parse("--block_length", "32").method == "semi_autoregressive_padding"
-    assert parse("--method", "fixed_length", "--block_length", "32").block_of(128) == 128
+    with pytest.raises(ValueError, match="--block_length 32: has no effect with --method fixed_length"):
+        parse("--method", "fixed_length", "--block_length", "32")
     assert parse("--method", "semi_autoregressive_origin").block_of(128) == 32

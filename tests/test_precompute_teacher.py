@@ -255,10 +255,10 @@ def test_a_teacher_without_numbers_leaves_nothing_usable(more, value, teacher_di
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--teacher", "x", "--server", "y"), "give --teacher or --server, not both"),
+        (("--teacher", "owner/x", "--server", "y"), "give --teacher or --server, not both"),
         (("--server", "y", "--top_k", "0"), "a server gives the most likely tokens only"),
-        (("--top_k", "-1"), "--top_k -1 must not be negative"),
-        (("--limit", "0"), "--limit 0 must be at least 1"),
+        (("--top_k", "-1"), "--top_k -1: must be at least 0"),
+        (("--limit", "0"), "--limit 0: must be at least 1"),
         (("--teacher", "no/such"), "--teacher no/such: cannot be read"),
     ],
 )

@@ -146,12 +146,12 @@ def test_a_difference_that_rounding_does_not_explain_is_an_error(run, prompts, m
     ("flags", "message"),
     [
         ([], "either --prompt TEXT or --prompts_file"),
-        (["--prompts_file", "x.jsonl"], "--prompts_file needs --output_path"),
+        (["--prompts_file", __file__], "--prompts_file needs --output_path"),
         (["--prompt", "a", "--draft_length", "0"], "--draft_length 0: must be at least 1"),
         (["--prompt", "a", "--acceptance", "token"], "temperature 0 leaves nothing to draw"),
         (["--prompt", "x " * 200], "--prompt: a prompt of"),
         (["--prompt", "a", "--max_new_tokens", "500"], "exceed the verifier's context of 128 tokens"),
-        (["--prompt", "a", "--verifier", "no/where/at_all"], "--verifier no/where/at_all: "),
+        (["--prompt", "a", "--verifier", "no/where/at_all"], "--verifier 'no/where/at_all': no checkpoint"),
         (["--prompt", "a", "--verifier_gguf_file", "x.gguf"], "cannot be read"),
     ],
 )  # fmt: skip

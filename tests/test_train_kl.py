@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import BertConfig, BertLMHeadModel
 
 from conftest import ROOT, load_script
 from llada.autoregressive.teacher_rows import Distributions, TeacherAnswer, TeacherTable, as_columns, count
@@ -55,8 +56,8 @@ def flags(folder, model_dir, rows_dir, *more):
 def make_stream(rows, model_dir, rule, *, window_length=4, decay=float("inf"), batch_size=4):
     config = parse(
         train_kl.Config,
-        ["--model_name_or_path", "x", "--train_data_path", "x", "--output_dir", "x", "--batch_size",
-         str(batch_size), "--micro_batch_size", str(batch_size)],
+        ["--model_name_or_path", str(model_dir), "--train_data_path", str(model_dir), "--output_dir", "x",
+         "--batch_size", str(batch_size), "--micro_batch_size", str(batch_size)],
     )  # fmt: skip
     tokenizer = load_tokenizer(str(model_dir))
     ids = special_ids(load_model(str(model_dir)).config, tokenizer)
@@ -380,10 +381,10 @@ def test_rows_of_another_tokenizer_are_refused(rows_dir, model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--temperature", "0"), "--temperature 0.0 must be above 0"),
-        (("--alpha", "-1"), "--alpha -1.0 must not be negative"),
+        (("--temperature", "0"), "--temperature 0.0: must be above 0"),
+        (("--alpha", "-1"), "--alpha -1.0: must be at least 0"),
         (("--loss_type", "hybrid", "--alpha", "0", "--beta", "0"), "has no loss"),
-        (("--window_length", "0"), "--window_length 0 must be above 0"),
+        (("--window_length", "0"), "--window_length 0: must be at least 1"),
     ],
 )
 def test_wrong_flags(more, message, model_dir, rows_dir, tmp_path):
@@ -391,9 +392,9 @@ def test_wrong_flags(more, message, model_dir, rows_dir, tmp_path):
         train_kl.main(flags(tmp_path, model_dir, rows_dir, *more))
 
 
-def test_accumulation_multiplies_the_batch(model_dir, rows_dir, tmp_path):
+def test_accumulation_is_micro_batches_of_a_step(model_dir, rows_dir, tmp_path):
     train_kl.main(
-        flags(tmp_path / "a", model_dir, rows_dir, "--batch_size", "2", "--gradient_accumulation_steps", "2")
+        flags(tmp_path / "a", model_dir, rows_dir, "--batch_size", "4", "--gradient_accumulation_steps", "2")
     )
     train_kl.main(flags(tmp_path / "b", model_dir, rows_dir, "--batch_size", "4", "--micro_batch_size", "2"))
     first, second = final_weights(tmp_path / "a"), final_weights(tmp_path / "b")
@@ -422,7 +423,12 @@ def test_a_small_teacher_learns_and_can_be_asked(model_dir, tokenizer_dir, tmp_p
     assert row_lengths(load_rows(tmp_path / "rows")).min() > 0
     with pytest.raises(ValueError, match="give either --config_name"):
         train_teacher.main([*options, "--output_dir", str(tmp_path / "c")])
-    with pytest.raises(ValueError, match="a small teacher is trained whole"):
+    with pytest.raises(ValueError, match=r"unknown argument .--use_lora"):
         train_teacher.main(
             [*options, "--config_name", "1m", "--output_dir", str(tmp_path / "c"), "--use_lora"]
         )
+    bert = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.5)
+    BertLMHeadModel(bert).save_pretrained(tmp_path / "bert")
+    more = ["--model_name_or_path", str(tmp_path / "bert"), "--max_steps", "1"]
+    with pytest.raises(ValueError, match=r"bert: cannot be read .* its attention is bidirectional"):
+        train_teacher.main([*options, *more, "--output_dir", str(tmp_path / "c")])

@@ -1,0 +1,150 @@
+"""Alignment on the student's own tracks against stored answers, with the quickstart's teacher.
+
+As a converter: the teacher's weights with full attention become a diffusion model, which is scored by the
+share of held-out puzzles it solves.
+
+    ce, kl     --positions masked on the teacher's stored answers: SFT on them, and its distributions
+    answers    --on_policy answers: the student answers the prompts of those records, the teacher judges
+
+As a drafter: the teacher in its causal form, scored by the acceptance length on held-out prompts.
+
+    one        --positions windows at random places of the stored answers
+    drafts     --on_policy drafts
+
+Every arm trains for --steps at a constant rate and is scored on the way; CPU seconds are those of the
+training so far, sampling included, tokens those it has been trained on. Finished parts are kept.
+
+Run:
+    python scripts/benchmarks/bench_on_policy.py --quickstart runs/quickstart --output_dir runs/on_policy \\
+        --seeds 0 1 2
+"""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from llada.data.records import read_records
+from llada.flags.parser import flag, parse, run_main
+from llada.rewards.functions import puzzle_solved
+
+ROOT = Path(__file__).resolve().parents[2]
+MASKED = ("--positions", "masked")
+ARMS = {
+    "ce": ("convert", (*MASKED, "--loss_type", "ce")),
+    "kl": ("convert", (*MASKED, "--loss_type", "kl")),
+    "answers": ("convert", ("--on_policy", "answers", "--loss_type", "kl")),
+    "one": ("draft", ("--positions", "windows", "--loss_type", "kl")),
+    "drafts": ("draft", ("--positions", "windows", "--loss_type", "kl", "--on_policy", "drafts")),
+}
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Flags of this benchmark."""
+
+    quickstart: str = flag("runs/quickstart", "Folder of the main job, up to its stage precompute_teacher.")
+    output_dir: str = flag(help="Folder of everything that is made.")
+    arms: list[str] = flag(list(ARMS), "Which to run.", choices=list(ARMS))
+    seeds: list[int] = flag([0], "Seeds of the trainings.")
+    steps: int = flag(200, "Steps of a training.", at_least=1)
+    interval: int = flag(50, "Steps between scores.", at_least=1)
+    batch_size: int = flag(32, "Records, or prompts, a step.", at_least=1)
+    learning_rate: float = flag(1e-3, "Peak learning rate.", above=0)
+    sampling_steps: int = flag(8, "Denoising steps of the student's answers, of 32 tokens.", at_least=1)
+    num_prompts: int = flag(250, "Held-out prompts.", at_least=1)
+
+
+def run(script: str, *flags: object) -> float:
+    """Runs a script of the suite; its CPU seconds."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{script} failed: {done.stderr[-800:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def train(config: Config, folder: Path, arm: str, seed: int) -> dict[str, float]:
+    """One training with all its states: CPU seconds and trained tokens."""
+    start, flags = ARMS[arm]
+    root, output, note = Path(config.quickstart), folder / f"{arm}-{seed}", folder / f"{arm}-{seed}.json"
+    if note.exists():
+        return json.loads(note.read_text())
+    shutil.rmtree(output, ignore_errors=True)  # its CPU seconds would be lost
+    data = root / "teacher_rows/train"
+    if arm == "answers":
+        data = folder / "prompts.jsonl"
+        lines = (root / "data/sft.jsonl").read_text(encoding="utf-8").splitlines()[:4000]
+        data.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        flags = (*flags, "--teacher", root / "teacher/final", "--gen_length", 32)
+        flags = (*flags, "--steps", config.sampling_steps)
+    flags = (
+        *flags,
+        "--max_steps",
+        config.steps,
+        "--save_interval",
+        config.interval,
+        "--save_total_limit",
+        -1,
+    )
+    flags = (*flags, "--batch_size", config.batch_size, "--max_length", 128, "--seed", seed)
+    flags = (*flags, "--learning_rate", config.learning_rate, "--lr_scheduler_type", "constant")
+    given = ("--model_name_or_path", folder / start, "--train_data_path", data, "--output_dir", output)
+    spent = run("alignment/train_kl.py", *given, *flags)
+    tokens = json.loads((output / "results.json").read_text())["num_tokens"]
+    note.write_text(json.dumps({"cpu_seconds": spent, "tokens": tokens}))
+    return json.loads(note.read_text())
+
+
+def score(config: Config, folder: Path, arm: str, seed: int, step: int) -> float:
+    """Share of puzzles solved, or acceptance length, of one state."""
+    root, name = Path(config.quickstart), f"{arm}-{seed}-{step}"
+    state, answers, report = (folder / f"{name}{end}" for end in ("", ".jsonl", ".report.json"))
+    if not answers.exists():
+        shutil.rmtree(state, ignore_errors=True)
+        of_step = ("--run", folder / f"{arm}-{seed}", "--step", step, "--output_dir", state)
+        run("scripts/export_checkpoint.py", *of_step)
+        common = ["--prompts_file", root / "data/heldout.jsonl", "--is_instruct", "--output_path", answers]
+        common += ["--max_samples", config.num_prompts]
+        if ARMS[arm][0] == "convert":
+            run("inference/generate.py", "--model_name_or_path", state, *common, "--gen_length", 32)
+        else:
+            pair = ("--drafter", state, "--verifier", root / "teacher/final", "--draft_length", 8)
+            more = ("--max_new_tokens", 32, "--no_compare", "--report_path", report)
+            run("inference/speculative_decode.py", *pair, *common, *more)
+    if ARMS[arm][0] == "draft":
+        return json.loads(report.read_text())["acceptance_length"]
+    records = [record for _, record in read_records(root / "data/heldout.jsonl")][: config.num_prompts]
+    texts = [json.loads(line)["completion"] for line in answers.read_text(encoding="utf-8").splitlines()]
+    return sum(puzzle_solved(*pair) for pair in zip(texts, records, strict=True)) / len(texts)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains, scores and prints the table."""
+    config = parse(Config, argv, description=__doc__)
+    folder, root = Path(config.output_dir), Path(config.quickstart)
+    folder.mkdir(parents=True, exist_ok=True)
+    teacher = ["--model_name_or_path", root / "teacher/final"]
+    for name, flags in (("convert", ["--logit_shift"]), ("draft", ["--drafter", "causal"])):
+        if not (folder / name).exists():
+            run("scripts/convert_ar.py", *teacher, *flags, "--output_dir", folder / name)
+    print("| arm | seed | steps | CPU s | trained tokens | solved, or acceptance length |")
+    print("|---" * 6 + "|")
+    for arm in config.arms:
+        for seed in config.seeds:
+            spent = train(config, folder, arm, seed)
+            for step in range(config.interval, config.steps + 1, config.interval):
+                done, value = step / config.steps, score(config, folder, arm, seed, step)
+                cost = f"{done * spent['cpu_seconds']:.0f} | {done * spent['tokens']:.0f}"
+                print(f"| {arm} | {seed} | {step} | {cost} | {value:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)
