@@ -38,7 +38,9 @@ class Config(TextFlags, RowsConfig):
     eval_data_path: str | None = flag(None, "The same for validation.", reads="path")
     model_name_or_path: str | None = flag(None, "Checkpoint to continue from.", reads="model")
     config_name: str | None = flag(
-        None, "Start from scratch: a size in configs/models or a YAML file of LLaDAConfig fields."
+        None,
+        "Start from scratch: a size in configs/models or a YAML file of LLaDAConfig fields.",
+        reads="size",
     )
     random_length_probability: float = flag(
         0.01,

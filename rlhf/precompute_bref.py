@@ -36,7 +36,8 @@ class Config(LabelledFlags):
         help="Checkpoint of the reference: folder, run, adapter, or hub name.", reads="model"
     )
     input: str = flag(
-        help="JSONL, JSON or Parquet file, folder of files or of a data set, or name of one on the hub."
+        help="JSONL, JSON or Parquet file, folder of files or of a data set, or name of one on the hub.",
+        reads="data",
     )
     num_masks: list[int] = flag(help="Numbers of masks (K) to give B_ref for.", at_least=1)
     output_path: str = flag(help="JSONL file to write.", writes="file")

@@ -40,7 +40,7 @@ class Config(ReferenceFlags, RecipeFlags, PairConfig):
         "Terms of the loss; sft is the chosen answer's own loss.",
         choices=DPO_LOSSES,
     )
-    loss_weights: list[float] | None = flag(None, "Weight of each --loss_type; default 1.")
+    loss_weights: list[float] | None = flag(None, "Weight of each --loss_type; default 1.", at_least=0)
     label_smoothing: float = flag(
         0.0,
         "Probability that a preference is the wrong way round.",

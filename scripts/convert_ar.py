@@ -38,7 +38,7 @@ from llada.flags.parser import check_command_line, flag, parse, run_main
 class Config:
     """Flags of this script."""
 
-    model_name_or_path: str = flag(help="folder or hub name of the autoregressive checkpoint")
+    model_name_or_path: str = flag(help="folder or hub name of the autoregressive checkpoint", reads="model")
     output_dir: str = flag(help="new folder for the LLaDA checkpoint", writes="new folder")
     gguf_file: str | None = flag(
         None, help="name of a GGUF file inside that folder, read instead of safetensors"
@@ -48,7 +48,9 @@ class Config:
         help="dtype of the written weights; auto: as in the source",
         choices=["auto", "float32", "bfloat16", "float16"],
     )
-    num_layers: int | None = flag(None, help="keep only the first N layers (a drafter); default all")
+    num_layers: int | None = flag(
+        None, help="keep only the first N layers (a drafter); default all", at_least=1
+    )
     drafter: str | None = flag(
         None,
         help="causal: keep the source's causal form, as a parallel drafter that engines can run beside it",
@@ -57,7 +59,7 @@ class Config:
     mask_token: str | None = flag(None, help="token of the source that becomes the mask; default a new one")
     logit_shift: bool = flag(False, help="declare that position i of the network predicts token i+1")
     check_tokens: int = flag(
-        32, help="after converting, compare logits with the source on this many tokens; 0: no"
+        32, help="after converting, compare logits with the source on this many tokens; 0: no", at_least=0
     )
 
 

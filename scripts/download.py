@@ -27,7 +27,7 @@ class Config:
     """Flags of this script."""
 
     model: str = flag(help="base, instruct, 1.5, or a hub repository org/name")
-    output_dir: str = flag(help="folder that receives the files; must be new")
+    output_dir: str = flag(help="folder that receives the files; must be new", writes="folder")
     revision: str = flag("main", help="branch, tag or commit on the hub")
 
 

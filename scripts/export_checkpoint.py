@@ -29,9 +29,9 @@ from llada.flags.yaml_files import read_yaml
 class Config:
     """Flags of this script."""
 
-    run: str = flag(help="Folder of a training run: config.yaml and step-N states.")
+    run: str = flag(help="Folder of a training run: config.yaml and step-N states.", reads="path")
     output_dir: str = flag(help="New folder for the checkpoint.", writes="new folder")
-    step: int | None = flag(None, help="Which step-N; default the latest.")
+    step: int | None = flag(None, help="Which step-N; default the latest.", at_least=0)
     dtype: str = flag("float32", help="Of the weights written.", choices=["float32", "bfloat16", "float16"])
     format: str = flag(
         "llada", help="llada, or pard: a causal drafter for engines.", choices=["llada", "pard"]

@@ -25,11 +25,13 @@ from llada.flags.parser import check_command_line, flag, parse, run_main
 class Config:
     """Flags of the data maker."""
 
-    output_dir: str = flag(help="Folder for the files.")
-    num_train: int = flag(24000, help="Training puzzles of each task (fewer where the task has fewer).")
-    num_heldout: int = flag(250, help="Held-out puzzles of each task.")
-    num_prompts: int = flag(4000, help="Training sudokus that are also written as prompts.")
-    seed: int = flag(7, help="Key of the puzzles.")
+    output_dir: str = flag(help="Folder for the files.", writes="folder")
+    num_train: int = flag(
+        24000, help="Training puzzles of each task (fewer where the task has fewer).", at_least=1
+    )
+    num_heldout: int = flag(250, help="Held-out puzzles of each task.", at_least=1)
+    num_prompts: int = flag(4000, help="Training sudokus that are also written as prompts.", at_least=1)
+    seed: int = flag(7, help="Key of the puzzles.", at_least=0)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,14 @@ from llada.flags.parser import check_command_line, flag, parse, run_main
 class Config:
     """Flags of this script."""
 
-    adapter_path: str = flag(help="adapter folder")
+    adapter_path: str = flag(help="adapter folder", reads="model")
     output_dir: str = flag(
         "merged_model_final", help="new folder for the merged checkpoint", writes="new folder"
     )
     base_model: str | None = flag(
         None,
         help="base checkpoint folder, or hub name; default: the base named in the adapter",
+        reads="model",
     )
 
 

@@ -14,8 +14,8 @@ from llada.flags.parser import check_command_line, flag, parse, run_main
 class Config:
     """Flags of the plotter."""
 
-    runs: list[str] = flag(help="Run folders, each with a metrics.jsonl.")
-    output: str = flag(help="PNG file to write.")
+    runs: list[str] = flag(help="Run folders, each with a metrics.jsonl.", reads="path")
+    output: str = flag(help="PNG file to write.", writes="file")
     metrics: list[str] = flag(["loss", "eval_loss"], help="Names to draw, as in metrics.jsonl.")
 
 

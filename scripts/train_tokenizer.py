@@ -22,13 +22,16 @@ from llada.flags.parser import check_command_line, flag, parse, run_main
 class Config:
     """Flags of this script."""
 
-    output_dir: str = flag(help="Folder that receives the tokenizer.")
-    data: list[str] = flag([], help="Files or folders: JSONL with text or conversations, text, Parquet.")
+    output_dir: str = flag(help="Folder that receives the tokenizer.", writes="tokenizer")
+    data: list[str] = flag(
+        [], help="Files or folders: JSONL with text or conversations, text, Parquet.", reads="path"
+    )
     extend: str | None = flag(
         None,
         help="Tokenizer or checkpoint folder: a copy with the special tokens it lacks, instead of training.",
+        reads="model",
     )
-    vocab_size: int = flag(4096, help="Number of tokens, bytes and special tokens included.")
+    vocab_size: int = flag(4096, help="Number of tokens, bytes and special tokens included.", at_least=1)
 
 
 if __name__ == "__main__":
@@ -37,6 +40,7 @@ if __name__ == "__main__":
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from llada.data.messages import valid
 from llada.data.reading import to_messages
 from llada.data.records import read_records
 from llada.models.tokens import CHAT_TEMPLATE, SPECIAL_TOKENS, extend_tokenizer
@@ -89,7 +93,7 @@ def read_texts(paths: list[str]) -> Iterator[str]:
     for path in paths:
         for where, record in read_records(path):
             if isinstance(record.get("text"), str):
-                yield record["text"]
+                yield valid(record["text"], where)
             else:
                 yield from (text for message in to_messages(record, where) for text in message.values())
 

@@ -7,7 +7,9 @@ so a wrong value and a flag that could have no effect are refused before anythin
 import dataclasses
 import inspect
 import math
+import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 REQUIRED = dataclasses.MISSING
@@ -38,9 +40,11 @@ def flag(
         choices: the accepted values.
         at_least, above, at_most, below: the range of the value, or of every value of a list.
         needs: the flag without which this one has no effect and is refused: "shard" (set to anything), or
-            "report_to=wandb|trackio" (set to one of these), "teacher=None" (absent).
-        reads: "path" for a file or folder that must exist, "model" for a checkpoint or a name on the hub.
-        writes: "file", "folder" or "new folder" that the script makes; never what it reads.
+            "report_to=wandb|trackio" (set to one of these), "teacher=None" (absent); or several, parted by
+            " or ".
+        reads: what must be there, a kind of `llada.flags.paths.READ`: "path" is a file or folder, "model" a
+            checkpoint or its name on the hub.
+        writes: what the script makes, a kind of `WRITTEN` there; never what it reads, and not what is there.
         fixed: a resumed run must have the same value.
     """
     said = {name: value for name, value in locals().items() if name != "default"}
@@ -50,15 +54,21 @@ def flag(
     return dataclasses.field(default=default, metadata=said)
 
 
-def said_of(config_class: type, name: str) -> dict[str, Any]:
+@cache
+def said_of(config_class: type, name: str) -> Mapping[str, Any]:
     """What `flag` was told of a field: the class's own words over those of its bases."""
     said: dict[str, Any] = {}
     for base in reversed(config_class.__mro__):
         if name in own_names(base):
-            said |= base.__dataclass_fields__[name].metadata
+            own = base.__dataclass_fields__[name].metadata
+            for bounds in (("at_least", "above"), ("at_most", "below")):  # a new one takes an old one's place
+                if own.keys() & set(bounds):
+                    said = {key: value for key, value in said.items() if key not in bounds}
+            said |= own
     return said
 
 
+@cache
 def own_names(config_class: type) -> list[str]:
     """The fields that a class declares itself, in order."""
     fields = config_class.__dict__.get("__dataclass_fields__", {})
@@ -108,18 +118,20 @@ def check_needs(config: Any) -> None:
     for field in dataclasses.fields(config):
         needs, value = said_of(type(config), field.name).get("needs", ""), getattr(config, field.name)
         if value not in (*OFF, default_of(field)) and not is_met(config, needs):
-            partner, _, wanted = needs.partition("=")
-            without = f"without --{partner} {wanted.replace('|', ' or ')}".rstrip()
-            without = f"beside --{partner}" if wanted == "None" else without
+            without = re.sub(r"(\w+)=?(\S*)", r"--\1 \2", needs.replace(" or ", " , ")).replace("|", " or ")
+            without = " ".join(without.split()).replace(" , --", " or --")
+            without = f"beside --{needs[:-5]}" if needs.endswith("=None") else f"without {without}"
             raise ValueError(f"--{field.name} {shown(value)}: has no effect {without}")
 
 
-def is_met(config: Any, needs: str) -> bool:
-    """Whether a flag's `needs` hold, and those of the flag that is needed."""
-    if not needs:
+def is_met(config: Any, needs: str, seen: tuple[str, ...] = ()) -> bool:
+    """Whether a flag's `needs` hold, and those of the flag that is needed; two flags may need each other."""
+    if not needs or needs in seen:
         return True
+    if " or " in needs:
+        return any(is_met(config, part, seen) for part in needs.split(" or "))
     partner, _, wanted = needs.partition("=")
     value = getattr(config, partner)
     values = value if isinstance(value, list) else [value]
     holds = any(str(item) in wanted.split("|") for item in values) if wanted else value not in OFF
-    return holds and is_met(config, said_of(type(config), partner).get("needs", ""))
+    return holds and is_met(config, said_of(type(config), partner).get("needs", ""), (*seen, needs))

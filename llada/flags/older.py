@@ -68,6 +68,12 @@ def _full_shard(is_wanted: bool) -> list[str]:
     return ["--shard", "full"] if is_wanted and int(os.environ.get("WORLD_SIZE", "1")) > 1 else []
 
 
+def _adam_betas(values: list[str]) -> list[str]:
+    if len(values) != 2:
+        raise ValueError("give two numbers")
+    return ["--adam_beta1", values[0], "--adam_beta2", values[1]]
+
+
 def _environment(name: str) -> Callable[[list[str]], list[str]]:
     def keep(values: list[str]) -> list[str]:
         os.environ[name] = values[0]
@@ -82,7 +88,7 @@ LIKELIHOODS = ("elbo", "trajectory", "diffu")  # what --estimator meant in GRPO 
 _TRANSLATED: dict[str, tuple[str, Callable[[list[str]], list[str]]]] = {
     "bf16": ("dtype", _if_on("--dtype", "bfloat16")),
     "gradient_checkpointing": ("activation_checkpointing", _if_on("--activation_checkpointing", "full")),
-    "adam_betas": ("adam_beta1", lambda v: ["--adam_beta1", v[0], "--adam_beta2", *v[1:]]),
+    "adam_betas": ("adam_beta1", _adam_betas),
     "zero_stage": ("shard", lambda v: _full_shard(int(v[0]) >= 2)),
     "fsdp": ("shard", lambda v: ["--shard", "full" if "full_shard" in " ".join(v) else "none"]),
     "save_strategy": ("save_interval", lambda v: [] if v == ["steps"] else ["--save_interval", "0"]),

@@ -80,6 +80,8 @@ class _Parser(argparse.ArgumentParser):
                 self._add(section, name, _value_type(hints[name]), said_of(config_class, name))
         self.add_argument("--config", metavar="FILE.yaml", help="YAML file of flags; the command line wins")
         self.add_argument("--debug", action="store_true", help="show where an error was raised")
+        if "overwrite" not in self.fields:
+            self.add_argument("--overwrite", action="store_true", help="replace outputs that are there")
 
     def _add(self, section: Any, name: str, kind: Any, said: dict[str, Any]) -> None:
         default = self.defaults[name]
@@ -105,7 +107,10 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> typing.NoReturn:
         """One line, instead of argparse's usage of a hundred flags."""
-        raise ValueError(message.removeprefix("argument "))
+        message = message.removeprefix("argument ")
+        raise ValueError(
+            message if len(message) <= 200 else f"{message[:150]}... ({len(message)} characters)"
+        )
 
     def known(self, name: str) -> bool:
         return f"--{name}" in self._option_string_actions or is_older(name, self.fields)
@@ -170,10 +175,10 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, *, descripti
     for name, value in values.items():
         check_value(name, value, said_of(config_class, name))
     check_needs(config)
-    paths.check_paths(config)
     for base in reversed(config_class.__mro__):
         if "check_flags" in base.__dict__:
             base.check_flags(config)
+    paths.check_paths(config, overwrites=namespace.overwrite)
     return config
 
 

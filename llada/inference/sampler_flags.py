@@ -20,7 +20,7 @@ class SamplerFlags(SamplerSettings):
         help="fixed_length: one block. semi_autoregressive_padding: blocks in a canvas of full length. "
         "semi_autoregressive_origin: the canvas grows. Default: padding with --block_length, else fixed.",
     )
-    seed: int = 42
+    seed: int = flag(42, at_least=0)
     fills_blocks: ClassVar[bool] = False  # an evaluation rounds lengths up to whole blocks, and cuts answers
 
     def check_flags(self) -> None:

@@ -11,21 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from llada.flags.yaml_files import read_yaml
 from llada.models.checkpoints import RopeScaling, base_and_adapter, load_model
+from llada.models.flags import LINEAR_LAYERS
 from llada.models.tokens import HOW_TO_ADD, SPECIAL_TOKENS, load_tokenizer, special_ids
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-
-# Names of LLaDA's linear layers inside a block, each with the name Llama-style code gives it.
-LINEAR_LAYERS = {
-    "q_proj": "q_proj",
-    "k_proj": "k_proj",
-    "v_proj": "v_proj",
-    "attn_out": "o_proj",
-    "ff_proj": "gate_proj",
-    "up_proj": "up_proj",
-    "ff_out": "down_proj",
-}
 
 
 def load_for_inference(

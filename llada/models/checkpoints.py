@@ -131,6 +131,8 @@ def load_config(path: str, *, mask_token_id: int | None = None) -> LLaDAConfig:
         settings, _ = PreTrainedConfig.get_config_dict(path)
     except OSError as error:
         raise not_found(path, error) from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{where}: config.json holds {type(settings).__name__}, not names with values")
     kind = settings.get("model_type")
     if kind != LLaDAConfig.model_type:
         raise ValueError(
@@ -266,10 +268,11 @@ def load_model(
             dtype=DTYPES.get(dtype, dtype),
             attn_implementation=attn_implementation,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
         )
-    except OSError as error:
+    except (OSError, ImportError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--model_name_or_path {path}: its weights cannot be read: {reason}") from error
+        raise ValueError(f"--model_name_or_path {path}: cannot be read: {reason}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
             keys = sorted(map(str, report[kind]))

@@ -1,8 +1,19 @@
-"""The flag of every script that takes a checkpoint which may not say all about itself."""
+"""What flags say of models. Nothing slow is imported: see llada/flags/parser.py."""
 
 from dataclasses import dataclass
 
 from llada.flags.declaration import flag
+
+# Names of LLaDA's linear layers inside a block, each with the name Llama-style code gives it.
+LINEAR_LAYERS = {
+    "q_proj": "q_proj",
+    "k_proj": "k_proj",
+    "v_proj": "v_proj",
+    "attn_out": "o_proj",
+    "ff_proj": "gate_proj",
+    "up_proj": "up_proj",
+    "ff_out": "down_proj",
+}
 
 
 @dataclass(kw_only=True)

@@ -93,8 +93,8 @@ def _read(path: str) -> tuple[str, PreTrainedTokenizerBase]:
         return path, AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except OSError as error:
         raise not_found(path, error) from error
-    except ValueError as error:  # damaged files, or a class that only code beside them defines
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of damaged files, whatever the libraries met there
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(f"--tokenizer_name {path}: cannot be read: {reason}") from error
 
 

@@ -21,6 +21,7 @@ class ReferenceFlags:
         None,
         help="Checkpoint of the reference; default the policy as it starts (with fresh LoRA adapters these "
         "are switched off, otherwise a second copy is loaded).",
+        reads="model",
     )
 
 

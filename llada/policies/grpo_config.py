@@ -35,20 +35,25 @@ class LikelihoodFlags:
         "nodes (GDPO), one ratio that grows over the --num_iterations (UniGRPO), within a block (SPG), or as "
         "in LLaDA's published likelihood.",
         choices=MASK_PLANS,
+        needs="likelihood=elbo",
     )
     mask_weights: str = flag(
         "bound",
         help="elbo: weigh masks so that their sum is the bound, or all alike.",
         choices=["bound", "none"],
+        needs="likelihood=elbo",
     )
     redraw_masks: bool = flag(
-        False, help="New masks for each of the --num_iterations; old, new and reference share them."
+        False,
+        help="New masks for each of the --num_iterations; old, new and reference share them.",
+        needs="likelihood=elbo|diffu|coupled",
     )
     group_masks: bool = flag(True, help="The completions of a prompt share their masks.")
     size_law: str = flag(
         "inv_sqrt",
         help="elbo: law of the mask sizes of stratified and iid; inv_sqrt has less noise.",
         choices=SIZE_LAWS,
+        needs="likelihood=elbo",
     )
     eos: str = flag(
         "one",
@@ -56,19 +61,29 @@ class LikelihoodFlags:
         "to the end of the canvas, for models trained with --eos_padding; masks that do not count (tail); or "
         "what was sampled there, which counts (canvas; with --early_stop false).",
         choices=["one", "filled", "tail", "canvas"],
+        needs="likelihood=elbo|diffu|coupled",
     )
     trajectory_steps: int = flag(
-        0, help="trajectory: score so many random steps of a completion, weighted up; 0 = all.", at_least=0
+        0,
+        help="trajectory: score so many random steps of a completion, weighted up; 0 = all.",
+        at_least=0,
+        needs="likelihood=trajectory",
     )
     trajectory_shrink: int = flag(
-        1, help="trajectory: score so many neighbouring steps as one, from the first one's state.", at_least=1
+        1,
+        help="trajectory: score so many neighbouring steps as one, from the first one's state.",
+        at_least=1,
+        needs="likelihood=trajectory",
     )
-    order_term: bool = flag(True, help="trajectory: count which positions were decided, not only the tokens.")
+    order_term: bool = flag(
+        True,
+        help="trajectory: count which positions were decided, not only the tokens.",
+        needs="likelihood=trajectory",
+    )
     p_mask_prompt: float = flag(
         0.15,
         help="diffu: share of the prompt that is masked; --mask_plan block: of all before the block.",
-        at_least=0, at_most=1,
-    )  # fmt: skip
+        at_least=0, at_most=1, needs="likelihood=diffu or mask_plan=block")  # fmt: skip
 
     @property
     def level(self) -> str:
@@ -107,27 +122,33 @@ class SurrogateFlags:
         "squared distance of the log-ratio per token from --squared_target x advantage (GDSD).",
         choices=["clip", "linear", "squared"],
     )
-    squared_target: float = flag(10.0, help="squared: psi.", above=0)
+    squared_target: float = flag(10.0, help="squared: psi.", above=0, needs="surrogate=squared")
     eubo_weight: float = flag(
         0.0,
         help="elbo, linear: advantages below 0 push down this share of an upper bound (SPG), and the rest of "
         "the lower one.",
-        at_least=0, at_most=1,
-    )  # fmt: skip
-    eubo_beta: float = flag(1.5, help="Exponent of the upper bound.", above=0)
+        at_least=0, at_most=1, needs="surrogate=linear")  # fmt: skip
+    eubo_beta: float = flag(1.5, help="Exponent of the upper bound.", above=0, needs="eubo_weight")
     beta: float = flag(0.0, help="Weight of the KL; 0: no reference is loaded.", at_least=0)
     kl_estimator: str = flag(
         "k2",
         help="Of d = log pi - log pi_ref: d; d^2 / 2, whose gradient on policy is that of the KL; or "
         "exp(-d) - 1 + d.",
         choices=["k1", "k2", "k3"],
+        needs="beta",
     )
     kl_to: str = flag(
         "reference", help="The KL's other policy: the reference, or the one that sampled.",
-        choices=["reference", "old"],
-    )  # fmt: skip
-    epsilon: float = flag(0.2, help="Ratios count up to 1 + epsilon, and down to 1 - epsilon.", at_least=0)
-    epsilon_high: float | None = flag(None, help="The upper limit's own value; default epsilon.", at_least=0)
+        choices=["reference", "old"], needs="beta")  # fmt: skip
+    epsilon: float = flag(
+        0.2,
+        help="Ratios count up to 1 + epsilon, and down to 1 - epsilon.",
+        at_least=0,
+        needs="surrogate=clip|squared",
+    )
+    epsilon_high: float | None = flag(
+        None, help="The upper limit's own value; default epsilon.", at_least=0, needs="surrogate=clip|squared"
+    )
     loss_type: str = flag(
         "grpo",
         help="Mean over completions (grpo), over all terms of the global batch (dapo, bnpo), or sum over "

@@ -68,7 +68,7 @@ class RewardFlags:
     judge_cache: str | None = flag(
         None,
         "SQLite file of judgements, so that none is paid for twice.",
-        writes="file",
+        writes="store",
         needs="reward_funcs=judge",
     )
 

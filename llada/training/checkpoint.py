@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ class Saver:
         self._output_dir, self._run, self._keep = output_dir, run, keep
         # Its own group: on the default one, the saver's collectives would mix with those of training, and
         # abort.
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        patience = timedelta(hours=12)  # a slow disk; a rank that dies is noticed otherwise
+        self._group = dist.new_group(backend="gloo", timeout=patience) if dist.is_initialized() else None
         self._pending: tuple[int, Mapping[str, Any], Future] | None = None
         if run.is_main:
             for partial in output_dir.glob("step-*.tmp"):  # what a killed run was writing
@@ -154,9 +156,11 @@ def _reason(error: Exception) -> str:
 def read_meta(folder: Path) -> dict[str, Any]:
     """What `Saver` noted beside the tensors; ValueError if the folder is not a whole checkpoint."""
     try:
-        return json.loads((folder / "meta.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"--resume_from_checkpoint {folder}: not a complete checkpoint ({error})") from error
+        meta = json.loads((folder / "meta.json").read_text())
+        return meta | {"step": meta["step"], "max_steps": meta["max_steps"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"not a complete checkpoint ({error!r})"
+        raise ValueError(f"--resume_from_checkpoint {folder}: {problem}") from error
 
 
 def check_meta(folder: Path, meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada.flags.declaration import flag, said_of
-from llada.models.flags import MaskTokenFlag
+from llada.models.flags import LINEAR_LAYERS, MaskTokenFlag
 
 if TYPE_CHECKING:
     from llada.run import Run  # imports torch
@@ -52,7 +52,8 @@ class LoraFlags:
     )
     lora_target_modules: list[str] | None = flag(
         None,
-        "Linear layers of the blocks by name (q_proj, attn_out, ff_out, ...); default all-linear.",
+        "Linear layers of the blocks, by LLaDA's name or Llama's; default all-linear.",
+        choices=["all-linear", *dict.fromkeys((*LINEAR_LAYERS, *LINEAR_LAYERS.values()))],
         fixed=True,
     )
 
@@ -183,7 +184,7 @@ class LoggingFlags:
         False, "Keep the weights with the lowest validation loss in best/.", needs="eval_data_path"
     )
     resume_from_checkpoint: str = flag(
-        "auto", "auto = continue --output_dir if it holds a state; none; or a folder."
+        "auto", "auto = continue --output_dir if it holds a state; none; or a folder.", reads="state"
     )
     on_nonfinite: str = flag(
         "stop",

@@ -24,21 +24,25 @@ from llada.flags.parser import check_command_line, flag, parse, run_main
 class Config:
     """Flags of the measurement."""
 
-    model_name_or_path: list[str] = flag(help="Checkpoints or runs; their tokenizers must agree.")
-    data_path: str = flag(help="Held-out text as for pretraining, or rows made by prepare_corpus.py.")
-    max_length: int = flag(8192, help="Tokens of a row.")
-    num_rows: int = flag(64, help="Rows, from the start of the data.")
-    num_parts: int = flag(8, help="Parts of equal length into which positions are grouped.")
-    draws: int = flag(1, help="Masks per row.")
-    batch_size: int = flag(1, help="Rows per forward.")
+    model_name_or_path: list[str] = flag(
+        help="Checkpoints or runs; their tokenizers must agree.", reads="model"
+    )
+    data_path: str = flag(
+        help="Held-out text as for pretraining, or rows made by prepare_corpus.py.", reads="path"
+    )
+    max_length: int = flag(8192, help="Tokens of a row.", at_least=1)
+    num_rows: int = flag(64, help="Rows, from the start of the data.", at_least=1)
+    num_parts: int = flag(8, help="Parts of equal length into which positions are grouped.", at_least=1)
+    draws: int = flag(1, help="Masks per row.", at_least=1)
+    batch_size: int = flag(1, help="Rows per forward.", at_least=1)
     rope_scaling: list[str] = flag(
         [], help="For each model how its positions are stretched (none, linear, ntk, yarn); default none."
     )
-    rope_factor: list[float] = flag([], help="For each model by how much; default 1.")
+    rope_factor: list[float] = flag([], help="For each model by how much; default 1.", at_least=1)
     dtype: str = flag("float32", help="Of the weights.", choices=["float32", "bfloat16"])
     device: str | None = flag(None, help="cpu or cuda; default the GPU if there is one.")
-    output: str | None = flag(None, help="JSON file for all numbers.")
-    seed: int = flag(0, help="Of the masks.")
+    output: str | None = flag(None, help="JSON file for all numbers.", writes="file")
+    seed: int = flag(0, help="Of the masks.", at_least=0)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Config:
     num_states: int = flag(48, help="States of the chain.", at_least=2)
     num_masks: list[int] = flag([8, 16, 32, 64, 128], help="Masks per answer.", at_least=2)
     estimators: list[str] = flag(list(ESTIMATORS), help="Of these.", choices=ESTIMATORS)
-    seed: int = flag(0, help="Of the chain, the answers and the masks.")
+    seed: int = flag(0, help="Of the chain, the answers and the masks.", at_least=0)
     output: str | None = flag(None, help="JSON file for all numbers.", writes="file")
 
 

@@ -46,22 +46,28 @@ from llada.flags.parser import check_command_line, flag, parse, run_main
 class Config:
     """Flags of the benchmark."""
 
-    model_name_or_path: str | None = flag(None, help="Checkpoint or run folder.")
+    model_name_or_path: str | None = flag(None, help="Checkpoint or run folder.", reads="model")
     prompts_file: str | None = flag(
-        None, help="Records with prompts, and verifiers where accuracy is wanted."
+        None, help="Records with prompts, and verifiers where accuracy is wanted.", reads="path"
     )
-    num_prompts: int = flag(16, help="Prompts to time, spread evenly over the file.")
-    num_scored: int = flag(0, help="Prompts that our arms also answer once, for accuracy; 0: none.")
+    num_prompts: int = flag(16, help="Prompts to time, spread evenly over the file.", at_least=1)
+    num_scored: int = flag(
+        0, help="Prompts that our arms also answer once, for accuracy; 0: none.", at_least=0
+    )
     is_instruct: bool = flag(True, help="Use the chat template.")
-    gen_length: int = flag(256, help="Answer length in tokens.")
-    block_length: int = flag(32, help="Tokens per block.")
-    steps: int | None = flag(None, help="Denoising steps over the whole answer; default gen_length.")
+    gen_length: int = flag(256, help="Answer length in tokens.", at_least=1)
+    block_length: int = flag(32, help="Tokens per block.", at_least=1)
+    steps: int | None = flag(
+        None, help="Denoising steps over the whole answer; default gen_length.", at_least=1
+    )
     batch_size: list[int] = flag(
-        [], help="Prompts per call of the sampler, one after another; default 1 8 (1 3 8, or 1 with --shape)."
+        [],
+        help="Prompts per call of the sampler, one after another; default 1 8 (1 3 8, or 1 with --shape).",
+        at_least=1,
     )
     arms: list[str] = flag([], help="What to run; default a selection.")
-    repeats: int = flag(3, help="Timed runs of each arm.")
-    threads: int | None = flag(None, help="CPU threads; default torch's choice.")
+    repeats: int = flag(3, help="Timed runs of each arm.", at_least=1)
+    threads: int | None = flag(None, help="CPU threads; default torch's choice.", at_least=1)
     clock: str = flag(
         "wall",
         help="Of times on prompts. cpu: this process's own seconds, on a machine that has other work too.",
@@ -71,17 +77,21 @@ class Config:
     dtype: str = flag(
         "float32", help="Of the weights.", choices=["float32", "bfloat16", "float16", "float64"]
     )
-    context: int | None = flag(None, help="The model's context in tokens, in place of its config's.")
-    peer_path: list[str] = flag([], help="Checkouts of LLaDA, Fast-dLLM or dllm, to run their samplers.")
+    context: int | None = flag(
+        None, help="The model's context in tokens, in place of its config's.", at_least=1
+    )
+    peer_path: list[str] = flag(
+        [], help="Checkouts of LLaDA, Fast-dLLM or dllm, to run their samplers.", reads="path"
+    )
     invariance: bool = flag(False, help="Compare batch sizes and paddings instead of timing.")
     shape: str | None = flag(
         None, help="Random weights of this shape instead.", choices=["8b-random", "micro-random"]
     )
-    tokens_per_step: list[int] = flag([1], help="With --shape: tokens decided in a step.")
-    peak_tflops: float = flag(989.4, help="Of the GPU, dense bf16; H100 and H200 SXM: 989.4.")
-    bandwidth: float = flag(3.35, help="Of the GPU's memory in TB/s; H100 SXM 3.35, H200 4.8.")
-    output: str | None = flag(None, help="JSON file for all numbers.")
-    seed: int = flag(0, help="Of random draws and weights.")
+    tokens_per_step: list[int] = flag([1], help="With --shape: tokens decided in a step.", at_least=1)
+    peak_tflops: float = flag(989.4, help="Of the GPU, dense bf16; H100 and H200 SXM: 989.4.", above=0)
+    bandwidth: float = flag(3.35, help="Of the GPU's memory in TB/s; H100 SXM 3.35, H200 4.8.", above=0)
+    output: str | None = flag(None, help="JSON file for all numbers.", writes="file")
+    seed: int = flag(0, help="Of random draws and weights.", at_least=0)
 
     def settings(self, arm: str) -> "LLaDAGenerationConfig":
         """The sampler's settings for an arm of this run."""

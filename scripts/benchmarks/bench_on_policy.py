@@ -28,9 +28,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from llada.data.records import read_records
-from llada.flags.parser import flag, parse, run_main
-from llada.rewards.functions import puzzle_solved
+from llada.flags.parser import check_command_line, flag, parse, run_main
 
 ROOT = Path(__file__).resolve().parents[2]
 MASKED = ("--positions", "masked")
@@ -57,6 +55,13 @@ class Config:
     learning_rate: float = flag(1e-3, "Peak learning rate.", above=0)
     sampling_steps: int = flag(8, "Denoising steps of the student's answers, of 32 tokens.", at_least=1)
     num_prompts: int = flag(250, "Held-out prompts.", at_least=1)
+
+
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+from llada.data.records import read_records
+from llada.rewards.functions import puzzle_solved
 
 
 def run(script: str, *flags: object) -> float:

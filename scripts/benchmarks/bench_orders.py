@@ -30,11 +30,11 @@ class Config:
         help="random: any transition may be likely; sticky: a state most likely stays what it is.",
         choices=["random", "sticky"],
     )
-    num_samples: int = flag(2000, help="Answers per arm.")
-    batch_size: int = flag(500, help="Answers sampled together.")
-    num_bootstrap: int = flag(1000, help="Bootstrap repetitions.")
-    seed: int = flag(0, help="Of the chain, the draws and the bootstrap.")
-    output: str | None = flag(None, help="JSON file of all numbers.")
+    num_samples: int = flag(2000, help="Answers per arm.", at_least=1)
+    batch_size: int = flag(500, help="Answers sampled together.", at_least=1)
+    num_bootstrap: int = flag(1000, help="Bootstrap repetitions.", at_least=1)
+    seed: int = flag(0, help="Of the chain, the draws and the bootstrap.", at_least=0)
+    output: str | None = flag(None, help="JSON file of all numbers.", writes="file")
 
 
 if __name__ == "__main__":

@@ -33,19 +33,19 @@ ARMS = ("fixed", "batch", "sorted", "packed", "dense")
 class Config:
     """Flags of the benchmark."""
 
-    train_data_path: str = flag(help="Folder made by prepare_corpus.py --rows documents.")
-    tokenizer_name: str = flag(help="Its tokenizer.")
-    config_name: str = flag("6m", help="Size of the model, as for pretraining.")
-    max_length: int = flag(2048, help="Tokens of a packed row.")
-    batch_size: int = flag(64, help="Documents per step.")
-    tokens_at_once: int = flag(8192, help="Tokens of a micro-batch, padding included.")
+    train_data_path: str = flag(help="Folder made by prepare_corpus.py --rows documents.", reads="path")
+    tokenizer_name: str = flag(help="Its tokenizer.", reads="model")
+    config_name: str = flag("6m", help="Size of the model, as for pretraining.", reads="size")
+    max_length: int = flag(2048, help="Tokens of a packed row.", at_least=1)
+    batch_size: int = flag(64, help="Documents per step.", at_least=1)
+    tokens_at_once: int = flag(8192, help="Tokens of a micro-batch, padding included.", at_least=1)
     arms: list[str] = flag(list(ARMS), help="What to time, of " + ", ".join(ARMS) + ".")
     dtype: str = flag("float32", help="Of the matrix products.", choices=["float32", "bfloat16"])
     device: str | None = flag(None, help="cpu or cuda; default the GPU if there is one.")
-    threads: int | None = flag(None, help="CPU threads; default torch's choice.")
-    repeats: int = flag(5, help="Steps per arm, each over other records.")
-    seed: int = flag(0, help="Of weights, records and masks.")
-    output: str | None = flag(None, help="JSON file for all numbers.")
+    threads: int | None = flag(None, help="CPU threads; default torch's choice.", at_least=1)
+    repeats: int = flag(5, help="Steps per arm, each over other records.", at_least=1)
+    seed: int = flag(0, help="Of weights, records and masks.", at_least=0)
+    output: str | None = flag(None, help="JSON file for all numbers.", writes="file")
 
 
 if __name__ == "__main__":

@@ -33,16 +33,18 @@ ROOT = Path(__file__).resolve().parents[2]
 class Config:
     """Flags of the benchmark."""
 
-    checkpoint: str = flag(help="The SFT checkpoint that every run starts from.")
-    data: str = flag(help="Folder of make_quickstart_data.py: prompts.jsonl and heldout.jsonl.")
-    output_dir: str = flag(help="Folder of the runs and of the table.")
+    checkpoint: str = flag(help="The SFT checkpoint that every run starts from.", reads="model")
+    data: str = flag(help="Folder of make_quickstart_data.py: prompts.jsonl and heldout.jsonl.", reads="path")
+    output_dir: str = flag(help="Folder of the runs and of the table.", writes="folder")
     methods_file: str = flag(
-        str(ROOT / "configs/bench_posttraining.yaml"), help="Flags of every method, and what all share."
+        str(ROOT / "configs/bench_posttraining.yaml"),
+        help="Flags of every method, and what all share.",
+        reads="path",
     )
     methods: list[str] | None = flag(None, help="Only these; default all of the file.")
-    seeds: list[int] = flag([1, 2, 3], help="Each method runs once for each.")
+    seeds: list[int] = flag([1, 2, 3], help="Each method runs once for each.", at_least=0)
     task: str = flag("mini_sudoku", help="Puzzles of the data that count.")
-    max_heldout: int | None = flag(None, help="Only the first so many held-out puzzles.")
+    max_heldout: int | None = flag(None, help="Only the first so many held-out puzzles.", at_least=1)
 
 
 if __name__ == "__main__":

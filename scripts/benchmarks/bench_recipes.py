@@ -42,7 +42,7 @@ class Config:
 
     checkpoints: list[str] = flag(help="The SFT checkpoints that runs start from.", reads="model")
     data: str = flag(help="Folder of make_quickstart_data.py: prompts.jsonl and heldout.jsonl.", reads="path")
-    output_dir: str = flag(help="Folder of the runs and of the table.")
+    output_dir: str = flag(help="Folder of the runs and of the table.", writes="folder")
     recipes_file: str = flag(
         str(ROOT / "configs/bench_recipes.yaml"), help="Blocks, arms, and what all share.", reads="path"
     )
@@ -51,10 +51,10 @@ class Config:
     task: str = flag("mini_sudoku", help="Puzzles of the data that count.")
     budget: float = flag(250_000, help="Forwards of one sequence that a run may spend.", above=0)
     learning_rates: list[float] = flag([1e-4, 3e-4, 1e-3], help="Tried in step 1.", above=0)
-    seeds: list[int] = flag([1, 2, 3, 4, 5, 6], help="Of step 2; step 1 has seed 0.")
+    seeds: list[int] = flag([1, 2, 3, 4, 5, 6], help="Of step 2; step 1 has seed 0.", at_least=0)
     max_heldout: int = flag(500, help="Held-out puzzles, of which each step judges a half.", at_least=2)
     max_minutes: float | None = flag(
-        None, help="Begin no run after so many minutes; the table says what lacks."
+        None, help="Begin no run after so many minutes; the table says what lacks.", above=0
     )
 
 

@@ -22,12 +22,12 @@ class Config:
     """Flags of this script."""
 
     base_url: str = flag("http://127.0.0.1:8000", help="Where the server listens.")
-    prompts_file: str = flag(
-        help="JSONL of records with a `prompt`.",
+    prompts_file: str = flag(help="JSONL of records with a `prompt`.", reads="path")
+    concurrency: int = flag(64, help="Requests at once.", at_least=1)
+    num_requests: int = flag(2000, help="Requests of the memory trial.", at_least=1)
+    max_tokens: int = flag(
+        32, help="Longest answer asked for; a third of the requests asks for half of it.", at_least=1
     )
-    concurrency: int = flag(64, help="Requests at once.")
-    num_requests: int = flag(2000, help="Requests of the memory trial.")
-    max_tokens: int = flag(32, help="Longest answer asked for; a third of the requests asks for half of it.")
 
 
 if __name__ == "__main__":

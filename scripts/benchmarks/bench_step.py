@@ -37,9 +37,11 @@ class Config:
     """Flags of the benchmark."""
 
     shape: str = flag("cpu", help="Model and batch.", choices=["cpu", "cpu-v126k", "1b", "8b-lora", "micro"])
-    batch_size: int | None = flag(None, help="Sequences per step; default the shape's.")
-    length: int | None = flag(None, help="Tokens per sequence; default the shape's.")
-    lora_r: int | None = flag(None, help="LoRA rank on all linear layers, 0 = none; default the shape's.")
+    batch_size: int | None = flag(None, help="Sequences per step; default the shape's.", at_least=1)
+    length: int | None = flag(None, help="Tokens per sequence; default the shape's.", at_least=1)
+    lora_r: int | None = flag(
+        None, help="LoRA rank on all linear layers, 0 = none; default the shape's.", at_least=0
+    )
     device: str = flag("cpu", help="cpu or cuda.")
     dtype: str = flag("float32", help="Of the matrix products in ours.", choices=["float32", "bfloat16"])
     reference_dtype: str | None = flag(
@@ -49,18 +51,20 @@ class Config:
     gradient_checkpointing: bool = flag(False, help="Recompute blocks in the backward, in all arms.")
     ablations: bool = flag(False, help="Also time ours without one feature at a time.")
     memory: bool = flag(False, help="Also measure peak memory.")
-    mask_ratio: list[float] = flag([0.5, 1.0], help="Masked shares of the tokens, measured one by one.")
-    repeats: int = flag(7, help="Timed steps per arm.")
+    mask_ratio: list[float] = flag(
+        [0.5, 1.0], help="Masked shares of the tokens, measured one by one.", above=0, at_most=1
+    )
+    repeats: int = flag(7, help="Timed steps per arm.", at_least=1)
     clock: str = flag(
         "wall",
         help="Time on the wall, or CPU seconds of this process: what else a shared machine does is then no "
         "part of a step.",
         choices=["wall", "cpu"],
     )
-    threads: int | None = flag(None, help="CPU threads; default torch's choice.")
-    peer_path: str | None = flag(None, help="A checkout of dllm, to time its own trainer too.")
-    output: str | None = flag(None, help="JSON file for all numbers.")
-    seed: int = flag(0, help="Of weights, tokens and masks.")
+    threads: int | None = flag(None, help="CPU threads; default torch's choice.", at_least=1)
+    peer_path: str | None = flag(None, help="A checkout of dllm, to time its own trainer too.", reads="path")
+    output: str | None = flag(None, help="JSON file for all numbers.", writes="file")
+    seed: int = flag(0, help="Of weights, tokens and masks.", at_least=0)
     memory_of: str | None = flag(None, help="Only print this arm's peak memory; --memory runs this.")
 
     def resolve(self) -> "Shape":

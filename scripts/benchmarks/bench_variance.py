@@ -30,19 +30,19 @@ from llada.flags.parser import check_command_line, flag, parse, run_main
 class Config:
     """Flags of the measurement."""
 
-    data: list[str] = flag(help="Text: files or folders, as for pretraining.")
-    length: int = flag(128, help="Bytes per record.")
-    num_records: int = flag(32, help="Records of the fixed batch, and of a training batch.")
-    train_steps: int = flag(300, help="Steps of training before the measurement.")
-    learning_rate: float = flag(1e-3, help="Constant learning rate of the training.")
-    d_model: int = flag(128, help="Width of the model.")
-    n_layers: int = flag(4, help="Blocks of the model.")
-    draws: int = flag(400, help="Draws of the loss per scheme.")
-    gradient_draws: int = flag(96, help="Draws of the gradient per scheme; 0 = none.")
-    resamples: int = flag(2000, help="Bootstrap resamples.")
-    threads: int | None = flag(None, help="CPU threads; default torch's choice.")
-    output: str | None = flag(None, help="JSON file for all numbers.")
-    seed: int = flag(0, help="Of weights, batches and masks.")
+    data: list[str] = flag(help="Text: files or folders, as for pretraining.", reads="path")
+    length: int = flag(128, help="Bytes per record.", at_least=1)
+    num_records: int = flag(32, help="Records of the fixed batch, and of a training batch.", at_least=1)
+    train_steps: int = flag(300, help="Steps of training before the measurement.", at_least=1)
+    learning_rate: float = flag(1e-3, help="Constant learning rate of the training.", above=0)
+    d_model: int = flag(128, help="Width of the model.", at_least=1)
+    n_layers: int = flag(4, help="Blocks of the model.", at_least=1)
+    draws: int = flag(400, help="Draws of the loss per scheme.", at_least=1)
+    gradient_draws: int = flag(96, help="Draws of the gradient per scheme; 0 = none.", at_least=0)
+    resamples: int = flag(2000, help="Bootstrap resamples.", at_least=1)
+    threads: int | None = flag(None, help="CPU threads; default torch's choice.", at_least=1)
+    output: str | None = flag(None, help="JSON file for all numbers.", writes="file")
+    seed: int = flag(0, help="Of weights, batches and masks.", at_least=0)
 
 
 if __name__ == "__main__":

@@ -36,14 +36,16 @@ RUNS = {
 class Config:
     """Flags of the test."""
 
-    output_dir: str = flag(help="New folder for all runs.")
+    output_dir: str = flag(help="New folder for all runs.", writes="folder")
     stages: list[str] = flag(list(RUNS), help="What to kill, of: " + "; ".join(RUNS) + ".")
-    kills: int = flag(20, help="Kills in all, spread over the stages.")
-    steps: int = flag(60, help="Steps of a run; it saves every 5.")
-    ranks: int = flag(1, help="Processes of a run until it is killed.")
-    resume_ranks: int | None = flag(None, help="Processes afterwards; default the same.")
-    tolerance: float = flag(1e-6, help="Of the loss curve where the number of ranks changes, relative.")
-    seed: int = flag(0, help="Of the moments.")
+    kills: int = flag(20, help="Kills in all, spread over the stages.", at_least=1)
+    steps: int = flag(60, help="Steps of a run; it saves every 5.", at_least=1)
+    ranks: int = flag(1, help="Processes of a run until it is killed.", at_least=1)
+    resume_ranks: int | None = flag(None, help="Processes afterwards; default the same.", at_least=1)
+    tolerance: float = flag(
+        1e-6, help="Of the loss curve where the number of ranks changes, relative.", above=0
+    )
+    seed: int = flag(0, help="Of the moments.", at_least=0)
 
 
 if __name__ == "__main__":
