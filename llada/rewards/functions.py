@@ -1,12 +1,10 @@
-"""Rewards that a program can check.
+"""Rewards that a program can check: functions of a completion's text and of the record's fields they name.
 
-A reward is a function of a completion's text and of the record's fields that it names; `of_each` makes of it
-a function of TRL's signature, which gives one value a completion, None where it has nothing to say:
+`of_each` gives them TRL's signature, one value a completion, None where a reward has nothing to say:
 
     def reward(prompts, completions, **columns) -> list[float | None]
 
-Ours find the answer by llada/data/final_answer.py, and stay harmless whatever the text is: see
-llada/rewards/sandbox.py. To add one, write it here and add it to BUILT_IN. What each accepts: docs/grpo.md.
+To add one, write it here and add it to BUILT_IN. What each accepts: docs/grpo.md.
 """
 
 import ast
@@ -49,13 +47,7 @@ def of_each(reward: Callable[..., float | None], **settings: Any) -> RewardFunct
     """The reward of many completions, of TRL's signature, from `reward(text, *, field, ...)` of one.
 
     A field is the record's own, else that of its `metadata`. A record that lacks one has no reward, unless
-    the field has a default.
-
-    Args:
-        settings: what `reward` gets beside the fields, for every record.
-
-    Raises:
-        ValueError: no record has such a field.
+    the field has a default; ValueError if no record has it. `settings` replace fields for every record.
     """
     fields = [f for f in list(inspect.signature(reward).parameters.values())[1:] if f.name not in settings]
 
@@ -100,14 +92,14 @@ def reasoning_gym_partial(text: str, *, task: str, answer: Any, metadata: Any) -
 @of_each
 def reasoning_gym(text: str, *, task: str, answer: Any, metadata: Any) -> bool:
     """Whether the final answer solves the puzzle: full marks of reasoning-gym's own verifier of `task`."""
+    # of_each keeps the reward of one text as `__wrapped__`
     return reasoning_gym_partial.__wrapped__(text, task=task, answer=answer, metadata=metadata) >= 1.0
 
 
 def puzzle_solved(completion: str, record: Mapping[str, Any]) -> float:
     """`reasoning_gym` of one completion: what held-out accuracy counts, in the pipeline and in lm_eval.
 
-    Raises:
-        ValueError: the record lacks `task`, `answer` or `metadata`, or names an unknown task.
+    ValueError: the record lacks `task`, `answer` or `metadata`, or names an unknown task.
     """
     missing = [name for name in ("task", "answer", "metadata") if name not in record]
     if missing:
@@ -187,6 +179,7 @@ def program_of(completion: str, entry_point: str | None) -> str:
     # a program without a fence, dressed or behind "The answer is", begins with one of these
     starts = islice(re.finditer(r"\b(?:from|import|def|class)\s|@\w", text), 20)
     bare = [undressed(text), *(text[start.start() :].strip("*$`. \n") for start in starts)]
+    # by preference: a block that defines it, the last block, the answer, all of the text
     found = [*code_blocks(text)[::-1], final_answer(completion), *bare]
     programs = [program for program in found if _is_program(program)]
     defining = [program for program in programs if entry_point and f"def {entry_point}" in program]
@@ -203,10 +196,7 @@ def _is_program(text: str) -> bool:
 
 @of_each
 def speed(text: str, *, completion_ids: Sequence[int], num_forwards: int) -> float:
-    """Tokens per forward: what --parallel_decoding threshold gains. Weigh it below the reward that it serves.
-
-    Source: LightningRL rl_reward.py.
-    """
+    """Tokens per forward, to be weighed below the reward that it serves. Source: LightningRL rl_reward.py."""
     return len(completion_ids) / max(1, num_forwards)
 
 

@@ -4,11 +4,7 @@
     pointwise   one question a completion: can be cached for each, and asked in parallel
     pairwise    every pair in both orders; a win counts only if both orders agree, else it is a tie
 
-Scores are from 0 to 1. A judge prefers some places in a list, so the order is permuted by a key made of the
-group, and with two orders the second is the reverse of the first and scores are averaged. A judgement that
-failed is None, never 0.
-
-G completions of a group.
+Scores are from 0 to 1; a judgement that failed is None, never 0. G completions of a group.
 
 Source: RULER (OpenPipe ART) for listwise scores; MT-bench (arXiv 2306.05685) for orders of pairs.
 """
@@ -89,18 +85,13 @@ def _shown(tag: str, text: str, **attributes: Any) -> str:
 
 @dataclass(kw_only=True)
 class Judge:
-    """A judge, which is a reward function (TRL's signature).
-
-    Attributes:
-        num_orders: 1, or 2 to ask listwise questions in two orders.
-        max_concurrency: questions under way at the same time.
-    """
+    """A judge, which is a reward function (TRL's signature)."""
 
     client: ChatClient
     mode: str = "listwise"
     rubric: str = RUBRIC
-    num_orders: int = 1
-    max_concurrency: int = 4
+    num_orders: int = 1  # 2: listwise questions are asked in both orders, and the scores averaged
+    max_concurrency: int = 4  # questions under way at the same time
     seed: int = 0
     _disagreement: list[float] = field(default_factory=list)
 
@@ -140,11 +131,7 @@ class Judge:
     def scores(
         self, question: str, answers: Sequence[str], *, reference: str | None = None
     ) -> list[float | None]:
-        """The score of each answer; an empty one gets 0 without a question.
-
-        Raises:
-            ValueError, ServerFailure: as `ChatClient.ask`.
-        """
+        """The score of each answer; an empty one gets 0 without a question. Errors as of `ChatClient.ask`."""
         filled = [i for i, answer in enumerate(answers) if answer.strip()]
         result: list[float | None] = [None if answer.strip() else 0.0 for answer in answers]
         if not filled:
@@ -169,9 +156,11 @@ class Judge:
         return self.client.ask(messages, schema, lambda text: check(find_json(text)))
 
     def _listwise(self, question: str, answers: list[str]) -> list[float | None]:
-        # by the group alone: the same after a resume, and on any rank
+        # Judges prefer some places in a list, so the order is random. Its key is the group alone: the same
+        # order after a resume, and on any rank.
         order = generator(self.seed, "judge", question, *answers).permutation(len(answers)).tolist()
         found = []
+        # a lone answer reads the same in both orders
         for places in (order, order[::-1])[: self.num_orders if len(answers) > 1 else 1]:
             scores = self._ask(
                 f"Give each of the {len(answers)} answers a score from 0 to 1.",
@@ -193,16 +182,16 @@ class Judge:
         return [math.fsum(values) / len(values) for values in zip(*found, strict=True)]
 
     def _pointwise(self, question: str, answers: list[str]) -> list[float | None]:
-        def point(answer: str) -> float | None:
-            return self._ask(
+        return [
+            self._ask(
                 "Give the answer a score from 0 to 1.",
                 question,
                 [answer],
                 POINT_SCHEMA,
                 lambda value: _checked(value["score"]),
             )
-
-        return [point(answer) for answer in answers]
+            for answer in answers
+        ]
 
     def _pairwise(self, question: str, answers: list[str]) -> list[float | None]:
         """Each answer's mean over the pairs it is in: 1 for a win in both orders, 1/2 for a tie."""
@@ -214,6 +203,7 @@ class Judge:
             back = self._better(question, answers[j], answers[i])
             if forth is None or back is None:
                 continue
+            # each is +1 if the answer named first won: a judge that always says "first" makes a tie
             share = 1.0 if forth == 1 and back == -1 else 0.0 if forth == -1 and back == 1 else 0.5
             self._disagreement.append(float(forth != -back))
             won[i].append(share)
@@ -233,10 +223,7 @@ class Judge:
         return self._ask(task, question, [first, second], PAIR_SCHEMA, check)
 
     def sums(self) -> Sums:
-        """What to log since the last call: shares of questions that failed, were asked again or were cached.
-
-        order_gap: how far the scores of two orders were apart.
-        """
+        """What to log since the last call: shares of questions that failed, were retried or cached."""
         counts = self.client.metrics()
         asked = counts["calls"]
         gaps, self._disagreement = self._disagreement, []
@@ -245,7 +232,7 @@ class Judge:
             "retried": (counts["retries"], asked),
             "cached": (counts["cache_hits"], asked + counts["cache_hits"]),
             "seconds": (counts["seconds"], asked - counts["failures"]),
-            "order_gap": (math.fsum(gaps), len(gaps)),
+            "order_gap": (math.fsum(gaps), len(gaps)),  # how far the scores of two orders were apart
         }
 
 

@@ -107,6 +107,7 @@ def _behind_equals(text: str) -> str:
 def _value(parts: dict[str, str | None]) -> tuple[Fraction | None, bool]:
     """(value, whether it is a whole number written as a division) of the parts of a form."""
     whole, top, bottom, power = (
+        # "1,234." is a number at the end of a sentence
         None if parts.get(name) is None else Fraction(parts[name].replace(",", "").rstrip("."))
         for name in ("whole", "top", "bottom", "power")
     )
@@ -175,14 +176,14 @@ def equal_numbers(given: Number, gold: Number) -> bool:
 def compare(answer: str, gold: str, *, allow_expressions: bool = False) -> bool | None:
     """Whether an answer is the golden one, as far as text and numbers tell; None: ask `same_value`.
 
-    Args:
-        allow_expressions: 2 * 9 is an answer where 18 is asked for.
+    `allow_expressions`: 2 * 9 is an answer where 18 is asked for.
     """
     if len(answer) > MAX_CHARACTERS or not answer.strip():
         return False
     gold = gold_answer(gold)
     if canonical(answer) == canonical(gold):
         return True
+    # `y = 18` is no answer where `x = 18` is
     names = [re.match(r"\s*([A-Za-z])\s*=", plain(undressed(text))) for text in (answer, gold)]
     if all(names) and names[0][1] != names[1][1]:
         return False
@@ -218,6 +219,7 @@ def same_value(answer: str, gold: str) -> bool:
     if is_text(gold):
         return False
     answer, gold = _set_of(answer), _set_of(gold)
+    # "18 or 19", "not 18": math-verify would take a number out of such a text
     said, meant = (
         set(_OTHERWISE.findall(re.sub(r"\\[A-Za-z]+", "", plain(text)))) for text in (answer, gold)
     )

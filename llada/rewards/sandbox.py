@@ -1,8 +1,5 @@
 """Untrusted answers are judged here: in processes of their own, with limits.
 
-`runs_through` runs a program that a model wrote. `ConfinedModule` calls functions of ours that look at what a
-model wrote with libraries that could hang on it, or evaluate it (sympy).
-
 A confined process has no environment variables, a temporary working folder, and limits on time, memory and
 file size; it cannot start processes or threads, and a root process gives its identity up. That contains
 accidents, endless loops, fork bombs and stray files. It does not keep a program from reading files or from
@@ -29,8 +26,8 @@ from typing import Any, TypeVar
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 SECONDS = 10.0
-MEMORY = 2**30
-FILE_SIZE = 2**20
+MEMORY = 2**30  # bytes of address space
+FILE_SIZE = 2**20  # bytes, of a written file and of a reply
 MODULE_MEMORY = 2**32  # of address space: sympy and numpy map far more than they use
 
 
@@ -49,11 +46,12 @@ def confine(memory: int, file_size: int, cpu_seconds: int) -> None:
         nobody, libc = 65534, ctypes.CDLL(None, use_errno=True)
         os.chown(".", nobody, nobody)
         libc.prctl(8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS
-        os.setgroups([])
+        os.setgroups([])  # before the ids: afterwards it is not allowed
         os.setgid(nobody)
         os.setuid(nobody)
         version_3, may_read = 0x20080522, 1 << 2
         header = (ctypes.c_uint32 * 2)(version_3, 0)
+        # two triples of 32 bits: effective, permitted, inheritable
         libc.capset(header, (ctypes.c_uint32 * 6)(may_read, may_read, 0, 0, 0, 0))
     for name, limit in {
         "NPROC": 0,  # of processes and threads alike: BLAS must be told to have one
@@ -100,7 +98,7 @@ def _process(code: str) -> Iterator[subprocess.Popen]:
             yield child
         finally:
             with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
+                os.killpg(child.pid, signal.SIGKILL)  # the session, of which it is the leader
             child.wait()
             for stream in (child.stdin, child.stdout):
                 with suppress(OSError):  # what was not sent yet is lost with the process
@@ -145,8 +143,7 @@ class ConfinedModule:
     def call(self, function: str, *arguments: Any, seconds: float = SECONDS, failed: Any = None) -> Any:
         """What the function gives for arguments that JSON can say.
 
-        Raises:
-            ValueError: the function raised one; any other error is a failed call.
+        ValueError if the function raised one; any other error is a failed call.
         """
         with self._lock:
             if self._child is None or self._child.poll() is not None:

@@ -36,15 +36,11 @@ def load_rewards(
     *,
     own: Mapping[str, RewardFunction] | None = None,
 ) -> list[Reward]:
-    """The rewards that `--reward_funcs` names.
+    """The rewards that `--reward_funcs` names; ValueError for an unknown name, or not one weight for each.
 
     Args:
         names: built-in names, `judge`, `package.module:function`, or `path/to/file.py:function`.
-        weights: one each; default 1.
         own: functions that other flags have made, by name.
-
-    Raises:
-        ValueError: an unknown name, or not one weight for each.
     """
     if weights is not None and len(weights) != len(names):
         raise ValueError(f"--reward_weights {list(weights)}: give one for each of {list(names)}")
@@ -91,11 +87,9 @@ def compute_rewards(
     Args:
         records: the record that each completion answers; its fields reach the functions as columns.
         where: how errors name the records; default their ids.
-        columns: what else the functions are given of each completion: `completion_ids`, `was_cut`,
-            `num_forwards`.
+        columns: more of each completion: `completion_ids`, `was_cut`, `num_forwards`.
 
-    Raises:
-        ValueError: a function failed, or did not give one finite number or None for each completion.
+    ValueError: a function failed, or did not give one finite number or None for each completion.
     """
     names = sorted({name for record in records for name in record} - {"prompt", "prompts", "completions"})
     fields = {name: [record.get(name) for record in records] for name in names}

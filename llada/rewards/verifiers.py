@@ -1,8 +1,7 @@
 """Which answers are right: sudoku, countdown, and reasoning-gym's own puzzles.
 
-Every function takes text that a model wrote. Sudoku and countdown are bounded by themselves; the library
-behind `reasoning_gym` may hang on a text, or evaluate it, and is only called in a
-`llada.rewards.sandbox.ConfinedModule`.
+Sudoku and countdown are bounded by themselves; the library behind `reasoning_gym` may hang on a text, or
+evaluate it, and is only called in a `llada.rewards.sandbox.ConfinedModule`.
 """
 
 import ast
@@ -20,7 +19,7 @@ from llada.rewards.mathematics import MAX_CHARACTERS, same_value
 
 __all__ = ["same_value"]  # for the one process with the libraries
 
-MAX_DIGITS = 12
+MAX_DIGITS = 12  # of a number in a sum: products of larger ones cost time and prove nothing
 
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 # What draws a grid in text, Markdown or LaTeX, between its digits.
@@ -50,8 +49,7 @@ def cells(grid: str | Sequence[Any]) -> list[int]:
 def sudoku_solved(answer: str, puzzle: Sequence[int]) -> bool:
     """Whether the answer's digits are a full grid that agrees with the puzzle's givens and breaks no rule.
 
-    Raises:
-        ValueError: the puzzle is no grid of n^2 x n^2 cells with n 2 or 3.
+    ValueError: the puzzle is no grid of n^2 x n^2 cells with n 2 or 3.
     """
     side = math.isqrt(len(puzzle))
     box = math.isqrt(side)
@@ -89,11 +87,7 @@ def _grid_of(answer: str) -> str:
 def sudoku_cells(
     completion: str, puzzle: Sequence[int], solution: Sequence[int], *, was_cut: bool | None = None
 ) -> float:
-    """Share of the puzzle's empty cells that are filled as in its solution.
-
-    An answer in `<answer>` tags is padded or cut to the grid; what is no digit stands in a cell's place, as
-    in d1's parse_and_get_acc.py; one without tags is found as for the other rewards.
-    """
+    """Share of the puzzle's empty cells filled as in its solution. Source: d1's parse_and_get_acc.py."""
     size, text = len(puzzle), without_thoughts(completion)
     before, opened, rest = text.partition("<answer>")
     inside, closed, behind = (rest if opened else before).partition("</answer>")
@@ -106,6 +100,7 @@ def sudoku_cells(
     if not given.strip():
         digits = re.search(rf"(\d{{{size}}})\s*</answer>|\b\d{{{size}}}\b", text)
         given = _grid_of(final_answer(text)) or (digits[1] or digits[0] if digits else "")
+    # What is no digit stands in a cell's place: d1 pads or cuts an answer in tags to the grid.
     drawn = _LINES.sub("", given)
     cells = drawn if drawn.isdecimal() and len(drawn) == size else re.sub(r"\s", "", given)
     if len(cells) > MAX_CHARACTERS:
@@ -150,8 +145,8 @@ def _arithmetic(text: str) -> str:
 def countdown_solved(answer: str, numbers: Sequence[int], target: int) -> bool:
     """Whether the answer makes `target` of all the `numbers`, each once.
 
-    Accepted: an expression, `94*4 - 61 - 6`, also with `= 309` behind it or `309 =` before it; or steps that
-    use the results of earlier ones, `44-15=29,79-29=50`.
+    An expression, `94*4 - 61 - 6`, also with `= 309` behind it or `309 =` before it; or steps that use the
+    results of earlier ones, `44-15=29,79-29=50`.
     """
     if len(answer) > MAX_CHARACTERS:
         return False
@@ -175,6 +170,7 @@ def countdown_solved(answer: str, numbers: Sequence[int], target: int) -> bool:
         available -= Counter(used)
         if len(steps) > 1 and result.denominator == 1:
             available[int(result)] += 1
+    # +Counter drops zeros: every number is used, and of the steps only the target may be left
     left = available if len(steps) == 1 else available - Counter([target])
     return result == target and not +left
 
