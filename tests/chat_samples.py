@@ -7,6 +7,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from conftest import load_script
+from llada.data.chat import Row, encode_rows, split_conversation
+from llada.data.messages import Message
 from llada.models.tokens import CHAT_TEMPLATE
 
 # The template of LLaDA-8B-Base, -Instruct and LLaDA-1.5: it appends the assistant's header whatever is asked.
@@ -80,3 +82,17 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
     """The path, after writing one JSON object a line to it."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def encode_conversation(
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    turns: str = "all",
+    where: str = "conversation",
+) -> list[Row]:
+    """The training rows of a conversation; `where` stands before an error."""
+    try:
+        return encode_rows(split_conversation(messages, tokenizer, turns=turns), tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error

@@ -11,10 +11,11 @@ from chat_samples import (
     PUBLISHED,
     TWO_TURNS,
     WITHOUT_SYSTEM,
+    encode_conversation,
     learned,
     small_tokenizer,
 )
-from llada.data.chat import drops_system, encode_conversation, render_prompt, split_conversation
+from llada.data.chat import drops_system, render_prompt, split_conversation
 from llada.models.tokens import CHAT_TEMPLATE
 
 

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 
-from chat_samples import learned, small_tokenizer
+from chat_samples import encode_conversation, learned, small_tokenizer
 from llada.data.answers import Encoding, encode_answers
-from llada.data.chat import TOOLS, encode_conversation, notes_of, render_prompt, split_conversation
+from llada.data.chat import TOOLS, notes_of, render_prompt, split_conversation
 from llada.data.template import added_tokens, style_of
 from real_templates import TEMPLATES
 

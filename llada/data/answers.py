@@ -41,24 +41,15 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class Encoding:
-    """How answers become tokens.
-
-    Attributes:
-        eos: one of `EOS`.
-        chat: plain texts become a user's and an assistant's turn; messages always use the chat template.
-        max_length: of prompt and answer together.
-        long: what to do with a longer answer: stop, leave it out, or cut its end.
-        parse_special: special tokens that a text spells are these tokens, instead of text.
-        drops_bad: what cannot be encoded is left out and counted, instead of ending the run.
-    """
+    """How answers become tokens."""
 
     tokenizer: PreTrainedTokenizerBase
-    eos: str
-    chat: bool
-    max_length: int
-    long: str
-    parse_special: bool = False
-    drops_bad: bool = False
+    eos: str  # one of `EOS`
+    chat: bool  # plain texts become a user's and an assistant's turn; messages always use the chat template
+    max_length: int  # of prompt and answer together, in tokens
+    long: str  # what to do with a longer answer: stop, leave it out, or cut its end
+    parse_special: bool = False  # special tokens that a text spells are these tokens, instead of text
+    drops_bad: bool = False  # what cannot be encoded is left out and counted, instead of ending the run
 
 
 @dataclass(frozen=True)
@@ -73,27 +64,18 @@ class Tokens:
 
 
 class Encoded(NamedTuple):
-    """A prompt and an answer as the length limit left them.
+    """A prompt and an answer as the length limit left them."""
 
-    tokens: None where nothing of the answer is left. outcome: kept, truncated, dropped, or bad.
-    prompt_length, text_length: tokens of the prompt, and of both together before any cut.
-    """
-
-    tokens: Tokens | None
-    outcome: str
-    prompt_length: int
-    text_length: int
+    tokens: Tokens | None  # None where nothing of the answer is left
+    outcome: str  # kept, truncated, dropped, or bad
+    prompt_length: int  # tokens
+    text_length: int  # tokens of both together, before any cut
 
 
 def encode_answers(
     items: Sequence[tuple[str, Text, Text]], encoding: Encoding, counts: Counter | None = None
 ) -> list[Encoded]:
-    """The tokens of each ("file:line", prompt, answer).
-
-    Args:
-        counts: gets, in words, what a user should know of the texts. What cannot be encoded and is dropped
-            gets the outcome "bad".
-    """
+    """The tokens of each ("file:line", prompt, answer); `counts` gets, in words, what a user should know."""
     counts = Counter() if counts is None else counts
     found: list[Encoded] = []
     num_plain = sum(isinstance(prompt, str) for _, prompt, _ in items)
@@ -167,7 +149,8 @@ def _ended(row: Row, encoding: Encoding) -> Row:
         added = tokenizer.added_tokens_decoder
         specials = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
         while in_answer and in_answer[-1] and input_ids[-1] in specials:
-            input_ids.pop(), in_answer.pop()
+            input_ids.pop()
+            in_answer.pop()
     if encoding.eos == "filled":
         missing = max(0, encoding.max_length - len(input_ids))
         input_ids += [tokenizer.eos_token_id] * missing
@@ -189,8 +172,7 @@ def load_pairs(
 ) -> tuple[list[tuple[Tokens, Tokens]], Counter]:
     """(chosen, rejected) of every usable pair in order, and counts of kept, truncated, dropped and equal.
 
-    A pair is dropped if one of its answers is, or if both are the same tokens. The counts also tell, in
-    words, what was skipped and what could not be used, see `read`.
+    A pair is dropped if one of its answers is, or if both are the same tokens.
     """
     counts: Counter = Counter(kept=0, truncated=0, dropped=0, equal=0)
     located = chain.from_iterable(read(path, reader, Record.pair, counts) for path in paths)
@@ -222,11 +204,7 @@ def labelled_answers(
     split: str = "train",
     max_samples: int | None = None,
 ) -> list[tuple[str, Labelled]]:
-    """("file:line", answer) of the records in order; a pair gives two, the chosen one first.
-
-    Args:
-        source, split, counts: see `read`.
-    """
+    """("file:line", answer) of the records in order; a pair gives two, the chosen one first."""
     records = read(source, reader, Record.labelled, counts, split=split)
     answers = ((where, labelled) for where, _, found in records for labelled in found)
     return list(islice(answers, max_samples))

@@ -1,10 +1,9 @@
 """Conversations as tokens: which of them are the answers.
 
 A conversation is tokenised in segments: the prompt up to an assistant turn, that turn's answer, what follows
-up to the next one, ... A sampler sees the same segments (`render_prompt` makes them of a prompt), so no token
-straddles the border of prompt and answer, and no answer token is lost to a wrongly counted prompt.
-
-An answer is what the template writes of the turn's content, and the special token that ends the turn.
+up to the next one, ... A sampler sees the same segments (`render_prompt`), so no token straddles the border
+of prompt and answer. An answer is what the template writes of the turn's content, and the special token that
+ends the turn.
 """
 
 from collections.abc import Sequence
@@ -49,8 +48,7 @@ def split_conversation(
             "split": a row for each assistant turn with its history as the prompt (LLaDA GUIDELINES.md, SFT).
         parse_special: special tokens that the contents spell are these tokens, instead of text.
 
-    Raises:
-        ValueError: the contents spell the mask token, or the template cannot be used this way.
+    ValueError: the contents spell the mask token, or the template cannot be used this way.
     """
     if turns not in TURNS:
         raise ValueError(f"--turns {turns!r}: use one of {', '.join(TURNS)}")
@@ -75,9 +73,7 @@ def _segments(
         )
     if spans[last] is None:
         return _behind_prompt(messages, tokenizer)
-    return _cut(whole, spans, messages, learned, tokenizer)[
-        :-1
-    ]  # what comes after the last answer is left out
+    return _cut(whole, spans, messages, learned, tokenizer)[:-1]  # nothing behind the last answer
 
 
 def _cut(
@@ -107,11 +103,7 @@ def _cut(
 
 
 def _behind_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-    """The row of an answer whose thought the template leaves out: it stands behind the generation prompt.
-
-    Raises:
-        ValueError: the template changes more than that.
-    """
+    """The row of an answer whose thought the template leaves out: it stands behind the generation prompt."""
     style, content = style_of(tokenizer), messages[-1]["content"]
     _, closing, answer = content.partition("</think>")
     shorter = {**messages[-1], "content": answer.strip()}
@@ -178,26 +170,6 @@ def fit(row: Row, where: str, max_length: int, long: str) -> tuple[str, Row | No
     return "dropped", None
 
 
-def encode_conversation(
-    messages: Sequence[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    turns: str = "all",
-    where: str = "conversation",
-) -> list[Row]:
-    """The training rows of a conversation: `{"input_ids", "in_answer"}`; see `split_conversation`.
-
-    One EOS follows the last answer and is learned.
-
-    Args:
-        where: what to call the conversation in an error.
-    """
-    try:
-        return encode_rows(split_conversation(messages, tokenizer, turns=turns), tokenizer)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
 def refuse_mask_token(input_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     """ValueError if the mask token stands in data: the model would be asked to predict noise."""
     if tokenizer.mask_token_id is None:
@@ -223,8 +195,7 @@ def render_prompt(
             Without it the text is continued as it stands.
         parse_special: special tokens that the prompt spells are these tokens, instead of text.
 
-    Raises:
-        ValueError: messages without `chat`, a tokenizer without template, or the mask token in the prompt.
+    ValueError: messages without `chat`, a tokenizer without template, or the mask token in the prompt.
     """
     if not chat and not isinstance(prompt, str):
         raise ValueError(

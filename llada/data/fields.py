@@ -1,8 +1,7 @@
 """The fields of a record: which of them is the question, the answer, the conversation, the label.
 
 A field that the user names decides alone. Without one the most specific form wins: a question's own field
-(`prompt`, `instruction`, `question`, ...) before a conversation (`messages`, `conversations`), and `text`
-where nothing else fits.
+before a conversation, and `text` where nothing else fits.
 """
 
 import re
@@ -37,20 +36,14 @@ SYSTEMS = ("system", "system_prompt")
 CHOSEN, REJECTED = ("chosen", "chosen_messages"), ("rejected", "rejected_messages")
 LABELS = ("label", "kto_tag")
 MEDIA = ("images", "videos", "audios")
-MAY_BE_MESSAGES = ("prompt", "completion", "chosen", "rejected")
+MAY_BE_MESSAGES = ("prompt", "completion", "chosen", "rejected")  # TRL's conversational formats
 KNOWN = {*QUESTIONS, *ANSWERS, *CONTEXTS, *CONVERSATIONS, *SYSTEMS, *LABELS, *THOUGHTS, "text", "history"}
 TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How the records of a run are read.
-
-    Attributes:
-        prompt_key, ..., text_key: fields that the user named; None = found by the rules above.
-        transcript: texts of the form "\\n\\nHuman: ...\\n\\nAssistant: ..." are conversations.
-        drops_bad: a record that cannot be used is left out and counted, instead of ending the run.
-    """
+    """How the records of a run are read; the fields that the user named, None = found by the rules above."""
 
     prompt_key: str | None = None
     answer_key: str | None = None
@@ -60,16 +53,12 @@ class Reader:
     messages_key: str | None = None
     system_key: str | None = None
     text_key: str | None = None
-    transcript: bool = False
-    drops_bad: bool = False
+    transcript: bool = False  # texts of the form "\n\nHuman: ...\n\nAssistant: ..." are conversations
+    drops_bad: bool = False  # a record that cannot be used is left out and counted, instead of ending the run
 
 
 class Fields:
-    """A record's fields. Every error names file and line.
-
-    Attributes:
-        notes: what was skipped in the record, in words.
-    """
+    """A record's fields. Every error names file and line."""
 
     def __init__(self, fields: dict[str, Any], where: str, reader: Reader | None = None) -> None:
         # a missing column of a Parquet file is a null
@@ -78,7 +67,7 @@ class Fields:
             if name.lower() in KNOWN:
                 self.fields.setdefault(name.lower(), fields[name])
         self.columns, self.where, self.reader = self.fields.keys() | fields.keys(), where, reader or Reader()
-        self.notes: list[str] = []
+        self.notes: list[str] = []  # what was skipped in the record, in words
         if found := next((name for name in MEDIA if self.fields.get(name)), None):
             raise self.error(f"{found!r} cannot be read: the model takes text only")
 
@@ -111,7 +100,7 @@ class Fields:
                 below = [self.fields[context] for context in CONTEXTS if self.fields.get(context)]
                 value = "\n\n".join([value, *(self._text(text, "input") for text in below)])
             return name, value
-        if isinstance(self.fields.get("history"), str):  # Stanford Human Preferences
+        if isinstance(self.fields.get("history"), str):  # Stanford Human Preferences; else a list of turns
             return "history", self.fields["history"]
         return None
 
@@ -150,13 +139,15 @@ class Fields:
         chosen = chosen or next((name for name in CHOSEN if name in self.fields), None)
         rejected = rejected or next((name for name in REJECTED if name in self.fields), None)
         if chosen is None and rejected is None and {"human_ref_A", "human_ref_B"} <= self.fields.keys():
-            sides = ("human_ref_A", "human_ref_B")  # Stanford Human Preferences: `labels` 1 = A is preferred
+            # Stanford Human Preferences: `labels` 1 = A is preferred
+            sides = ("human_ref_A", "human_ref_B")
             return sides if self.fields.get("labels") == 1 else sides[::-1]
         return None if chosen is None or rejected is None else (chosen, rejected)
 
     def label(self, *, strict: bool = True) -> bool | None:
         name = self.named("label_key") or next((name for name in LABELS if name in self.fields), None)
         value = self.fields.get(name)
+        # as JSON, CSV and Parquet have them: True, "true", 1, 1.0
         known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
         found = known.get(str(value).lower()) if name else None
         if name and found is None and strict:
@@ -183,6 +174,7 @@ class Fields:
                 turns = [{"role": "system", "content": system}, *turns]
             elif turns[0]["content"].strip() != system.strip():
                 raise self.error(f"{name!r} and the conversation's own system message differ")
+        # both borders: several system messages may open it, and a tool cannot answer before it is called
         num_system = next((i for i, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
         first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), len(turns))
         if first == len(turns) or any(turn["role"] == "tool" for turn in turns[num_system:first]):

@@ -54,15 +54,14 @@ def kind_of(file: Path) -> str | None:
 def open_data(file: Path, on_bytes: OnBytes | None = None) -> Iterator[tuple[BinaryIO, Callable[..., None]]]:
     """(the bytes of a file, unpacked; a function that tells `on_bytes` how much of the file they took).
 
-    The function takes the share of what was read that has been used, where that is not all.
-
-    Raises:
-        ValueError: a compressed file is damaged.
+    The function takes the share of what was read that has been used, where that is not all. ValueError: a
+    compressed file is damaged.
     """
     told = 0
 
     def tell(share: float = 1.0) -> None:
         nonlocal told
+        # of the packed file: the size that a progress bar counts to
         place = max(told, round(share * raw.tell()))
         if on_bytes is not None and place > told:
             on_bytes(place - told)
@@ -143,6 +142,7 @@ def _split_of(file: Path, folder: Path) -> str | None:
     """The split that a file's name or a folder above it names: test-00000-of-00001.parquet, dev/a.json."""
     *folders, name = file.relative_to(folder).parts
     words = [word for word in re.split(r"[-_. ]+", name.split(".")[0].lower()) if not word.isdigit()]
+    # "test-00000-of-00001": without its numbers "of" would be the last word
     words = words[:-1] if words[1:] and words[-1] == "of" else words
     found = [*(part.lower() for part in folders), *words[:1], *words[-1:]]
     return next((_SPLITS[word] for word in found if word in _SPLITS), None)

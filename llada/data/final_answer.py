@@ -47,11 +47,9 @@ _TYPESETTING = [(re.compile(pattern), meaning) for pattern, meaning in (
 def without_thoughts(text: str, *, starts_inside: bool = False) -> str:
     """The text behind its thoughts; of an unfinished thought nothing is left.
 
-    A `</think>` without a `<think>` before it ends a thought that the chat template has opened.
-
-    Args:
-        starts_inside: the prompt ended in `<think>`, so that a text without `</think>` is all thought.
+    `starts_inside`: the prompt ended in `<think>`, so that a text without `</think>` is all thought.
     """
+    # A `</think>` without a `<think>` before it ends a thought that the chat template has opened.
     *closed, last = (THINK + text if starts_inside else text).split(THINK_END)
     answer = ""
     for part in closed:
@@ -76,10 +74,8 @@ def final_answer(completion: str, *, was_cut: bool | None = None) -> str:
     """The answer that a completion ends with, undressed; "" where there is none.
 
     Of what is there, the first counts: the last `\\boxed{}` with content, the last `<answer>` with content,
-    what follows the last "The answer is" (or "Answer:", "####"), the last fence, all of the text.
-
-    Args:
-        was_cut: False: the model ended its text, so that a box without its brace is no box. None: not known.
+    what follows the last "The answer is" (or "Answer:", "####"), the last fence, all of the text. `was_cut`
+    False: the model ended its text, so that a box without its brace is no box; None: not known.
     """
     text = without_thoughts(completion)
     found = _last_box(text, may_be_cut=was_cut is not False) or last_tag(text)
@@ -96,7 +92,7 @@ def undressed(text: str) -> str:
     for _ in range(8):  # nobody dresses an answer more often, and a text must not cost its square
         before = text
         text = re.sub(r"\\?\bboxed\s*\{\s*\}", "", text).strip()
-        text = re.sub(r"(?<!\.)(?<!\\right)[.。]$", "", text).strip()
+        text = re.sub(r"(?<!\.)(?<!\\right)[.。]$", "", text).strip()  # not of "..." and "\right."
         inside = next(filter(None, (_inside(text, *pair) for pair in _DRESS)), None)
         text = inside or _without_half_pairs(text)
         if text == before:
@@ -147,10 +143,7 @@ def is_balanced(text: str) -> bool:
 
 
 def _last_box(text: str, *, may_be_cut: bool) -> str | None:
-    """Content of the last box that has some.
-
-    One without its brace counts at the end of a text that was cut, where nothing of its content is open.
-    """
+    """Content of the last box that has some."""
     unclosed: list[int] = []
     ends: dict[int, int] = {}
     for match in _BRACE.finditer(text):
@@ -162,6 +155,7 @@ def _last_box(text: str, *, may_be_cut: bool) -> str | None:
     for start in reversed(boxes):
         end = ends.get(start - 1)
         inside = text[start:end].strip()
+        # without its brace it counts where a cut text ends inside it, and nothing of its content is open
         if end is None and not (
             may_be_cut and unclosed[-1:] == [start - 1] and not re.search(r"[<>\n]", inside)
         ):

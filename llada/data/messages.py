@@ -31,11 +31,7 @@ WEIGHTS = ("weight", "loss_weight")
 
 
 def read_messages(value: Any, where: str, field: str) -> list[Message]:
-    """The messages of a field: a list of them, a single one, or JSON text of a list.
-
-    Raises:
-        ValueError: `where`, and what cannot be read.
-    """
+    """The messages of a field: a list of them, a single one, or JSON text of a list."""
     if isinstance(value, str) and value.lstrip().startswith("["):  # a column of a CSV or Parquet file
         value = _from_json(value, where, field)
     if isinstance(value, dict):
@@ -81,6 +77,7 @@ def valid(text: str, where: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{where}: {text[error.start]!r} is half a character (surrogate)") from error
+    # the marks of llada/data/template.py are among these noncharacters
     if found := re.search("[\ufdd0-\ufdef]", text):
         raise ValueError(f"{where}: U+{ord(found[0]):04X} is no character; remove it")
     return text
@@ -109,6 +106,7 @@ def _message(item: Any, where: str, field: str) -> Message:
     if thoughts:
         if role != "assistant" or not all(isinstance(thought, str) for thought in thoughts):
             raise ValueError(f"{where}: a thought must be a text of an assistant's turn, got {item!r:.60}")
+        # dict: one thought may stand in two fields
         message["content"] = with_thought("\n".join(dict.fromkeys(thoughts)), text, where)
     if calls:
         message["tool_calls"] = calls

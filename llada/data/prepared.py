@@ -51,11 +51,7 @@ def prepare(
 ) -> Dataset:
     """The rows of these files, prepared in `output_dir`; what is there already is not made again.
 
-    Args:
-        paths: files and folders, as in `read_records`.
-        rows: what is made of their records.
-        hash_range: keep the records whose hash in [0, 1) lies in this range, see `rows.items`.
-        shard_size, num_proc, overwrite, if_changed: see `write_shards`.
+    Only records whose hash in [0, 1) lies in `hash_range`; the other settings: see `write_shards`.
     """
     settings = {
         "kind": rows.kind,
@@ -104,13 +100,11 @@ def load(
     """The rows of several data sets: prepared ones as they are, or raw records, which rank 0 prepares.
 
     Args:
-        rows: what is made of raw records; prepared rows keep their settings.
         prepared: folder for what has to be prepared; of several data sets, number i goes to `prepared/i`.
         run_folder: of a training: as long as it holds no state, its rows are made anew for corrected records.
         weights: share of each data set, see `interleave`; None takes every row of each once.
 
-    Raises:
-        ValueError: prepared rows come from another tokenizer or are longer than `max_length`.
+    ValueError: prepared rows come from another tokenizer or are longer than `max_length`.
     """
     states = ("latest", "final", "best")
     has_state = run_folder is None or any(Path(run_folder, name).exists() for name in states)

@@ -62,17 +62,10 @@ def read_prompts(
     """The prompts of a file, and what was dropped, truncated or skipped, counted in words.
 
     Args:
-        chat: through the chat template.
         text: the only prompt, in place of a file.
         context: tokens that prompt and answer may have together; None: any number.
-        gen_length: tokens of the answer.
         long: what to do with longer ones: `error`, `drop`, or `truncate`, which keeps their end.
         limit: only the first so many records.
-        reader: how records are read.
-        parse_special: special tokens that a prompt spells are these tokens, instead of text.
-
-    Raises:
-        ValueError: `file:line` and what is wrong with a record.
     """
     reader = reader or Reader()
     room = math.inf if context is None else context - gen_length
@@ -123,11 +116,7 @@ def read_prompts(
 
 
 def prompt_file(path: str, folder: Path, run: Run) -> str:
-    """`path` itself, or where the hub data set that it names, `owner/name` or `owner/name@config`, is kept.
-
-    Raises:
-        ValueError: neither a file nor a data set that the hub gives.
-    """
+    """`path` itself, or where the hub data set that it names is kept: `owner/name` or `owner/name@config`."""
     if Path(path).exists():
         return path
     name, _, config = path.partition("@")

@@ -249,9 +249,7 @@ def read(
 ) -> Iterator[tuple[str, dict[str, Any], T]]:
     """("file:line", record, what `convert` makes of it) of a file or folder, or of located records.
 
-    Args:
-        counts: gets what was skipped, left out or dropped, see `note_bad`.
-        split, text_documents, on_bytes: see `read_records`.
+    `counts` gets what was skipped, left out or dropped, see `note_bad`; the rest: see `read_records`.
     """
     on_bad = partial(note_bad, counts) if reader.drops_bad else None
     if isinstance(source, str | Path):
@@ -291,8 +289,7 @@ def describe_losses(counts: Mapping[str, Any], total: int, *, lost: int = 0) -> 
 
     Args:
         counts: by words; those about bad records as `note_bad` keeps them, one line a record.
-        total: how many records there were.
-        lost: of them for another reason, which has been told.
+        lost: of the `total` records for another reason, which has been told.
     """
     named = [name.removeprefix(f"{BAD}: ") for name in counts if name.startswith(f"{BAD}: ")][:_NAMED]
     counts = {name: n for name, n in counts.items() if n and not name.startswith(f"{BAD}: ")}

@@ -28,23 +28,18 @@ Convert = Callable[[Any, str], Any]
 
 
 class JsonStream:
-    """A cursor over a UTF-8 JSON file. Every error names file and line.
-
-    Attributes:
-        line: the line of the cursor, from 1.
-    """
+    """A cursor over a UTF-8 JSON file. Every error names file and line."""
 
     def __init__(self, file: Path, on_bytes: OnBytes | None = None) -> None:
         self._file, self._open = file, ExitStack()
         self._raw, self._tell = self._open.enter_context(open_data(file, on_bytes))
-        self._num_read = self._num_used = self._counted = (
-            0  # bytes; `_text` up to `_counted` is in `_num_used`
-        )
+        self._num_read = self._num_used = 0  # bytes
+        self._counted = 0  # characters of `_text` that are in `_num_used`
         self._pending = b""  # the first bytes of a character whose last ones are not read yet
         self._offset = 0  # of `_pending` in the file
         self._text, self._place, self._is_at_end = "", 0, False
         self._column = 0  # characters of the cursor's line that are gone from `_text`
-        self.line = 1
+        self.line = 1  # of the cursor
         self._decoder = json.JSONDecoder()
         try:
             self._grow(max(_CHUNK, len(_BOM)))
@@ -224,13 +219,11 @@ def read_records(
         path: .jsonl or .ndjson (objects one after the other, also over several lines), .json (an array too),
             .txt, .csv and .tsv (with a header), all of them also compressed, .parquet, a folder written by
             `datasets.save_to_disk`, or a folder of such files, see `input_files`.
-        split: of a folder with several.
         text_documents: what a document is in a .txt file: text between blank lines, one line, or the file.
         on_bytes: told how many bytes of the file have been used since the last call, for a progress bar.
         on_bad: told of a malformed line of a .jsonl file, which is then left out; None: an error.
 
-    Raises:
-        ValueError: no such file, unknown kind of file, empty file, malformed JSON, bytes that are not UTF-8.
+    ValueError: no such file, unknown kind of file, empty file, malformed JSON, bytes that are not UTF-8.
     """
     if text_documents not in TEXT_DOCUMENTS:
         raise ValueError(f"--text_documents {text_documents!r}: use one of {', '.join(TEXT_DOCUMENTS)}")

@@ -47,15 +47,9 @@ _DESCRIBED = {
 
 @dataclass(frozen=True)
 class Rows:
-    """What the two kinds have in common.
+    """What the two kinds have in common."""
 
-    Attributes:
-        max_length: longest row in tokens.
-        reader: how records are read.
-        parse_special: special tokens that a text spells are these tokens, instead of text.
-    """
-
-    max_length: int
+    max_length: int  # tokens
     reader: Reader = Reader()
     parse_special: bool = False
     kind: ClassVar[str]
@@ -74,11 +68,7 @@ class Rows:
         hash_range: tuple[float, float] = EVERYTHING,
         on_bytes: OnBytes | None = None,
     ) -> Iterator[Item]:
-        """("file:line", what is encoded) of the records whose hash lies in the range.
-
-        Args:
-            counts: gets what was skipped or dropped, see `read`.
-        """
+        """("file:line", what is encoded) of the records whose hash lies in the range."""
         documents = getattr(self, "text_documents", "blank_line")
         for path in paths:
             found = read(path, self.reader, self.convert, counts, text_documents=documents, on_bytes=on_bytes)
@@ -105,16 +95,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class CorpusRows(Rows):
-    """Rows of documents; of joined rows only the last of a shard is shorter than `max_length`.
+    """Rows of documents; of joined rows only the last of a shard is shorter than `max_length`."""
 
-    Attributes:
-        rows: "joined" = all documents one after the other; "documents" = each in a row of its own, and a
-            longer one in several.
-        text_documents: what a document is in a .txt file, see `read_records`.
-    """
-
-    rows: str = "joined"
-    text_documents: str = "blank_line"
+    rows: str = "joined"  # one document after the other; "documents": each in rows of its own
+    text_documents: str = "blank_line"  # what a document is in a .txt file, see `read_records`
     kind: ClassVar[str] = "corpus"
     with_template: ClassVar[bool] = False
 
@@ -148,16 +132,14 @@ class CorpusRows(Rows):
         """The rows of one shard from its documents."""
         documents = join_columns(parts)["input_ids"]
         tokens = documents.flatten()
+        # one piece to cut, or a piece a document
         ends = [0, len(tokens)] if self.rows == "joined" else documents.offsets.to_numpy()
         cuts = [np.arange(start, end, self.max_length) for start, end in pairwise(ends)]
         borders = np.append(np.concatenate(cuts) if cuts else [], len(tokens))
         return {"input_ids": pa.ListArray.from_arrays(pa.array(borders, pa.int32()), tokens)}
 
     def summarise(self, rows: Dataset) -> dict[str, float]:
-        """`unigram_entropy`: -sum_v f_v log f_v in nats per token, f_v the share of token v.
-
-        What a model reaches that knows the frequencies of the tokens and nothing else.
-        """
+        """`unigram_entropy`: -sum_v f_v log f_v in nats per token, f_v the share of token v."""
         counts = np.zeros(0, dtype=np.int64)
         for chunk in rows.data.column("input_ids").chunks:
             found = np.bincount(chunk.flatten().to_numpy())
@@ -177,12 +159,7 @@ class CorpusRows(Rows):
 
 @dataclass(frozen=True)
 class ConversationRows(Rows):
-    """Rows of conversations.
-
-    Attributes:
-        turns: "all", "last" or "split": see `split_conversation`.
-        long: what to do with a longer row: see `fit`.
-    """
+    """Rows of conversations; `turns` as of `split_conversation`, `long` as of `fit`."""
 
     turns: str = "all"
     long: str = "error"

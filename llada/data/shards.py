@@ -133,7 +133,6 @@ def write_shards(
 
     Args:
         items: the records in order; a rerun must yield the same ones.
-        encode: makes the rows of a chunk of records.
         join: makes the rows of a shard from those of its chunks; default: one after the other.
         chunk_size: records a chunk; default a whole shard.
         fingerprint: all that decides the rows. A folder with another one is refused.
@@ -145,8 +144,7 @@ def write_shards(
         summarise: statistics of the finished rows to add to the manifest.
         read_counts: what `items` counts while it is read, to add to those of the shards.
 
-    Raises:
-        ValueError: the folder has another fingerprint or foreign files, or no row is left at the end.
+    ValueError: the folder has another fingerprint or foreign files, or no row is left at the end.
     """
     folder = Path(output_dir)
     if _open(folder, fingerprint, overwrite=overwrite, if_changed=if_changed):
@@ -273,7 +271,7 @@ def _write_shard(join: Join, folder: Path, index: int, results: list[Callable[[]
         if shows_bars:
             datasets.enable_progress_bars()
     _write_json(unfinished / "statistics.json", counts)
-    os.replace(unfinished, shard)
+    os.replace(unfinished, shard)  # at once: a shard under its name is complete
     return counts
 
 

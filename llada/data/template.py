@@ -32,32 +32,22 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Style:
-    """How a template frames an answer.
+    """How a template frames an answer."""
 
-    Attributes:
-        closing: the special token that ends an assistant's turn, None if there is none.
-        gap: white space that it writes between the generation prompt and an answer; part of the answer,
-            because a sampler begins in front of it.
-        opens_thought: what of a thought the generation prompt has already, for example "<think>\\n".
-        has_header: whether it writes an assistant's header when it is asked for one.
-        has_markers: whether it says itself what an assistant generates.
-        drops_system, renders_tools: whether it leaves system messages out, and whether it writes tools.
-    """
-
-    closing: str | None
+    closing: str | None  # the special token that ends an assistant's turn
+    # White space between generation prompt and answer: part of the answer, for a sampler begins before it.
     gap: str
-    opens_thought: str
-    has_header: bool
-    has_markers: bool
-    drops_system: bool
+    opens_thought: str  # what of a thought the generation prompt has already, for example "<think>\n"
+    has_header: bool  # it writes an assistant's header when it is asked for one
+    has_markers: bool  # it says itself what an assistant generates
+    drops_system: bool  # it leaves system messages out
     renders_tools: bool
 
 
 def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, header: bool = False) -> str:
     """What the template writes; `header` asks for that of an assistant's turn at the end.
 
-    Raises:
-        ValueError: no template, or it refuses this conversation.
+    ValueError: no template, or it refuses this conversation.
     """
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -126,11 +116,8 @@ def fit_messages(
 ) -> list[Message]:
     """The messages as they are rendered: tools as text where the template has no place for them.
 
-    Args:
-        parse_special: if not, every special token that a content spells gets a mark, so that it stays text.
-
-    Raises:
-        ValueError: a content spells the mask token.
+    Without `parse_special` every special token that a content spells gets a mark, so that it stays text.
+    ValueError: a content spells the mask token.
     """
     if uses_tools(messages) and not style_of(tokenizer).renders_tools:
         messages = _with_tools_as_text(messages, in_user=style_of(tokenizer).drops_system)
@@ -228,10 +215,7 @@ def spans_of(
     """(what the template writes, where in it each message's content stands).
 
     A span is None where the content is blank, or not written as it is: a system message that is left out, the
-    thought of an earlier turn.
-
-    Raises:
-        ValueError: the template leaves out something that has a meaning.
+    thought of an earlier turn. ValueError: the template leaves out something that has a meaning.
     """
     whole = render(messages, tokenizer, header=header)
     is_marked = [bool(m["content"].strip()) and not m.get("tool_calls") for m in messages]
