@@ -146,7 +146,8 @@ class _Peers:
         total = place.clone()
         dist.all_reduce(total, group=self.group)
         if total != place * self.run.world_size:
-            time.sleep(BEAT_SECONDS + 1)  # until the others have said where they are
+            self._say(-1)
+            dist.barrier(self.group)  # all have seen it, and say where they are
             raise TimeoutError(f"ranks wait for one another in different places: {self.places()}")
         yield
         self.place = before
@@ -163,6 +164,16 @@ class _Peers:
         for rank, (_, place) in enumerate(self._heard(list(range(self.run.world_size)))):
             found.setdefault(place, []).append(str(rank))
         return "; ".join(f"rank {', '.join(ranks)}: {place}" for place, ranks in found.items())
+
+    def wait_for_news(self) -> None:
+        """Waits until each rank has said where it is by now; one that has died says nothing any more."""
+        self._say(-1)
+        everyone = list(range(self.run.world_size))
+        before, deadline = self._heard(everyone), time.monotonic() + 3 * BEAT_SECONDS + 1
+        is_old = True
+        while is_old and time.monotonic() < deadline:
+            time.sleep(BEAT_SECONDS / 4)
+            is_old = any(new[0] == old[0] for new, old in zip(self._heard(everyone), before, strict=True))
 
     def _watch(self) -> None:
         # Rank 0 watches all, the others rank 0: the store serves one reader after the other.
@@ -207,7 +218,7 @@ def naming_ranks() -> Iterator[None]:
     except RuntimeError as error:
         if _peers is None or not re.search("gloo|NCCL|timed? ?out|onnection", str(error)):
             raise
-        time.sleep(BEAT_SECONDS + 1)
+        _peers.wait_for_news()
         reason = f"{str(error).strip().splitlines()[0][-120:]}; {_peers.places()}"
         raise TimeoutError(f"rank {_peers.run.rank}, at {_peers.place}: {reason}") from error
 

@@ -241,7 +241,7 @@ def on_two_ranks(folder, fault):
     processes = [process for process, _ in started]
     first, second = processes[::-1] if fault == "forward" else processes
     first.join(200)
-    second.join(200 if first.exitcode == 0 else 5)
+    second.join(200 if first.exitcode == 0 else 0 if fault == "stop" else 5)
     for process in processes:
         process.kill()
         process.join()
@@ -268,7 +268,7 @@ def test_a_nan_on_one_rank_is_skipped_by_all(tmp_path):
 @pytest.mark.parametrize(
     ("fault", "rank", "message"),
     [
-        ("stop", 0, r"rank 0, at step 4, sums: rank 1 has not answered for \d+ s, last at step \d"),
+        ("stop", 0, r"rank 0, at step 4, sums: rank 1 has not answered for \d+ s, last at step 4"),
         (
             "elsewhere",
             0,
@@ -285,7 +285,7 @@ def test_ranks_that_stop_or_disagree_end_the_job_by_name(fault, rank, message, t
     started = time.monotonic()
     status, text = on_two_ranks(tmp_path, fault)[rank]
     assert status == 1 and re.search(message, text), text[-3000:]
-    assert time.monotonic() - started < 120  # limits of 4 s here, 50 s else; a loaded machine is slow
+    assert time.monotonic() - started < 120  # limits of 2 s here, 50 s else; a loaded machine is slow
 
 
 def test_a_killed_rank_ends_the_job(tmp_path):
