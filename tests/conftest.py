@@ -22,6 +22,12 @@ def load_script(path: str) -> ModuleType:
 
 
 @pytest.fixture
+def paths_unchecked(monkeypatch):
+    """Command lines are read as on the machine that has their files."""
+    monkeypatch.setattr("llada.flags.paths.check_paths", lambda config, *, overwrites: None)
+
+
+@pytest.fixture
 def script():
     """The loader itself, as a fixture."""
     return load_script

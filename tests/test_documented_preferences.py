@@ -107,12 +107,12 @@ def test_dpo_with_the_real_spellings(project):
         0.003,
     )
     assert (config.save_interval, config.eval_interval, config.report_to) == (0, 0, "none")
-    assert (config.adam_beta1, config.adam_beta2, config.gradient_checkpointing) == (0.9, 0.95, True)
+    assert (config.adam_beta1, config.adam_beta2, config.activation_checkpointing) == (0.9, 0.95, "full")
     run(DPO_REAL, "--apply_chat_template", *SMALL)
     assert (project / "dpo_checkpoints_lora/final/adapter_model.safetensors").is_file()
 
 
-def test_a_key_given_as_a_flag_is_not_written_down(project):
+def test_a_key_given_as_a_flag_is_not_written_down(project, paths_unchecked):
     config = parse(load_script("rlhf/train_dpo.py").Config, [
         "--pretrain", "m", "--dataset", "d", "--save_path", "o", "--use_wandb", "a secret"])  # fmt: skip
     config.settle(Run(rank=0, world_size=1, device=torch.device("cpu")))

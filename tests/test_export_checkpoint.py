@@ -75,7 +75,7 @@ def test_half_precision(model_dir, tmp_path):
     flags = ["--run", str(tmp_path / "run"), "--dtype", "bfloat16", "--output_dir", str(tmp_path / "half")]
     export(flags)
     assert {value.dtype for value in weights(tmp_path / "half").values()} == {torch.bfloat16}
-    with pytest.raises(ValueError, match="exists and is not empty; give a new folder"):
+    with pytest.raises(ValueError, match="exists; give another place"):
         export(flags)
 
 

@@ -62,6 +62,9 @@ def dry_run(tools: Path, launcher: str, *flags: str, **variables: str) -> tuple[
     return words[:end], words[end], words[end + 1 :]
 
 
+pytestmark = pytest.mark.usefixtures("paths_unchecked")
+
+
 def config_of(script: str, flags: list[str]):
     """The script's Config; a flag that it does not know ends the test."""
     return parse(load_script(Path(script).relative_to(ROOT).as_posix()).Config, flags)
@@ -163,7 +166,7 @@ def test_evaluation_defaults_and_variables(tools):
     arguments = eval_llada.parse_arguments(dry_run(tools, "evaluate.sh")[2])
     assert (arguments.tasks, arguments.num_fewshot) == (["gsm8k"], 5)
     assert arguments.model_args["pretrained"] == "checkpoints/sft_newdataset"
-    assert (arguments.model_args["mc_num"], arguments.model_args["steps"]) == (64, 256)
+    assert (arguments.model_args["num_masks"], arguments.model_args["steps"]) == (64, 256)
     *_, flags = dry_run(
         tools, "evaluate.sh", "--limit", "5", MODEL_PATH="runs/my model", TASKS="mmlu,gsm8k", FEWSHOT="0",
         BATCH_SIZE="4", EXTRA_ARGS="cfg=1.0", EVAL_OUTPUT="my results",

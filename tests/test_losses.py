@@ -91,7 +91,7 @@ def test_validation_is_unbiased_for_the_bound():
     """The mean over many seeds of the fixed masks is the exact bound of the records, within 4 standard
     errors."""
     model = make_model()
-    config = RowsConfig(output_dir="")
+    config = RowsConfig(output_dir="", dtype="float32")
     values = []
     for seed in range(150):
         stream = make_stream(6)
@@ -112,6 +112,6 @@ def test_validation_is_unbiased_for_the_bound():
 
 
 def test_validation_does_not_depend_on_the_micro_batch():
-    model, config = make_model(), RowsConfig(output_dir="")
+    model, config = make_model(), RowsConfig(output_dir="", dtype="float32")
     whole, split = (validation_loss(model, stream=make_stream(n), config=config, run=CPU) for n in (6, 1))
     assert whole == pytest.approx(split, rel=1e-6)

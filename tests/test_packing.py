@@ -116,7 +116,7 @@ def test_records_that_are_filled_up_are_packed_at_their_full_length():
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_validation_is_the_same(world_size):
     model = tiny_model()
-    config = RowsConfig(output_dir="unused")
+    config = RowsConfig(output_dir="unused", dtype="float32")
     expected = validation_loss(model, stream=make_stream(), config=config, run=CPU)
     batches = [
         list(make_stream(run=Run(r, world_size, torch.device("cpu")), row_length=ROW, micro_batch_size=2)

@@ -75,7 +75,7 @@ def test_single_stages_and_overrides(config, capsys):
 
 
 @pytest.mark.parametrize("name", ["quickstart", "pipeline"])
-def test_every_flag_of_our_configs_exists(name, capsys):
+def test_every_flag_of_our_configs_exists(name, capsys, paths_unchecked):
     for command in dry_run(capsys, "--config", str(ROOT / f"configs/{name}.yaml")):
         module = load_script(command[1].removeprefix(f"{ROOT}/"))
         if hasattr(module, "Config"):

@@ -30,7 +30,7 @@ from llada.data.chat import (
 )
 from llada.data.fields import Reader, as_turns
 from llada.data.messages import Text
-from llada.data.reading import Labelled, Record, note_bad, read
+from llada.data.reading import BAD, Labelled, Record, note_bad, read
 from llada.data.records import Located
 from llada.data.template import encode_texts, fit_messages, hold_text
 
@@ -185,6 +185,7 @@ def load_pairs(
     pairs = []
     for chosen, rejected in zip(both[::2], both[1::2], strict=True):
         if "bad" in (chosen.outcome, rejected.outcome):
+            counts[BAD] -= chosen.outcome == rejected.outcome  # one record, however many answers
             continue
         if chosen.tokens is None or rejected.tokens is None:
             counts["dropped"] += 1

@@ -28,7 +28,7 @@ RENAMED = {
     "val_data": "eval_data_path", "eval_dataset": "eval_data_path", "eval_dataset_path": "eval_data_path",
     "pretrained_model": "model_name_or_path", "pretrain": "model_name_or_path",
     "model_path": "model_name_or_path", "drafter": "model_name_or_path", "base_model": "model_name_or_path",
-    "model_name": "model_name_or_path tokenizer_name", "tokenizer": "tokenizer_name",
+    "model_name": "model_name_or_path base_model tokenizer_name", "tokenizer": "tokenizer_name",
     "pretrained": "model_name_or_path", "sft_adapter": "sft_adapter_path", "lora_weights": "adapter_path",
     "ref_pretrain": "ref_model_name_or_path", "ref_model": "ref_model_name_or_path",
     "n_mc_samples": "num_masks", "n_mc": "num_masks", "num_mc": "num_masks", "mc_num": "num_masks",

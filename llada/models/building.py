@@ -68,7 +68,7 @@ def start_model(flags: Any, *, has_values: bool = True) -> LLaDAModelLM | PeftMo
                 tokenizer,
                 seed=flags.seed,
                 max_length=flags.max_length,
-                attn_implementation=flags.attn_implementation,
+                attn_implementation=getattr(flags, "attn_implementation", None),
             )
     kind, factor = getattr(flags, "rope_scaling", "none"), getattr(flags, "rope_factor", 1.0)
     return load_model(
