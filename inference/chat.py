@@ -66,6 +66,7 @@ COMMANDS = {
     "/quit": "leave (or Ctrl-D)",
 }
 
+
 SETTINGS = [field.name for field in fields(SamplerFlags)]
 
 
@@ -187,7 +188,6 @@ class Chat:
                 raise ValueError(f"it is: {known[name]}")
             if name == "/quit":
                 return False
-            # a command is the method of its name
             getattr(self, "_" + name[1:])(*([rest] if rest else []))
         except ValueError as error:
             self.say(f"error: {error}")

@@ -20,6 +20,7 @@ Run:
         --method semi_autoregressive_padding --gen_length 64 --block_length 32
 """
 
+import glob
 import json
 import shutil
 import time
@@ -137,8 +138,11 @@ def choose(
         counts = Counter(final for final in finals if final)
         return max(range(len(finals)), key=lambda i: counts[finals[i]])
     if config.best_of == "likelihood":
-        # an empty answer has no tokens to score and loses against any other
-        requests = [Request(tuple(prompt.token_ids), tuple(a), f"{prompt.index}") for a in answers if a]
+        requests = [
+            Request(tuple(prompt.token_ids), tuple(answer), f"{prompt.index}")
+            for answer in answers
+            if answer  # an empty answer has no tokens to score and loses against any other
+        ]
         settings = LikelihoodSettings("elbo", MaskSettings(32), config.seed, config.batch_size)
         scores = iter(score_answers(model, requests, settings))
         means = [next(scores).log_likelihood / len(a) if a else -float("inf") for a in answers]
@@ -161,8 +165,7 @@ def answer(
     with ExitStack() as stack:
         trace_file = None
         if config.trace is not None:
-            path = config.trace if run.world_size == 1 else f"{config.trace}.rank{run.rank}"
-            # a killed run's trace is continued, an older one of the same name replaced
+            path = f"{config.trace}.rank{run.rank}"  # a killed run's trace is continued
             continues = len(mine) < len(keys[run.rank :: run.world_size])
             trace_file = stack.enter_context(open(path, "a" if continues else "w", encoding="utf-8"))
         num_tokens, started = 0, time.time()
@@ -195,6 +198,11 @@ def finish(config: Config, prompts: list[Prompt], job: ResumableJob) -> None:
             completion = [{"role": "assistant", "content": fields["completion"]}]
             line |= {"prompt": prompt.prompt, "completion": completion}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    if config.trace is not None:
+        parts = sorted(Path(config.trace).parent.glob(f"{glob.escape(Path(config.trace).name)}.rank*"))
+        write_atomically(Path(config.trace), "".join(part.read_text(encoding="utf-8") for part in parts))
+        for part in parts:
+            part.unlink()
     if config.output_path is not None:
         write_atomically(Path(config.output_path), "".join(lines))
         shutil.rmtree(job.folder)

@@ -11,7 +11,9 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,14 @@ class ResumableJob:
     def __init__(
         self, folder: str | Path | None, settings: Mapping[str, Any], *, rank: int = 0, world_size: int = 1
     ) -> None:
-        """Opens the job, or begins it; ValueError if the folder holds items of other settings.
+        """Opens the job, or begins it.
 
         Args:
             folder: None keeps everything in memory.
             settings: all that decides a result besides the item; JSON values.
+
+        Raises:
+            ValueError: the folder holds items of other settings.
         """
         self.folder = None if folder is None else Path(folder)
         self._rank, self._world_size = rank, world_size
@@ -50,7 +55,7 @@ class ResumableJob:
         path = self.folder / "settings.json"
         if self._results and path.is_file():  # a run that finished nothing binds nobody
             refuse_changes(
-                json.loads(path.read_text(encoding="utf-8")), settings,
+                read_object(path), settings,
                 f"{self.folder} holds finished items of other settings",
                 "Give the same ones to continue, or delete the folder to start again",
             )  # fmt: skip
@@ -65,7 +70,7 @@ class ResumableJob:
                 try:
                     entry = json.loads(line)
                     self._results[entry["key"]] = entry["result"]
-                except (ValueError, KeyError, TypeError):  # a kill can cut a line
+                except (ValueError, KeyError, TypeError):
                     num_broken += 1
         if num_broken:
             log.warning("%s: %d broken lines of a killed run are computed again", self.folder, num_broken)
@@ -108,6 +113,31 @@ def refuse_changes(made: Mapping[str, Any], wanted: Mapping[str, Any], what: str
     ]
     if changed:
         raise ValueError(f"{what}: {'; '.join(changed)}. {remedy}")
+
+
+def read_object(path: Path, *names: str) -> dict[str, Any]:
+    """The JSON object that this suite wrote, with these names in it; ValueError naming a damaged file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found | {name: found[name] for name in names}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged ({error!r}); delete its folder to start again") from error
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder of the same name, which takes the place of `folder` when the body ends without error."""
+    outer, old = (folder.with_name(folder.name + ending) for ending in (".tmp", ".old"))
+    shutil.rmtree(outer, ignore_errors=True)
+    partial = outer / folder.name
+    partial.mkdir(parents=True)
+    yield partial
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    outer.rmdir()
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_atomically(path: Path, text: str) -> None:

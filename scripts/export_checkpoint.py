@@ -1,12 +1,13 @@
 """Writes a plain checkpoint folder from a saved training state, at any time, also while the run goes on.
 
-What comes out is what the run's final/ would be at that step, with LoRA an adapter folder. States of any
-number of ranks and of sharded models are read; nothing in the run's folder is changed.
+What comes out is what the run's final/ would be at that step: `from_pretrained`, generation, evaluation and
+the next stage read it. With LoRA it is an adapter folder (scripts/merge_lora.py folds it in). States of
+any number of ranks and of sharded models are read; nothing in the run's folder is changed.
 
 --format pard writes a causal drafter (convert_ar.py --drafter causal) as the Llama or Qwen2 that it is, with
-the verifier's tokenizer, for vLLM and TensorRT-LLM, and prints how to serve it. Then it decodes
---prompts_file with plain transformers and with speculative_decode.py's loop: acceptance must be the same in
-both. --run may be a checkpoint too.
+the verifier's tokenizer, for vLLM and TensorRT-LLM, and prints how to serve it. Then it loads that folder
+with plain transformers and decodes --prompts_file with the verifier, in a loop as engines have it and in that
+of speculative_decode.py: acceptance must be the same in both. --run may be a checkpoint too.
 
 Run:
     python scripts/export_checkpoint.py --run runs/pretrain --output_dir models/at_latest
@@ -57,6 +58,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llada.models.building import build_model, load_for_inference, run_tokenizer
 from llada.models.checkpoints import DTYPES
 from llada.models.saving import Origin, save_model
+from llada.resumable import whole_folder
 from llada.speculative.pard import SERVE, try_drafter, write_drafter
 from llada.training.checkpoint import find_resume, load_weights, read_meta
 
@@ -82,7 +84,6 @@ def trained(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, O
         saved = sorted(path.name for path in run.glob("step-*") if (path / "meta.json").is_file())
         raise ValueError(f"--run {run}: no such state there; it has {', '.join(saved) or 'none'}")
     settings = read_yaml(run / "config.yaml")
-    # as in the run's first step: what config.yaml leaves out was not given
     flags = SimpleNamespace(**{"model_name_or_path": None, "tokenizer_name": None} | settings)
     model = build_model(flags)
     load_weights(state, model)
@@ -101,16 +102,15 @@ def export_drafter(config: Config) -> None:
     if (Path(config.run) / "config.yaml").is_file():
         model, _, origin = trained(config)
         model = model.merge_and_unload() if isinstance(model, PeftModel) else model
-    elif config.step is not None:
-        raise ValueError(f"--step {config.step}: --run {config.run} is a saved model without states")
     else:
         model, _ = load_for_inference(config.run, chat=False)
     folder, mask_id = Path(config.output_dir), model.config.mask_token_id
-    write_drafter(model.to(DTYPES[config.dtype]), config.verifier, folder, origin=origin)
-    try_drafter(
-        folder, config.verifier, config.prompts_file, chat=config.is_instruct, limit=config.max_samples,
-        draft_length=config.draft_length, max_new_tokens=config.max_new_tokens,
-    )  # fmt: skip
+    with whole_folder(folder) as partial:
+        write_drafter(model.to(DTYPES[config.dtype]), config.verifier, partial, origin=origin)
+        try_drafter(
+            partial, config.verifier, config.prompts_file, chat=config.is_instruct, limit=config.max_samples,
+            draft_length=config.draft_length, max_new_tokens=config.max_new_tokens,
+        )  # fmt: skip
     print(SERVE.format(folder=folder, length=config.draft_length, mask_id=mask_id))
 
 

@@ -1,6 +1,8 @@
 """Makes the quickstart's data: puzzles with verifiers, as text, as conversations, and as held-out prompts.
 
 Puzzles come from reasoning-gym: 4x4 sudoku, and the distance of each cell of a 4x4 matrix to its nearest 0.
+A puzzle belongs to one of two parts by a keyed hash of what identifies it (the solution grid, the matrix), so
+a held-out puzzle has never been seen in any form.
 
 Run:
     python scripts/make_quickstart_data.py --output_dir runs/quickstart/data
@@ -23,7 +25,7 @@ from llada.flags.parser import check_command_line, flag, parse, run_main
 class Config:
     """Flags of the data maker."""
 
-    output_dir: str = flag(help="Folder for the files.", writes="folder")
+    output_dir: str = flag(help="Folder for the files.", writes="new folder")
     num_train: int = flag(
         24000, help="Training puzzles of each task (fewer where the task has fewer).", at_least=1
     )
@@ -38,6 +40,7 @@ if __name__ == "__main__":
 import reasoning_gym
 
 from llada.diffusion.masking import generator
+from llada.resumable import whole_folder
 
 HELDOUT_SHARE = 0.25
 
@@ -82,14 +85,15 @@ TASKS = [
 
 
 def puzzles(task: Task, *, heldout: bool, count: int, seed: int) -> Iterator[Puzzle]:
-    """Distinct puzzles of one part, in an order that depends on the seed only; perhaps fewer than `count`."""
+    """Distinct puzzles of one part, in an order that depends on the seed only; fewer than `count` if it runs
+    dry.
+    """
     size = 4 * count + 1000
     source = reasoning_gym.create_dataset(task.name, seed=seed, size=size, **task.options)
     seen: set[str] = set()
     for index in range(size):
         puzzle = source[index]
         question = task.question(puzzle)
-        # by what identifies a puzzle, whatever the seed: a held-out one has never been seen in any form
         is_heldout = generator(0, task.name, task.identity(puzzle)).random() < HELDOUT_SHARE
         if is_heldout == heldout and question not in seen:
             seen.add(question)
@@ -106,8 +110,12 @@ def as_text(task: Task, puzzle: Puzzle) -> dict[str, str]:
 def as_conversation(task: Task, puzzle: Puzzle) -> dict[str, list[dict[str, str]]]:
     """An SFT record: question, short thought, answer."""
     answer = f"<think>{task.thought}</think>\n{puzzle['answer'].strip()}"
-    turns = [("user", task.question(puzzle)), ("assistant", answer)]
-    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+    return {
+        "messages": [
+            {"role": "user", "content": task.question(puzzle)},
+            {"role": "assistant", "content": answer},
+        ]
+    }
 
 
 def as_prompt(task: Task, puzzle: Puzzle, index: int) -> dict[str, Any]:
@@ -124,10 +132,10 @@ def as_prompt(task: Task, puzzle: Puzzle, index: int) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     """Writes the files."""
     config = parse(Config, argv, description=__doc__)
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    names = ("pretrain", "pretrain_validation", "sft", "sft_validation", "heldout", "prompts")
-    files: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    files: dict[str, list[dict[str, Any]]] = {
+        name: []
+        for name in ("pretrain", "pretrain_validation", "sft", "sft_validation", "heldout", "prompts")
+    }
     for task in TASKS:
         train = list(puzzles(task, heldout=False, count=config.num_train, seed=config.seed))
         heldout = list(puzzles(task, heldout=True, count=config.num_heldout, seed=config.seed + 1))
@@ -140,9 +148,10 @@ def main(argv: list[str] | None = None) -> None:
             chosen = train[-config.num_prompts :]
             files["prompts"] = [as_prompt(task, puzzle, i) for i, puzzle in enumerate(chosen)]
         print(f"{task.name}: {len(train)} training and {len(heldout)} held-out puzzles", flush=True)
-    for name, records in files.items():
-        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    with whole_folder(Path(config.output_dir)) as folder:
+        for name, records in files.items():
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Run:
     python scripts/plot_metrics.py --runs runs/quickstart/pretraining runs/quickstart/sft --output curves.png
 """
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +53,6 @@ def main(argv: list[str] | None = None) -> None:
     figure, panels = plt.subplots(
         1, len(names), figsize=(5 * len(names), 3.5), squeeze=False, constrained_layout=True
     )
-    # a folder's name where it tells the runs apart
     short = [Path(run).name for run in config.runs]
     labels = short if len(set(short)) == len(short) else config.runs
     for panel, name in zip(panels[0], names, strict=True):
@@ -65,7 +65,9 @@ def main(argv: list[str] | None = None) -> None:
         panel.set(title=name, xlabel="step", ylabel=unit)
         panel.legend()
         panel.grid(alpha=0.3)
-    figure.savefig(config.output, dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120, format="png")
+    Path(config.output).write_bytes(drawn.getvalue())
     plt.close(figure)
     print(f"wrote {config.output}")
 

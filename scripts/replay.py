@@ -31,6 +31,7 @@ from llada.data.records import read_records
 from llada.inference.denoising_view import spell
 from llada.models.building import ROOT
 from llada.models.tokens import load_tokenizer
+from llada.resumable import write_atomically
 
 PAGE = ROOT / "llada/serving/page"
 STEP_FIELDS = ("positions", "token_ids", "confidences", "remasked", "step", "block")
@@ -47,9 +48,7 @@ def read_replays(config: Config) -> list[dict[str, Any]]:
         if key not in replays and len(replays) == config.max_answers:
             continue
         replay = replays.setdefault(key, {"title": f"answer {key[0]}, candidate {key[1]}", "steps": []})
-        texts = [
-            spell(tokenizer, [token_id])[0] or "\u00b7" for token_id in entry["token_ids"]
-        ]  # "·": a part of a character
+        texts = [spell(tokenizer, [token_id])[0] or "\u00b7" for token_id in entry["token_ids"]]
         replay["steps"].append({name: entry[name] for name in STEP_FIELDS} | {"texts": texts})
     for replay in replays.values():
         touched = [p for step in replay["steps"] for p in (*step["positions"], *step["remasked"])]
@@ -73,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     """Writes the page."""
     config = parse(Config, argv, description=__doc__)
     replays = read_replays(config)
-    Path(config.output).write_text(page_of(replays), encoding="utf-8")
+    write_atomically(Path(config.output), page_of(replays))
     print(f"{len(replays)} answers -> {config.output}")
 
 

@@ -1,7 +1,9 @@
 """Train a byte-level BPE tokenizer with LLaDA's special tokens on your own text.
 
-Any UTF-8 text is encoded without an unknown token and decoded back unchanged. Digits are split one by one.
-`<think>` is ordinary text. The special tokens take the last ids, as in LLaDA's own tokenizer; padding is EOS.
+Every one of the 256 bytes is in the alphabet and nothing is normalised, so any UTF-8 text is encoded without
+an unknown token and decoded back unchanged. Digits are split one by one, each with the space before it if
+there is one (numbers of any length share twenty tokens). `<think>` is ordinary text. The special tokens take
+the last ids, as in LLaDA's own tokenizer; padding is EOS.
 
 Run:
     python scripts/train_tokenizer.py --data data/samples/pretrain.jsonl data/samples/sft.jsonl \\
@@ -20,7 +22,7 @@ from llada.flags.parser import check_command_line, flag, parse, run_main
 class Config:
     """Flags of this script."""
 
-    output_dir: str = flag(help="Folder that receives the tokenizer.", writes="tokenizer")
+    output_dir: str = flag(help="Folder that receives the tokenizer.", writes="new folder")
     data: list[str] = flag(
         [], help="Files or folders: JSONL with text or conversations, text, Parquet.", reads="path"
     )
@@ -42,13 +44,18 @@ from llada.data.messages import valid
 from llada.data.reading import to_messages
 from llada.data.records import read_records
 from llada.models.tokens import CHAT_TEMPLATE, SPECIAL_TOKENS, extend_tokenizer
+from llada.resumable import whole_folder
 
 NUM_BYTES = 256
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most `vocab_size` tokens; the same texts give the same tokenizer."""
-    # texts that run out of pairs to merge give a smaller one, never a larger
+    """A byte-level BPE tokenizer of at most `vocab_size` tokens; the same texts give the same tokenizer.
+
+    Few or short texts run out of pairs to merge: the tokenizer is then smaller than asked for, never larger.
+
+    Raises: ValueError when `vocab_size` cannot hold the 256 bytes and the special tokens.
+    """
     specials = list(SPECIAL_TOKENS.values())
     smallest = NUM_BYTES + len(specials)
     if vocab_size < smallest:
@@ -57,14 +64,16 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
             f"need at least {smallest}"
         )
     tokenizer = Tokenizer(models.BPE())
-    # each digit with the space before it if there is one: numbers of any length share twenty tokens
-    digits = pre_tokenizers.Split(Regex(r" ?\d"), behavior="isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, to_bytes])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r" ?\d"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(specials),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # every byte, seen or not
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
@@ -101,7 +110,8 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = extend_tokenizer(config.extend)
     else:
         tokenizer = train_tokenizer(read_texts(config.data), vocab_size=config.vocab_size)
-    tokenizer.save_pretrained(config.output_dir)
+    with whole_folder(Path(config.output_dir)) as folder:
+        tokenizer.save_pretrained(folder)
     print(f"{len(tokenizer)} tokens -> {config.output_dir}")
 
 

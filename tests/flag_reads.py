@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from llada.flags.declaration import is_met, partners_of, said_of
+from llada.flags.declaration import is_met, said_of
 
 # Reading a field to write it down, or to compare it with that of an earlier run, gives it no effect.
 NOTED_BY = ("agreed",)
@@ -29,7 +29,7 @@ def _watched(config: Any, file: Path) -> Any:
     unread = {
         field.name
         for field in dataclasses.fields(config)
-        if is_met(config, partners_of(said_of(config_class, field.name)))
+        if is_met(config, said_of(config_class, field.name).get("needs", ""))
     } - {"recipe"}  # parse itself turns it into other flags
 
     def read(self: Any, name: str) -> Any:

@@ -35,7 +35,7 @@ def run(model_dir, tmp_path):
     def call(*flags):
         model = ["--model_path", str(model_dir), "--prompts_file", str(prompts)]
         lengths = ["--gen_length", "16", "--block_length", "8", "--repeats", "2"]
-        bench.main([*model, *lengths, "--output", str(report), *flags])
+        bench.main([*model, *lengths, "--output", str(report), "--overwrite", *flags])
         return json.loads(report.read_text())["rows"]
 
     return call
@@ -220,7 +220,7 @@ def test_a_peer_beside_the_floor(tmp_path):
     assert rows[1]["floor tokens/s"] <= rows[0]["floor tokens/s"]  # it prunes nothing
 
 
-def test_the_gpu_lines_are_valid_commands():
+def test_the_gpu_lines_are_valid_commands(paths_unchecked):
     environment = {
         **os.environ,
         "DRY_RUN": "1",
@@ -255,7 +255,7 @@ def test_the_gpu_lines_are_valid_commands():
         (["--model_path", "m", "--prompts_file", "p", "--invariance", "--arms", "reference"], "leave ref"),
     ],
 )  # fmt: skip
-def test_bad_flags(flags, message):
+def test_bad_flags(flags, message, paths_unchecked):
     with pytest.raises(ValueError, match=message):
         bench.main([*flags, "--block_length", "8"])
 

@@ -183,7 +183,7 @@ def test_bootstrap_range_holds_the_ratio_of_two_known_variances():
     assert low < ratio < high and ratio == pytest.approx(0.25, abs=0.03) and high - low < 0.06
 
 
-def test_the_gpu_launcher_prints_commands_that_parse():
+def test_the_gpu_launcher_prints_commands_that_parse(paths_unchecked):
     environment = {**os.environ, "DRY_RUN": "1", "PEER_PATH": "a folder/dllm", "PYTHON": "python"}
     printed = subprocess.run(
         ["bash", str(ROOT / "scripts/benchmarks/bench_gpu_step.sh")],

@@ -322,7 +322,7 @@ def test_user_mistakes(tmp_path):
     (tmp_path / "gguf").mkdir()
     (tmp_path / "gguf/a.gguf").write_bytes(b"")
     assert "no config.json; add --gguf_file a.gguf" in refusal(tmp_path, source=tmp_path / "gguf")
-    with pytest.raises(ValueError, match="is not empty; give a new folder"):
+    with pytest.raises(ValueError, match="is what --model_name_or_path reads"):
         convert_ar.main(["--model_name_or_path", folder, "--output_dir", folder])
     run(tmp_path, folder)
     with pytest.raises(ValueError, match="a LLaDA model is not autoregressive"):

@@ -104,8 +104,8 @@ def test_the_alignment_script_by_its_old_name(model_dir, tmp_path, monkeypatch):
         run(command)
     assert json.loads((tmp_path / "alignment_output/results.json").read_text())["steps"] == 3
     log = (tmp_path / "alignment_output/training_log.log").read_text()
-    assert "INFO llada.run: step 0: eval_" not in log and "INFO llada.run: step 3: loss" in log
-    assert "DEBUG train_kl: records [" in log
+    assert "INFO llada.training.metrics: step 3: loss" in log and "metrics: step 0: eval_" not in log
+    assert "DEBUG llada.autoregressive.alignment: records [" in log
 
 
 def test_answers_to_conversations_by_the_old_name(model_dir, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ def run(model_dir, tmp_path):
     """Runs the script on the tiny checkpoint; returns the records it wrote."""
 
     def call(*flags, output="out.jsonl"):
-        target = ["--output_path", str(tmp_path / output)] if output else []
+        target = ["--output_path", str(tmp_path / output), "--overwrite"] if output else []
         load_script("inference/generate.py").main(["--model_path", str(model_dir), *target, *QUICK, *flags])
         return [json.loads(line) for line in (tmp_path / output).read_text().splitlines()] if output else None
 
@@ -250,7 +250,8 @@ def test_the_methods_of_the_predecessor(model_dir):
     script = load_script("inference/generate.py")
 
     def parse(*flags):
-        return script.sampler_settings(script.parse(script.Config, ["--model_path", str(model_dir), *flags]))
+        words = ["--model_path", str(model_dir), "--prompt", "Hi", *flags]
+        return script.sampler_settings(script.parse(script.Config, words))
 
     assert parse().method == "fixed_length"
     assert parse("--block_length", "32").method == "semi_autoregressive_padding"

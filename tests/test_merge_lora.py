@@ -233,6 +233,6 @@ def test_folders_that_are_not_what_they_should_be(tmp_path):
     assert missing.startswith(f"--base_model {tmp_path}/nowhere: no checkpoint there")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("keep")
-    with pytest.raises(ValueError, match="is not empty; give a new folder"):
+    with pytest.raises(ValueError, match="exists; give another place"):
         run(tmp_path)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine.txt"]

@@ -95,4 +95,4 @@ def test_a_panel_holds_one_metric_of_all_runs(tmp_path, monkeypatch):
     assert all(len(panel.lines) == 2 for panel in panels)
     assert {line.get_label() for line in panels[0].lines} == {str(tmp_path / run / "sft") for run in "ab"}
     with pytest.raises(ValueError, match=r"--metrics \['lossy'\]: none was logged; there are \['loss', "):
-        plot.main([*flags, "--metrics", "lossy"])
+        plot.main([*flags[:-1], str(tmp_path / "d.png"), "--metrics", "lossy"])

@@ -159,7 +159,7 @@ def test_validation_that_holds_out_nothing(tmp_path, tokenizer_folder):
 
 def test_missing_input_is_named(tmp_path, tokenizer_folder):
     for script in (corpus, sft):
-        with pytest.raises(ValueError, match="--input 'absent': no such file or folder"):
+        with pytest.raises(ValueError, match="--input absent: no such file or folder"):
             script.main(flags(input="absent", tokenizer=tokenizer_folder, output_dir=tmp_path / "o"))
         assert not (tmp_path / "o").exists()
 

@@ -41,7 +41,7 @@ def run(model_dir, verifier_dir, tmp_path):
             "--output_path",
             str(tmp_path / str(output)),
             "--report_path",
-            str(tmp_path / "report.json"),
+            str(tmp_path / f"report_{output}.json"),
         ]
         models = ["--drafter", str(model_dir), "--verifier", str(verifier)]
         main = load_script("inference/speculative_decode.py").main
@@ -49,7 +49,9 @@ def run(model_dir, verifier_dir, tmp_path):
         if output is None:
             return None
         lines = (tmp_path / output).read_text().splitlines()
-        return [json.loads(line) for line in lines], json.loads((tmp_path / "report.json").read_text())
+        return [json.loads(line) for line in lines], json.loads(
+            (tmp_path / f"report_{output}.json").read_text()
+        )
 
     return call
 
@@ -151,7 +153,7 @@ def test_a_difference_that_rounding_does_not_explain_is_an_error(run, prompts, m
         (["--prompt", "a", "--acceptance", "token"], "temperature 0 leaves nothing to draw"),
         (["--prompt", "x " * 200], "--prompt: a prompt of"),
         (["--prompt", "a", "--max_new_tokens", "500"], "exceed the verifier's context of 128 tokens"),
-        (["--prompt", "a", "--verifier", "no/where/at_all"], "--verifier 'no/where/at_all': no checkpoint"),
+        (["--prompt", "a", "--verifier", "no/where/at_all"], "--verifier no/where/at_all: no checkpoint"),
         (["--prompt", "a", "--verifier_gguf_file", "x.gguf"], "cannot be read"),
     ],
 )  # fmt: skip

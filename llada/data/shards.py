@@ -31,7 +31,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llada.data.files import files_of
-from llada.resumable import refuse_changes, write_atomically
+from llada.resumable import read_object, refuse_changes, write_atomically
 
 Item = tuple[str, Any]
 """("file:line", what the encoder takes)."""
@@ -54,7 +54,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder, MANIFEST)
     if not path.is_file():
         raise ValueError(f"{folder}: no prepared rows there ({MANIFEST} is missing)")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest = read_object(path, "fingerprint", "finished")
     if not manifest["finished"]:
         raise ValueError(f"{folder}: preparation was interrupted; run the same command again to finish it")
     return manifest
@@ -78,8 +78,7 @@ def describe_inputs(paths: Iterable[str | Path], folder: str | Path) -> list[dic
     A file that has not been changed since `folder` was prepared from it is not read again.
     """
     path = Path(folder, MANIFEST)
-    manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    before = manifest.get("fingerprint", {}).get("inputs", [])
+    before = read_object(path, "fingerprint")["fingerprint"].get("inputs", []) if path.is_file() else []
     known = {(old["file"], old["bytes"], *old.get("changed", [])): old.get("hash") for old in before}
     described = []
     for file in (file for path in paths for file in files_of(path)):
@@ -174,7 +173,7 @@ def _open(folder: Path, fingerprint: dict[str, Any], *, overwrite: bool, if_chan
         for shard in folder.glob("shard-*"):
             shutil.rmtree(shard)
     if path.is_file():
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_object(path, "fingerprint", "finished")
         old, new = _without_times(manifest["fingerprint"]), _without_times(fingerprint)
         if old != new and if_changed:
             return _open(folder, fingerprint, overwrite=True, if_changed=False)
@@ -283,7 +282,7 @@ def join_columns(parts: list[Columns]) -> Columns:
 def _counts(folder: Path, index: int) -> Counter | None:
     """The counts of a finished shard, None if it is not there."""
     path = _shard(folder, index) / "statistics.json"
-    return Counter(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    return Counter(read_object(path, "rows")) if path.is_file() else None
 
 
 def _load(folder: Path, num_shards: int) -> Dataset:

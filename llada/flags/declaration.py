@@ -7,9 +7,7 @@ so a wrong value and a flag that could have no effect are refused before anythin
 import dataclasses
 import inspect
 import math
-import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -28,7 +26,6 @@ def flag(
     at_most: float | None = None,
     below: float | None = None,
     needs: str = "",
-    idle_without: str = "",
     reads: str = "",
     writes: str = "",
     fixed: bool = False,
@@ -45,8 +42,6 @@ def flag(
         needs: the flag without which this one has no effect and is refused: "shard" (set to anything), or
             "report_to=wandb|trackio" (set to one of these), "teacher=None" (absent); or several, parted by
             " or ".
-        idle_without: the same for a flag that may wait for the other, as names in a file of settings do: what
-            has no effect is said.
         reads: what must be there, a kind of `llada.flags.paths.READ`: "path" is a file or folder, "model" a
             checkpoint or its name on the hub.
         writes: what the script makes, a kind of `WRITTEN` there; never what it reads, and not what is there.
@@ -119,24 +114,14 @@ def check_value(name: str, value: Any, said: Mapping[str, Any]) -> None:
 
 
 def check_needs(config: Any) -> None:
-    """ValueError for a flag that was changed and could have no effect, or a line where it may wait."""
+    """ValueError for a flag that was changed and could have no effect."""
     for field in dataclasses.fields(config):
-        said, value = said_of(type(config), field.name), getattr(config, field.name)
-        if value in (*OFF, default_of(field)) or is_met(config, needs := partners_of(said)):
-            continue
-        without = re.sub(r"(\w+)=?(\S*)", r"--\1 \2", needs.replace(" or ", " , ")).replace("|", " or ")
-        without = " ".join(without.split()).replace(" , --", " or --")
-        without = f"beside --{needs[:-5]}" if needs.endswith("=None") else f"without {without}"
-        text = f"--{field.name} {shown(value)}: has no effect {without}"
-        if "needs" in said:
-            raise ValueError(text)
-        if os.environ.get("RANK", "0") == "0":
-            print(text, file=sys.stderr)
-
-
-def partners_of(said: Mapping[str, Any]) -> str:
-    """The flags without which this one does nothing."""
-    return said.get("needs") or said.get("idle_without") or ""
+        needs, value = said_of(type(config), field.name).get("needs", ""), getattr(config, field.name)
+        if value not in (*OFF, default_of(field)) and not is_met(config, needs):
+            without = re.sub(r"(\w+)=?(\S*)", r"--\1 \2", needs.replace(" or ", " , ")).replace("|", " or ")
+            without = " ".join(without.split()).replace(" , --", " or --")
+            without = f"beside --{needs[:-5]}" if needs.endswith("=None") else f"without {without}"
+            raise ValueError(f"--{field.name} {shown(value)}: has no effect {without}")
 
 
 def is_met(config: Any, needs: str, seen: tuple[str, ...] = ()) -> bool:
@@ -149,4 +134,4 @@ def is_met(config: Any, needs: str, seen: tuple[str, ...] = ()) -> bool:
     value = getattr(config, partner)
     values = value if isinstance(value, list) else [value]
     holds = any(str(item) in wanted.split("|") for item in values) if wanted else value not in OFF
-    return holds and is_met(config, partners_of(said_of(type(config), partner)), (*seen, needs))
+    return holds and is_met(config, said_of(type(config), partner).get("needs", ""), (*seen, needs))

@@ -225,17 +225,20 @@ def check_command_line(
     """Answers `--help` and a wrong command line before the slow imports of the script.
 
     Args:
-        answer: what a command that has nothing to do is answered; None = it has.
+        answer: what a command that has nothing to do is answered, None if it has; by default one is that made
+            all its outputs before.
     """
 
     def check() -> None:
         config = parse(config_class, description=description)
-        if answer is not None and (text := answer(config)) is not None:
+        text = f"{', '.join(paths.finished)}: this command has finished before" if paths.finished else None
+        text = text if answer is None else answer(config)
+        if text is not None:
             if os.environ.get("RANK", "0") == "0":
                 print(text)
             raise SystemExit(0)
 
-    run_main(check)
+    _run(check)
     # Ctrl-C during the imports ends the program without a traceback; run_main gives it back its meaning.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -254,6 +257,12 @@ def run_main(main: Callable[[], Any]) -> None:
     A ValueError is written for users everywhere in this suite, an OSError names its file. `--debug` or the
     environment variable LLADA_DEBUG shows the traceback.
     """
+    _run(main)
+    if os.environ.get("RANK", "0") == "0":
+        paths.note_finished()
+
+
+def _run(main: Callable[[], Any]) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # a background job's SIG_IGN stays
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -1,7 +1,5 @@
 """Saved model folders: weights, code, settings, tokenizer and a model card, whole or not at all."""
 
-import os
-import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,6 +11,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from llada.models.tokens import special_ids
+from llada.resumable import whole_folder
 from modelling_final import LLaDAConfig, LLaDAModelLM
 from modelling_final.modeling_llada import put_code_beside
 
@@ -54,10 +53,6 @@ def save_model(
         state_dict: the full weights, where the module itself only holds a shard of them.
         origin: for the model card, README.md.
     """
-    folder = Path(folder)
-    partial = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     is_adapter = hasattr(model, "peft_config")
     base = model.get_base_model() if is_adapter else model
     if isinstance(base, LLaDAModelLM):
@@ -65,23 +60,18 @@ def save_model(
         base.config.eot_token_id = special_ids(base.config, tokenizer).eot
         base.generation_config.eos_token_id = base.config.end_ids
         base.generation_config.pad_token_id = base.config.pad_token_id
-    model.save_pretrained(partial, state_dict=state_dict)
-    if is_adapter:
-        base.config.save_pretrained(partial)  # see load_model
-        base.generation_config.save_pretrained(partial)
-        put_code_beside(partial)
-    tokenizer.save_pretrained(partial)
-    has_template = tokenizer.chat_template is not None
-    card = model_card(folder.name, model, origin or Origin("the LLaDA suite"), has_template=has_template)
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    for file in partial.iterdir():
-        file.chmod(0o644)  # safetensors writes 0600, which colleagues on a cluster cannot read
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with whole_folder(Path(folder)) as partial:
+        model.save_pretrained(partial, state_dict=state_dict)
+        if is_adapter:
+            base.config.save_pretrained(partial)  # see load_model
+            base.generation_config.save_pretrained(partial)
+            put_code_beside(partial)
+        tokenizer.save_pretrained(partial)
+        has_template = tokenizer.chat_template is not None
+        card = model_card(partial.name, model, origin or Origin("the LLaDA suite"), has_template=has_template)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        for file in partial.iterdir():
+            file.chmod(0o644)  # safetensors writes 0600, which colleagues on a cluster cannot read
 
 
 _CARD = """---

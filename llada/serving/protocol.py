@@ -92,19 +92,23 @@ class CompletionBody(Body):
 
 @dataclass
 class Ask:
-    """A request, checked."""
+    """A request, checked.
+
+    Attributes:
+        settings: of the sampler, for an answer of `max_tokens` tokens rounded up to whole blocks.
+        is_seeded: whether the client gave a seed, so that the same request has the same answer again.
+    """
 
     body: ChatBody | CompletionBody
-    settings: LLaDAGenerationConfig  # of the sampler, for `max_tokens` tokens rounded up to whole blocks
+    settings: LLaDAGenerationConfig
     max_tokens: int
     stops: list[str] = field(default_factory=list)
-    is_seeded: bool = False  # the client gave a seed: the same request has the same answer again
+    is_seeded: bool = False
 
 
 def read_json(raw: bytes) -> dict[str, Any]:
     """The JSON object of a request. ApiError 400 if there is none."""
     try:
-        # NaN becomes a float, which the fields refuse by name
         value = json.loads(raw, parse_constant=lambda name: float(name))
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -119,16 +123,19 @@ def read_json(raw: bytes) -> dict[str, Any]:
 def read_ask(
     raw: bytes, body_class: type[ChatBody] | type[CompletionBody], defaults: LLaDAGenerationConfig
 ) -> Ask:
-    """A request body with the server's defaults filled in; ApiError 400, naming the field.
+    """A request body with the server's defaults filled in.
 
-    `body_class` says which endpoint's fields there are; the sampler's settings may stand beside them.
+    Args:
+        body_class: which endpoint's fields there are; the sampler's settings may stand beside them.
+
+    Raises:
+        ApiError: 400, naming the field.
     """
     values = read_json(raw)
     for name in INDIFFERENT & values.keys():
         values.pop(name)
     for name in NEUTRAL.keys() & values.keys():
         value = values.pop(name)
-        # in Python True == 1, in JSON it is another value
         if not any(
             value == neutral and type(value) in (type(neutral), int, float) for neutral in NEUTRAL[name]
         ):
@@ -176,7 +183,8 @@ MAX_LENGTH = 1 << 20
 def fit_length(settings: LLaDAGenerationConfig, max_tokens: int) -> LLaDAGenerationConfig:
     """The settings with room for `max_tokens` tokens, in whole blocks; steps stay in proportion.
 
-    ValueError: the steps cannot be shared out over the blocks.
+    Raises:
+        ValueError: the steps cannot be shared out over the blocks.
     """
     block = None if settings.method == "fixed_length" else settings.block_length
     length = max_tokens if block is None else -(-max_tokens // block) * block
@@ -204,16 +212,22 @@ class Reply:
         self.created = int(time.time())
 
     def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        frame = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-        return {**frame, "choices": choices}
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
 
     def whole(self, texts: list[str], reasons: list[str], usage: dict[str, int]) -> dict[str, Any]:
         choices = []
         for i, (text, reason) in enumerate(zip(texts, reasons, strict=True)):
             content = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
             choices.append({"index": i, **content, "logprobs": None, "finish_reason": reason})
-        kind = "chat.completion" if self.is_chat else "text_completion"
-        return self._frame(kind, choices) | {"usage": usage}
+        return self._frame("chat.completion" if self.is_chat else "text_completion", choices) | {
+            "usage": usage
+        }
 
     def chunk(
         self, index: int, text: str, reason: str | None = None, *, first: bool = False
@@ -227,8 +241,9 @@ class Reply:
         return self._frame("chat.completion.chunk" if self.is_chat else "text_completion", [choice])
 
     def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
-        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
-        return self._frame(kind, []) | {"usage": usage}
+        return self._frame("chat.completion.chunk" if self.is_chat else "text_completion", []) | {
+            "usage": usage
+        }
 
 
 def usage_of(num_prompt: int, num_completion: int) -> dict[str, int]:

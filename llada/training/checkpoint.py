@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from llada.resumable import write_atomically
+from llada.resumable import read_object, write_atomically
 from llada.run import Run, barrier
 
 # Only what is trained: with LoRA the base weights are reread from their own folder.
@@ -156,10 +156,9 @@ def _reason(error: Exception) -> str:
 def read_meta(folder: Path) -> dict[str, Any]:
     """What `Saver` noted beside the tensors; ValueError if the folder is not a whole checkpoint."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        return meta | {"step": meta["step"], "max_steps": meta["max_steps"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"not a complete checkpoint ({error!r})"
+        return read_object(folder / "meta.json", "step", "max_steps")
+    except (OSError, ValueError) as error:
+        problem = f"not a complete checkpoint ({error})"
         raise ValueError(f"--resume_from_checkpoint {folder}: {problem}") from error
 
 

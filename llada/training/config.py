@@ -201,10 +201,8 @@ class LoggingFlags:
         "Send metrics there besides metrics.jsonl; with wandb, WANDB_MODE=offline works.",
         choices=["none", "wandb", "tensorboard", "trackio"],
     )
-    wandb_project: str = flag("llada", "Project of the run.", idle_without="report_to=wandb|trackio")
-    run_name: str | None = flag(
-        None, "Name of the run; default the folder's.", idle_without="report_to=wandb|trackio"
-    )
+    wandb_project: str = flag("llada", "Project of the run at wandb or trackio.")
+    run_name: str | None = flag(None, "Name of the run there; default the folder's.")
     wandb_run_id: str | None = flag(None, "W&B run to continue.", needs="report_to=wandb")
 
     def check_flags(self) -> None:
@@ -225,16 +223,14 @@ class TrainConfig(OptimizerFlags, LoggingFlags):
     default_batch_size = 4
 
     output_dir: str = flag(
-        help="Folder of the run: step-N states, final/, best/, metrics.jsonl, results.json.", writes="folder"
+        help="Folder of the run: step-N states, final/, best/, metrics.jsonl, results.json.", writes="run"
     )
     tokenizer_name: str | None = flag(None, "Tokenizer folder; default that of the model.", reads="model")
     max_length: int = flag(4096, "Longest sequence in tokens.", at_least=1, fixed=True)
     max_steps: int = flag(
         -1, "Optimizer steps; -1 = as many as --num_train_epochs give.", at_least=-1, fixed=True
     )
-    num_train_epochs: float = flag(
-        1.0, "Passes over the data; --max_steps overrides it.", above=0, idle_without="max_steps=-1"
-    )
+    num_train_epochs: float = flag(1.0, "Passes over the data; --max_steps overrides it.", above=0)
     batch_size: int | None = flag(
         None, "Sequences per optimizer step, over all ranks and micro-batches; default 4.", at_least=1,
         fixed=True,

@@ -30,7 +30,7 @@ from llada.flags.parser import check_command_line, flag, parse, run_main
 class Config:
     """Flags of this script."""
 
-    output: str = flag("docs/proofs.md", help="Page to write.", writes="file")
+    output: str = flag("docs/proofs.md", help="Page to write.", writes="store")
     only: list[str] = flag([], help="Proofs to run, by name; default all.")
     input: list[str] = flag([], help="Files of published generations (d1's) to grade again.")
 
