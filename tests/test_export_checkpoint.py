@@ -1,15 +1,23 @@
 """A state of any step becomes the plain checkpoint that the run would have written there."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from conftest import load_script
+from llada.autoregressive.causal_lm import load_causal_lm
 from llada.models.building import load_for_inference
 from llada.models.saving import save_model
+from llada.speculative.bridge import Bridge
+from llada.speculative.decoder import SpeculativeDecoder, ends_with
+from llada.speculative.pard import load_drafter
+from llada.speculative.settings import SpeculativeSettings
 from processes import run_ranks
 from speculation import make_verifier
 from test_stages import pretrain_flags, sft_flags
@@ -94,6 +102,8 @@ def drafter_dirs(tmp_path_factory):
     tokenizer = load_script("scripts/train_tokenizer.py").train_tokenizer(["What is 2 + 3?"], vocab_size=300)
     tokenizer.mask_token = None
     verifier = make_verifier(len(tokenizer) + 4, eos_id=tokenizer.eos_token_id, dtype=torch.float32)
+    with torch.no_grad():  # embeddings alike: what a mask is read as says something about what comes
+        verifier.model.embed_tokens.weight += torch.linspace(-1, 1, verifier.config.hidden_size)
     verifier.save_pretrained(folder / "verifier")
     tokenizer.save_pretrained(folder / "verifier")
     convert = load_script("scripts/convert_ar.py").main
@@ -106,6 +116,53 @@ def drafter_dirs(tmp_path_factory):
             parameter += 0.05 * parameter.std() * torch.randn_like(parameter)
     save_model(model, tokenizer, folder / "drafter")
     return folder
+
+
+# What an engine does, in transformers alone, written apart from the suite: accepted tokens of each round.
+ENGINE = """
+import json, sys, torch, transformers as t
+drafter, verifier = (t.AutoModelForCausalLM.from_pretrained(path).eval() for path in sys.argv[1:3])
+tokenizer = t.AutoTokenizer.from_pretrained(sys.argv[1])
+mask, end = json.load(open(sys.argv[1] + "/config.json"))["pard_token"], verifier.config.eos_token_id
+rows = lambda model, ids: model(torch.tensor([ids])).logits[0].argmax(-1).tolist()
+for prompt in sys.argv[3:]:
+    text, rounds, room = tokenizer(prompt)["input_ids"], [], 16
+    while room and (room == 16 or text[-1] != end):
+        width = min(4, room - 1)
+        draft = rows(drafter, text + [mask] * (width - 1))[len(text) - 1:] if width else []
+        wanted = rows(verifier, text + draft)[len(text) - 1:]
+        right = [a == b for a, b in zip(draft, wanted)] + [False]
+        new = wanted[: right.index(False) + 1]
+        new = new[: new.index(end) + 1] if end in new else new
+        rounds, text, room = rounds + [right.index(False)], text + new, room - len(new)
+    print(json.dumps({"accepted": rounds, "text": text}))
+assert "llada" not in sys.modules and "modelling_final" not in sys.modules
+"""
+
+
+def test_plain_transformers_accepts_the_same_tokens(drafter_dirs, tmp_path):
+    prompts, folders = [f"What is {n}?" for n in range(6)], (tmp_path / "pard", drafter_dirs / "verifier")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    export(
+        ["--run", str(drafter_dirs / "drafter"), "--format", "pard", "--verifier", str(folders[1]),
+         "--prompts_file", str(tmp_path / "prompts.jsonl"), "--draft_length", "4", "--max_new_tokens", "16",
+         "--output_dir", str(folders[0])]
+    )  # fmt: skip
+    command = [sys.executable, "-c", ENGINE, *map(str, folders), *prompts]
+    nothing = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=nothing, stdout=subprocess.PIPE, text=True, check=True)
+    alone = [json.loads(line) for line in done.stdout.splitlines()]
+    drafter, own = load_drafter(str(folders[0]), chat=False)
+    verifier, tokenizer = load_causal_lm(str(folders[1]), flag="--verifier")
+    bridge = Bridge("none", drafter.config, own, tokenizer, num_outputs=verifier.config.vocab_size)
+    settings = SpeculativeSettings(draft_length=4, max_new_tokens=16)
+    decoder, ends = SpeculativeDecoder(drafter, verifier, bridge, settings), [tokenizer.eos_token_id]
+    for prompt, told in zip(prompts, alone, strict=True):
+        ids = tokenizer(prompt)["input_ids"]
+        answer, stats = decoder.decode(ids, ids, record_id=0, is_done=ends_with(ends))
+        assert ids + answer == told["text"] and stats.rounds == len(told["accepted"])
+        assert stats.accepted == [sum(n > k for n in told["accepted"]) for k in range(len(stats.accepted))]
+    assert len({n for told in alone for n in told["accepted"]}) > 2  # all, some and none
 
 
 def test_a_drafter_for_engines_is_tried_before_it_is_served(drafter_dirs, tmp_path, capsys):

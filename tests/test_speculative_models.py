@@ -148,6 +148,16 @@ def test_the_caches_change_nothing(drafter, verifier, mode):
     assert (stats.reached, stats.accepted) == (bare.reached, bare.accepted)
 
 
+def test_200_prompts_with_the_causal_drafter_are_greedy(drafter, verifier):
+    prompts = torch.randint(1, V, (200, 5), generator=torch.Generator().manual_seed(0))
+    given = torch.ones_like(prompts)
+    wanted = verifier.generate(prompts, attention_mask=given, do_sample=False, max_new_tokens=6)
+    rows = [row[: row.index(EOS) + 1] if EOS in row else row for row in wanted[:, 5:].tolist()]
+    found, stats = answers(make_decoder(drafter, verifier, max_new_tokens=6), prompts.tolist())
+    assert found == rows and len({tuple(row) for row in rows}) > 100
+    assert 1.2 < stats.acceptance_length < 4  # drafts of both kinds: accepted and rejected
+
+
 def test_the_first_draft_of_a_bidirectional_drafter_is_a_plain_forward(bidirectional, verifier):
     decoder = make_decoder(bidirectional, verifier, temperature=1.0)
     decoder.drafter.start([7, 3, 9])
