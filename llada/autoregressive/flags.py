@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from llada.flags.declaration import flag
+from modelling_final.orders_llada import ORDERS
 
 
 @dataclass(kw_only=True)
@@ -36,7 +37,7 @@ class OnPolicyFlags:
     remasking: str = flag(
         "max_probability",
         help="Order in which the student decides.",
-        choices=["low_confidence", "random", "max_probability", "margin", "entropy"],
+        choices=tuple(ORDERS),
         needs="on_policy=answers|self",
     )
     sampling_temperature: float = flag(

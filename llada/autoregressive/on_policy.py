@@ -36,6 +36,9 @@ from modelling_final import LLaDAGenerationConfig
 from modelling_final.generation_llada import generate
 
 
+SAMPLER_FLAGS = ("gen_length", "block_length", "steps", "remasking", "seed")
+
+
 @dataclass(frozen=True)
 class State:
     """A state of a trajectory, and the answer that came of it."""
@@ -153,6 +156,24 @@ def padded(rows: Sequence[np.ndarray], pad_id: int) -> tuple[torch.Tensor, torch
     return torch.from_numpy(tokens), None if mask.all() else torch.from_numpy(mask)
 
 
+@torch.no_grad()
+def logits_at(
+    model: torch.nn.Module, rows: Sequence[np.ndarray], starts: Sequence[int], length: int, pad_id: int
+) -> torch.Tensor:
+    """[B, length, V] the model's logits, as it answers, at each row's positions from its start on."""
+    input_ids, mask = padded(rows, pad_id)
+    columns = torch.tensor(starts)[:, None] + torch.arange(length)
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    logits = model(
+        input_ids=input_ids.to(device),
+        attention_mask=None if mask is None else mask.to(device),
+        query_positions=columns.to(device),
+    ).logits
+    model.train(was_training)
+    return logits
+
+
 @dataclass(frozen=True)
 class AutoregressiveGuide:
     """An autoregressive teacher, by the causal prefixes of the student's answers."""
@@ -175,7 +196,6 @@ class OwnGuide:
     top_k: int
     pad_id: int
 
-    @torch.no_grad()
     def __call__(self, states: Sequence[State]) -> list[tuple[np.ndarray, Distributions] | None]:
         right: dict[int, list[State]] = {}
         for state, is_right in zip(states, self.verify(states), strict=True):
@@ -187,17 +207,11 @@ class OwnGuide:
         if not told:
             return found
         rows = [np.concatenate([states[n].prompt.token_ids, states[n].canvas, shown[n]]) for n in told]
-        input_ids, mask = padded(rows, self.pad_id)
-        device, was_training = next(self.model.parameters()).device, self.model.training
-        self.model.eval()
-        logits = self.model(
-            input_ids=input_ids.to(device), attention_mask=None if mask is None else mask.to(device)
-        ).logits
-        self.model.train(was_training)
+        starts = [len(states[n].prompt.token_ids) for n in told]
+        logits = logits_at(self.model, rows, starts, len(states[told[0]].canvas), self.pad_id)
         for n, row in zip(told, logits, strict=True):
             places = np.flatnonzero(states[n].is_scored)
-            wanted = row[places + len(states[n].prompt.token_ids)].cpu()
-            found[n] = (places, from_logits(wanted, self.vocabulary, top_k=self.top_k))
+            found[n] = (places, from_logits(row[places].cpu(), self.vocabulary, top_k=self.top_k))
         return found
 
     @staticmethod
@@ -220,7 +234,6 @@ def verified_by(rewards: list[Reward], decode: Callable[[list[int]], str]) -> Ca
     return verify
 
 
-@torch.no_grad()
 def draft_starts(
     model: torch.nn.Module, stream: AlignmentStream, record_ids: Sequence[int]
 ) -> dict[int, np.ndarray]:
@@ -229,35 +242,25 @@ def draft_starts(
     A draft of G most likely tokens stays as far as the answer says the same; the next begins behind the token
     that the verifier adds.
     """
-    length, device, was_training = stream.windows.length, next(model.parameters()).device, model.training
+    length = stream.windows.length
     texts = {i: stream.example_of(i, 0, 0) for i in sorted(set(record_ids))}
     answers = {i: np.flatnonzero(text.maskable) for i, text in texts.items()}
     starts: dict[int, list[int]] = {i: [0] for i in texts}
-    active = list(texts)
-    model.eval()
+    active, masks = list(texts), np.full(length, stream.mask_id)
     while active:
         firsts = [int(answers[i][starts[i][-1]]) for i in active]
         canvases = [
-            np.concatenate([texts[i].input_ids[:first], np.full(length, stream.mask_id)])
-            for i, first in zip(active, firsts, strict=True)
+            np.append(texts[i].input_ids[:first], masks) for i, first in zip(active, firsts, strict=True)
         ]
-        input_ids, mask = padded(canvases, stream.pad_id)
-        columns = torch.tensor(firsts)[:, None] + torch.arange(length)
-        logits = model(
-            input_ids=input_ids.to(device),
-            attention_mask=None if mask is None else mask.to(device),
-            query_positions=columns.to(device),
-        ).logits
+        logits = logits_at(model, canvases, firsts, length, stream.pad_id)
         # as in the decoder, which never drafts a mask
         logits[..., stream.mask_id] = -torch.inf
-        drafts = logits.argmax(-1).cpu().numpy()
-        for i, first, draft in zip(active, firsts, drafts, strict=True):
+        for i, first, draft in zip(active, firsts, logits.argmax(-1).cpu().numpy(), strict=True):
             tokens = texts[i].input_ids[first : first + length]
             # False: what the answer has no token for is not accepted
             agrees = np.append(draft[: len(tokens)] == tokens, False)
             starts[i].append(starts[i][-1] + int(np.argmin(agrees)) + 1)
         active = [i for i in active if starts[i][-1] < len(answers[i])]
-    model.train(was_training)
     return {i: np.array(found[:-1]) for i, found in starts.items()}
 
 
@@ -284,10 +287,7 @@ def own_states(
     """The stream of states that the student visits when it answers prompts, and what it holds."""
     settings = LLaDAGenerationConfig(
         method="semi_autoregressive_padding" if config.block_length else "fixed_length",
-        **{
-            name: getattr(config, name)
-            for name in ("gen_length", "block_length", "steps", "remasking", "seed")
-        },
+        **{name: getattr(config, name) for name in SAMPLER_FLAGS},
         temperature=config.sampling_temperature,
         num_return_sequences=config.num_generations if config.on_policy == "self" else 1,
     )

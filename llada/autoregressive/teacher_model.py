@@ -3,18 +3,19 @@
 B answers of a batch, L positions, n tokens of an answer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from llada.autoregressive.causal_lm import prompt_ids
 from llada.autoregressive.teacher_rows import Student, TeacherAnswer, align_answer, from_logits
 from llada.autoregressive.vocabulary import OTHER, VocabMap
 from llada.data.chat import render_prompt
 from llada.data.messages import Message
-from llada.data.template import encode_texts, fit_messages, render
+from llada.data.template import encode_texts
 from llada.diffusion.masking import generator
 from llada.models.tokens import end_ids
 
@@ -83,7 +84,7 @@ class TeacherModel:
                 "outputs; they do not belong together"
             )
 
-    def answers(self, questions: Sequence[Question]) -> Iterator[TeacherAnswer | None]:
+    def answers(self, questions: Sequence[Question]) -> list[TeacherAnswer | None]:
         """A row for each question, in their order; None where the teacher wrote no text.
 
         Raises:
@@ -93,50 +94,31 @@ class TeacherModel:
         asked = [(question, self._prompt(question.messages)) for question in questions]
         unanswered = [(prompt, question.where) for question, prompt in asked if question.response is None]
         generated = self._generate(unanswered)
-        spoken = [
+        return self._scored([
             self._spoken(question, prompt, next(generated) if question.response is None else None)
             for question, prompt in asked
-        ]
-        scored = self._scored([answer for answer in spoken if answer is not None])
-        for answer in spoken:
-            yield None if answer is None else next(scored)
+        ])  # fmt: skip
 
     def judge(
         self, questions: Sequence[Question], answers: Sequence[list[int]]
     ) -> list[TeacherAnswer | None]:
         """Distributions along answers that the student wrote, in its tokens; None where they are no text."""
-        spoken = [
-            self._of_student(question, answer) for question, answer in zip(questions, answers, strict=True)
-        ]
-        scored = self._scored([found for found in spoken if found is not None])
-        return [None if found is None else next(scored) for found in spoken]
+        return self._scored(list(map(self._of_student, questions, answers)))
 
     def _of_student(self, question: Question, answer: list[int]) -> _Spoken | None:
-        prompt_ids = render_prompt(question.messages, self.student.tokenizer, chat=True)
-        prompt = self._prompt(question.messages)
-        if self.vocabulary.is_identity:
-            return _Spoken(prompt_ids, answer, prompt, answer, np.arange(len(answer)))
-        table = self.student.table
-        text = _text(table.decode(answer))
-        if text is None or any(table.texts[i] is None for i in answer[:-1]):
-            return None  # half a character, or a special token within the answer
-        ours = encode_texts([text], self.tokenizer)[0]
-        closing = self.vocabulary.source.closing
-        is_closed = table.texts[answer[-1]] is None and closing is not None
-        teacher_answer = [*ours, *([closing] if is_closed else [])]
-        source = self.vocabulary.source
-        index = align_answer(
-            answer, [source.texts[i] for i in teacher_answer], self.student,
-            drops_first_space=source.drops_first_space, where=question.where,
-        )  # fmt: skip
-        return _Spoken(prompt_ids, answer, prompt, teacher_answer, index)
+        table, text = self.student.table, None
+        if not self.vocabulary.is_identity:
+            text = _text(table.decode(answer))
+            if text is None or any(table.texts[i] is None for i in answer[:-1]):
+                return None  # half a character, or a special token within the answer
+        is_closed = table.texts[answer[-1]] is None
+        return self._pair(question, self._prompt(question.messages), answer, text, is_closed)
 
     def _prompt(self, messages: Sequence[Message]) -> list[int]:
         """The teacher's tokens of a prompt, in its own chat format if it has one."""
-        if self.tokenizer.chat_template is None:
-            text = "\n".join(message["content"] for message in messages) + "\n"
-        else:
-            text = render(fit_messages(messages, self.tokenizer), self.tokenizer, header=True)
+        if self.tokenizer.chat_template is not None:
+            return prompt_ids(messages, self.tokenizer)
+        text = "".join(message["content"] + "\n" for message in messages)
         return encode_texts([text], self.tokenizer)[0]
 
     @torch.inference_mode()
@@ -144,7 +126,7 @@ class TeacherModel:
         """(tokens of the answer without its end, did it end by itself) for each (prompt, where), in order."""
         ends = end_ids(self.model, self.tokenizer, self.vocabulary.source.closing)
         found: dict[int, tuple[list[int], bool]] = {}
-        for places in _by_length([len(prompt) for prompt, _ in asked], self.batch_size):
+        for places in _by_length({i: len(prompt) for i, (prompt, _) in enumerate(asked)}, self.batch_size):
             rows = [asked[i][0] for i in places]
             width = max(map(len, rows))
             input_ids = torch.tensor([[ends[0]] * (width - len(row)) + row for row in rows])
@@ -167,40 +149,46 @@ class TeacherModel:
         self, question: Question, prompt: list[int], generated: tuple[list[int], bool] | None
     ) -> _Spoken | None:
         """A question's answer in both models' tokens."""
-        student, where = self.student, question.where
-        table, is_identity = self.vocabulary.source, self.vocabulary.is_identity
-        prompt_ids = render_prompt(question.messages, student.tokenizer, chat=True)
-        text, ids, is_closed = question.response, [], True
+        table, text, ids, is_closed = self.vocabulary.source, question.response, None, True
         if generated is not None:
             ids, is_closed = generated
             if not ids or any(table.texts[i] is None for i in ids):
                 return None  # nothing, or a special token within the answer
             text = _text(table.decode(ids))
         # the teacher's own ids, not its text tokenised again, which can give other ones
-        if is_identity and generated is not None:
-            answer_ids = ids + (student.closing_ids() if is_closed else [])
+        if self.vocabulary.is_identity and ids is not None:
+            answer_ids = ids + (self.student.closing_ids() if is_closed else [])
         elif text is not None:
-            answer_ids = student.encode_answer(text, is_closed=is_closed, where=where)
+            answer_ids = self.student.encode_answer(text, is_closed=is_closed, where=question.where)
         else:
             return None
-        if is_identity:
+        return self._pair(question, prompt, answer_ids, text, is_closed, ids)
+
+    def _pair(
+        self, question: Question, prompt: list[int], answer_ids: list[int], text: str | None, is_closed: bool,
+        ids: list[int] | None = None,
+    ) -> _Spoken:  # fmt: skip
+        """An answer in the student's tokens beside the teacher's: `ids`, or its text's."""
+        prompt_ids = render_prompt(question.messages, self.student.tokenizer, chat=True)
+        if self.vocabulary.is_identity:
             return _Spoken(prompt_ids, answer_ids, prompt, answer_ids, np.arange(len(answer_ids)))
-        ours = ids if generated is not None else encode_texts([text], self.tokenizer)[0]
-        closing = self.vocabulary.source.closing
-        teacher_answer = [*ours, *([closing] if is_closed and closing is not None else [])]
+        table = self.vocabulary.source
+        ours = encode_texts([text], self.tokenizer)[0] if ids is None else ids
+        ours = [*ours, *([table.closing] if is_closed and table.closing is not None else [])]
         index = align_answer(
-            answer_ids, [table.texts[i] for i in teacher_answer], student,
-            drops_first_space=table.drops_first_space, where=where,
+            answer_ids, [table.texts[i] for i in ours], self.student,
+            drops_first_space=table.drops_first_space, where=question.where,
         )  # fmt: skip
-        return _Spoken(prompt_ids, answer_ids, prompt, teacher_answer, index)
+        return _Spoken(prompt_ids, answer_ids, prompt, ours, index)
 
     @torch.inference_mode()
-    def _scored(self, spoken: list[_Spoken]) -> Iterator[TeacherAnswer]:
+    def _scored(self, spoken: list[_Spoken | None]) -> list[TeacherAnswer | None]:
         """The rows of these answers, in order: one forward a batch of similar length."""
-        lengths = [len(a.teacher_prompt) + len(a.teacher_answer) for a in spoken]
+        there = {i: answer for i, answer in enumerate(spoken) if answer is not None}
+        lengths = {i: len(a.teacher_prompt) + len(a.teacher_answer) for i, a in there.items()}
         found: dict[int, TeacherAnswer] = {}
         for places in _by_length(lengths, self.batch_size):
-            batch = {i: spoken[i] for i in places}
+            batch = {i: there[i] for i in places}
             width = max(lengths[i] for i in batch)
             rows = [a.teacher_prompt + a.teacher_answer for a in batch.values()]
             input_ids = torch.tensor([row + [row[-1]] * (width - len(row)) for row in rows])
@@ -219,13 +207,13 @@ class TeacherModel:
                 wanted = row[places.to(row.device)].cpu()
                 distributions = from_logits(wanted, self.vocabulary, top_k=self.top_k)
                 found[i] = TeacherAnswer(answer.prompt_ids, answer.answer_ids, positions, distributions)
-        return (found[i] for i in range(len(spoken)))
+        return [found.get(i) for i in range(len(spoken))]
 
 
-def _by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+def _by_length(lengths: Mapping[int, int], batch_size: int) -> Iterator[list[int]]:
     """Batches of places, those of like length together: little padding in each."""
-    order = np.argsort(lengths, kind="stable")
-    return (order[start : start + batch_size].tolist() for start in range(0, len(order), batch_size))
+    order = sorted(lengths, key=lengths.__getitem__)
+    return (order[start : start + batch_size] for start in range(0, len(order), batch_size))
 
 
 def _text(data: bytes) -> str | None:
