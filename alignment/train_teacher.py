@@ -42,18 +42,14 @@ if __name__ == "__main__":
 
 import torch
 from datasets import Dataset
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from llada.autoregressive.causal_lm import named_refusal, read_causal_config, read_causal_model
 from llada.data.rows import ConversationRows
 from llada.diffusion.batches import Example, MaskedBatch, Noised
 from llada.diffusion.stream import MaskedStream
 from llada.models.building import new_config
+from llada.models.causal_layout import causal_config
 from llada.models.checkpoints import resolve_checkpoint
 from llada.models.tokens import SpecialIds
 from llada.training.rows_stage import train_on_rows
@@ -92,23 +88,7 @@ def new_teacher(
     shape = new_config(config_name, tokenizer, max_length=max_length)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(
-            LlamaConfig(
-                hidden_size=shape.d_model,
-                intermediate_size=shape.mlp_hidden_size,
-                num_hidden_layers=shape.n_layers,
-                num_attention_heads=shape.n_heads,
-                num_key_value_heads=shape.n_kv_heads,
-                rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-                rms_norm_eps=shape.rms_norm_eps,
-                max_position_embeddings=shape.max_sequence_length,
-                tie_word_embeddings=shape.weight_tying,
-                vocab_size=shape.embedding_size,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=shape.end_ids,
-                pad_token_id=shape.pad_token_id,
-            )
-        )
+        return LlamaForCausalLM(causal_config(shape, bos_token_id=tokenizer.bos_token_id))
 
 
 def load_causal(

@@ -193,9 +193,23 @@ def causal_form(model: LLaDAModelLM) -> PreTrainedModel:
             f"{ours.attention_block_size}, logit_shift {ours.logit_shift}: only a causal drafter has this "
             "form; scripts/convert_ar.py --drafter causal makes one"
         )
+    config = causal_config(ours)
+    config.pard_token = ours.mask_token_id
+    weights = {causal_name(name): weight for name, weight in model.state_dict().items()}
+    if ours.weight_tying:
+        weights.pop("lm_head.weight", None)
     kind = Qwen2ForCausalLM if ours.include_qkv_bias else LlamaForCausalLM
-    rope = {"rope_type": "default", **(ours.rope_parameters or {}), "rope_theta": ours.rope_theta}
-    config = kind.config_class(
+    found, report = kind.from_pretrained(
+        None, config=config, state_dict=weights, dtype=model.dtype, output_loading_info=True
+    )
+    assert not (report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]), report
+    return found.eval()
+
+
+def causal_config(ours: LLaDAConfig, *, bos_token_id: int | None = None) -> PreTrainedConfig:
+    """The shape and ids of a LLaDA model as those of a Llama, or with biases on q, k and v of a Qwen2."""
+    kind = Qwen2ForCausalLM if ours.include_qkv_bias else LlamaForCausalLM
+    return kind.config_class(
         hidden_size=ours.d_model,
         num_attention_heads=ours.n_heads,
         num_key_value_heads=ours.n_kv_heads,
@@ -203,23 +217,16 @@ def causal_form(model: LLaDAModelLM) -> PreTrainedModel:
         intermediate_size=ours.mlp_hidden_size,
         hidden_act=ours.activation_type,
         rms_norm_eps=ours.rms_norm_eps,
-        rope_parameters=rope,
+        rope_parameters={
+            "rope_type": "default", **(ours.rope_parameters or {}), "rope_theta": ours.rope_theta
+        },
         max_position_embeddings=ours.max_sequence_length,
         tie_word_embeddings=ours.weight_tying,
         vocab_size=ours.embedding_size,
-        bos_token_id=None,
+        bos_token_id=bos_token_id,
         eos_token_id=ours.end_ids,
         pad_token_id=ours.pad_token_id,
-        pard_token=ours.mask_token_id,
-    )
-    weights = {causal_name(name): weight for name, weight in model.state_dict().items()}
-    if ours.weight_tying:
-        weights.pop("lm_head.weight", None)
-    found, report = kind.from_pretrained(
-        None, config=config, state_dict=weights, dtype=model.dtype, output_loading_info=True
-    )
-    assert not (report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]), report
-    return found.eval()
+    )  # fmt: skip
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
