@@ -207,9 +207,10 @@ def test_truncated_state_is_refused_and_left_alone(tmp_path):
     assert (tmp_path / "latest").read_text() == "step-6"
 
 
-def test_retention_keeps_the_newest(tmp_path):
-    train(tmp_path, save_interval=1, save_total_limit=2)
-    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-5", "step-6"]
+@pytest.mark.parametrize(("limit", "kept"), [(2, [5, 6]), (-1, [1, 2, 3, 4, 5, 6])])
+def test_retention_keeps_the_newest_or_all(limit, kept, tmp_path):
+    train(tmp_path, save_interval=1, save_total_limit=limit)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == [f"step-{step}" for step in kept]
 
 
 def test_non_finite_loss_stops_and_names_the_records(tmp_path):

@@ -108,7 +108,7 @@ class Saver:
                 f"has {free:.3f} GB free without what was written of this state. "
                 f"The last complete checkpoint is the one that {self._output_dir / 'latest'} names"
             ) from error
-        if self._run.is_main:
+        if self._run.is_main and self._keep > 0:  # -1 keeps all
             for old in _saved_steps(self._output_dir)[: -self._keep]:
                 shutil.rmtree(self._output_dir / f"step-{old}")
         barrier()
