@@ -19,25 +19,13 @@ Run:
 """
 
 import json
-import os
-import resource
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+from llada.flags.parser import check_command_line, flag, parse, run_main
 
-from llada.flags.parser import flag, parse, run_main
-
-ROOT = Path(__file__).resolve().parents[2]
-METHODS = {
-    "one": [],
-    "all": ["--keep_rate", "1"],
-    "cod": ["--keep_rate", "0.7"],
-    "drafts": ["--on_policy", "drafts"],
-}
+METHODS = {"one": {}, "all": {"keep_rate": 1}, "cod": {"keep_rate": 0.7}, "drafts": {"on_policy": "drafts"}}
 
 
 @dataclass(kw_only=True)
@@ -64,31 +52,21 @@ class Config:
     seeds: list[int] = flag([0], help="Seeds of the trainings.")
 
 
-def run(script: str, *flags: object) -> float:
-    """Runs a script of the suite; its CPU seconds."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / script), *map(str, flags)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"{script} failed: {done.stderr[-800:]}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+if __name__ == "__main__":
+    check_command_line(Config, __doc__)
+
+import numpy as np
+
+from finished_runs import run_once
 
 
 def prepare(config: Config, folder: Path) -> float:
     """The drafter at its start, and the teacher's own answers; CPU seconds."""
-    gguf = ["--gguf_file", config.teacher_gguf_file] if config.teacher_gguf_file else []
-    mask = ["--mask_token", config.mask_token] if config.mask_token else []
-    spent, start = 0.0, folder / "start"
-    if not start.exists():
-        spent += run(
-            *("scripts/convert_ar.py", "--model_name_or_path", config.teacher, *gguf, *mask),
-            *("--drafter", "causal", "--num_layers", config.num_layers, "--dtype", "float32"),
-            *("--output_dir", start),
-        )
-    teacher = ["--teacher", config.teacher]
-    teacher += ["--teacher_gguf_file", config.teacher_gguf_file] if config.teacher_gguf_file else []
+    start = {
+        "model_name_or_path": config.teacher, "drafter": "causal", "num_layers": config.num_layers,
+        "dtype": "float32", "output_dir": folder / "start", **given(config, "", "mask_token"),
+    }  # fmt: skip
+    spent = run_once("scripts/convert_ar.py", start, folder / "start-log")
     parts = {
         "train": (config.train_prompts, config.num_train),
         "validation": (config.test_prompts, config.num_test),
@@ -96,67 +74,51 @@ def prepare(config: Config, folder: Path) -> float:
     for name, (path, num) in parts.items():
         lines = Path(path).read_text(encoding="utf-8").splitlines()[:num]
         (folder / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        spent += run(
-            *("alignment/precompute_teacher.py", "--input", folder / f"{name}.jsonl", "--tokenizer", start),
-            *(
-                *teacher,
-                "--responses",
-                "generate",
-                "--temperature",
-                0,
-                "--batch_size",
-                20,
-                "--shard_size",
-                20,
-            ),
-            *("--max_new_tokens", config.answer_tokens, "--max_length", 512, "--long", "drop"),
-            *("--output_dir", folder / "rows" / name),
-        )
+        rows = {
+            "input": folder / f"{name}.jsonl", "output_dir": folder / "rows" / name,
+            "tokenizer_name": folder / "start", "teacher": config.teacher, **given(config, "teacher_"),
+            "responses": "generate", "temperature": 0, "max_new_tokens": config.answer_tokens,
+            "max_length": 512, "long": "drop", "batch_size": 20, "shard_size": 20,
+        }  # fmt: skip
+        spent += run_once("alignment/precompute_teacher.py", rows, folder / f"rows-{name}-log")
     return spent
 
 
-def train(config: Config, folder: Path, method: str, seed: int) -> dict[str, float]:
-    """One training: CPU seconds, and its held-out prediction."""
-    output, note = folder / f"{method}-{seed}", folder / f"{method}-{seed}.cpu.json"
-    if not note.exists():
-        spent = run(
-            *("alignment/train_kl.py", "--model_name_or_path", folder / "start", "--output_dir", output),
-            *("--train_data_path", folder / "rows/train", "--eval_data_path", folder / "rows/validation"),
-            *(
-                "--loss_type",
-                config.loss_type,
-                "--positions",
-                "windows",
-                "--window_length",
-                config.draft_length,
-            ),
-            *("--max_steps", config.steps, "--save_interval", 10 * config.steps, "--seed", seed),
-            *("--batch_size", config.batch_size, "--micro_batch_size", min(8, config.batch_size)),
-            *("--learning_rate", config.learning_rate, "--warmup_steps", 5, "--max_length", 512),
-            *METHODS[method],
-        )
-        note.write_text(json.dumps({"cpu_seconds": spent}))
-    results = json.loads((output / "results.json").read_text())
-    return json.loads(note.read_text()) | {"predicted": results["eval_tau_greedy"]}
+def given(config: Config, whose: str, *names: str) -> dict[str, str]:
+    """The teacher's GGUF file under a script's name for it, and what else was given."""
+    flags = {f"{whose}gguf_file": config.teacher_gguf_file, **{n: getattr(config, n) for n in names}}
+    return {name: value for name, value in flags.items() if value is not None}
 
 
-def measure(config: Config, folder: Path, drafter: Path, name: str) -> dict[str, float]:
+def train(config: Config, folder: Path, method: str, seed: int) -> tuple[float, float]:
+    """One training: CPU seconds, and the tau that its validation predicts."""
+    output = folder / f"{method}-{seed}"
+    flags = {
+        "model_name_or_path": folder / "start", "output_dir": output, "seed": seed,
+        "train_data_path": folder / "rows/train", "eval_data_path": folder / "rows/validation",
+        "loss_type": config.loss_type, "positions": "windows", "window_length": config.draft_length,
+        "max_steps": config.steps, "save_interval": 10 * config.steps, "max_length": 512,
+        "batch_size": config.batch_size, "micro_batch_size": min(8, config.batch_size),
+        "learning_rate": config.learning_rate, "warmup_steps": 5, **METHODS[method],
+    }  # fmt: skip
+    spent = run_once("alignment/train_kl.py", flags, folder / f"{output.name}-log")
+    return spent, json.loads((output / "results.json").read_text())["eval_tau_greedy"]
+
+
+def measure(config: Config, folder: Path, name: str) -> dict[str, float]:
     """tau with its 95 % interval, speed-up and break-even of a drafter."""
     output, report = folder / f"{name}.jsonl", folder / f"{name}.report.json"
-    if not report.exists():
-        gguf = ["--verifier_gguf_file", config.teacher_gguf_file] if config.teacher_gguf_file else []
-        run(
-            *("inference/speculative_decode.py", "--drafter", drafter, "--verifier", config.teacher, *gguf),
-            *("--prompts_file", folder / "validation.jsonl", "--is_instruct", "--report_path", report),
-            *("--max_new_tokens", config.max_new_tokens, "--draft_length", config.draft_length),
-            *("--output_path", output),
-        )
+    flags = {
+        "model_name_or_path": folder / name, "verifier": config.teacher, **given(config, "verifier_"),
+        "prompts_file": folder / "validation.jsonl", "is_instruct": True, "output_path": output,
+        "report_path": report, "max_new_tokens": config.max_new_tokens, "draft_length": config.draft_length,
+    }  # fmt: skip
+    run_once("inference/speculative_decode.py", flags, folder / f"{name}-decoding-log")
     found = json.loads(report.read_text())
     lines = [json.loads(line)["statistics"] for line in output.read_text(encoding="utf-8").splitlines()]
     tokens, rounds = (np.array([line[key] for line in lines]) for key in ("tokens", "rounds"))
     drawn = np.random.default_rng(0).integers(len(lines), size=(2000, len(lines)))
-    taus = tokens[drawn].sum(1) / rounds[drawn].sum(1)
-    low, high = np.quantile(taus, [0.025, 0.975])
+    low, high = np.quantile(tokens[drawn].sum(1) / rounds[drawn].sum(1), [0.025, 0.975])
     tau = found["acceptance_length"]
     return {
         "tau": tau, "low": low, "high": high, "speed_up": found["speed_up"],
@@ -171,29 +133,21 @@ def main(argv: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     spent = prepare(config, folder)
     print(f"conversion and the teacher's answers: {spent:.0f} CPU seconds", flush=True)
-    names = (
-        "drafter",
-        "seed",
-        "CPU s",
-        "predicted tau",
-        "tau, 95 % interval",
-        "speed-up",
-        "break-even",
-        "equal",
-    )
-    print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
+    lines = [
+        "| drafter | seed | CPU s | predicted tau | tau, 95 % interval | speed-up | break-even | equal |"
+    ]
+    lines.append("|---" * 8 + "|")
     for method, seed in [("start", 0), *((m, s) for m in config.methods for s in config.seeds)]:
-        name = "start" if method == "start" else f"{method}-{seed}"
-        trained = {"cpu_seconds": 0, "predicted": float("nan")}
-        if method != "start":
-            trained = train(config, folder, method, seed)
-        found = measure(config, folder, folder / name, name)
-        print(
-            f"| {method} | {seed} | {trained['cpu_seconds']:.0f} | {trained['predicted']:.3f} | "
+        is_start = method == "start"
+        cost, predicted = (0.0, float("nan")) if is_start else train(config, folder, method, seed)
+        found = measure(config, folder, "start" if is_start else f"{method}-{seed}")
+        lines.append(
+            f"| {method} | {seed} | {cost:.0f} | {predicted:.3f} | "
             f"{found['tau']:.3f} [{found['low']:.3f}, {found['high']:.3f}] | {found['speed_up']:.2f} | "
-            f"{found['break_even']:.2f} | {found['equal']} of {found['prompts']} |",
-            flush=True,
+            f"{found['break_even']:.2f} | {found['equal']} of {found['prompts']} |"
         )
+        print(lines[-1], flush=True)
+    print("\n" + "\n".join(lines))
     print(f"{time.time() - started:.0f} s")
 
 

@@ -20,24 +20,19 @@ Run:
 """
 
 import json
-import os
-import resource
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from llada.flags.parser import check_command_line, flag, parse, run_main
 
-ROOT = Path(__file__).resolve().parents[2]
-MASKED = ("--positions", "masked")
+MASKED, WINDOWS = {"positions": "masked"}, {"positions": "windows", "loss_type": "kl"}
 ARMS = {
-    "ce": ("convert", (*MASKED, "--loss_type", "ce")),
-    "kl": ("convert", (*MASKED, "--loss_type", "kl")),
-    "answers": ("convert", ("--on_policy", "answers", "--loss_type", "kl")),
-    "one": ("draft", ("--positions", "windows", "--loss_type", "kl")),
-    "drafts": ("draft", ("--positions", "windows", "--loss_type", "kl", "--on_policy", "drafts")),
+    "ce": ("convert", {**MASKED, "loss_type": "ce"}),
+    "kl": ("convert", {**MASKED, "loss_type": "kl"}),
+    "answers": ("convert", {"on_policy": "answers", "loss_type": "kl"}),
+    "one": ("draft", WINDOWS),
+    "drafts": ("draft", {**WINDOWS, "on_policy": "drafts"}),
 }
 
 
@@ -60,73 +55,51 @@ class Config:
 if __name__ == "__main__":
     check_command_line(Config, __doc__)
 
+from finished_runs import run_once
 from llada.data.records import read_records
 from llada.rewards.functions import puzzle_solved
-
-
-def run(script: str, *flags: object) -> float:
-    """Runs a script of the suite; its CPU seconds."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / script), *map(str, flags)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"{script} failed: {done.stderr[-800:]}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def train(config: Config, folder: Path, arm: str, seed: int) -> dict[str, float]:
     """One training with all its states: CPU seconds and trained tokens."""
     start, flags = ARMS[arm]
-    root, output, note = Path(config.quickstart), folder / f"{arm}-{seed}", folder / f"{arm}-{seed}.json"
-    if note.exists():
-        return json.loads(note.read_text())
-    shutil.rmtree(output, ignore_errors=True)  # its CPU seconds would be lost
+    root, output = Path(config.quickstart), folder / f"{arm}-{seed}"
     data = root / "teacher_rows/train"
     if arm == "answers":
         data = folder / "prompts.jsonl"
         lines = (root / "data/sft.jsonl").read_text(encoding="utf-8").splitlines()[:4000]
         data.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        flags = (*flags, "--teacher", root / "teacher/final", "--gen_length", 32)
-        flags = (*flags, "--steps", config.sampling_steps)
-    flags = (
-        *flags,
-        "--max_steps",
-        config.steps,
-        "--save_interval",
-        config.interval,
-        "--save_total_limit",
-        -1,
-    )
-    flags = (*flags, "--batch_size", config.batch_size, "--max_length", 128, "--seed", seed)
-    flags = (*flags, "--learning_rate", config.learning_rate, "--lr_scheduler_type", "constant")
-    given = ("--model_name_or_path", folder / start, "--train_data_path", data, "--output_dir", output)
-    spent = run("alignment/train_kl.py", *given, *flags)
-    tokens = json.loads((output / "results.json").read_text())["num_tokens"]
-    note.write_text(json.dumps({"cpu_seconds": spent, "tokens": tokens}))
-    return json.loads(note.read_text())
+        own = {"teacher": root / "teacher/final", "gen_length": 32, "steps": config.sampling_steps}
+        flags = flags | own
+    flags = flags | {
+        "model_name_or_path": folder / start, "train_data_path": data, "output_dir": output,
+        "max_steps": config.steps, "save_interval": config.interval, "save_total_limit": -1,
+        "batch_size": config.batch_size, "seed": seed,
+        "learning_rate": config.learning_rate, "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    log = folder / f"{arm}-{seed}-log"
+    if not log.exists():
+        shutil.rmtree(output, ignore_errors=True)  # of a killed one the CPU seconds would be lost
+    spent = run_once("alignment/train_kl.py", flags, log)
+    return {"cpu_seconds": spent, "tokens": json.loads((output / "results.json").read_text())["num_tokens"]}
 
 
 def score(config: Config, folder: Path, arm: str, seed: int, step: int) -> float:
     """Share of puzzles solved, or acceptance length, of one state."""
-    root, name = Path(config.quickstart), f"{arm}-{seed}-{step}"
-    state, answers, report = (folder / f"{name}{end}" for end in ("", ".jsonl", ".report.json"))
-    if not answers.exists():
-        shutil.rmtree(state, ignore_errors=True)
-        of_step = ("--run", folder / f"{arm}-{seed}", "--step", step, "--output_dir", state)
-        run("scripts/export_checkpoint.py", *of_step)
-        common = ["--prompts_file", root / "data/heldout.jsonl", "--is_instruct", "--output_path", answers]
-        common += ["--max_samples", config.num_prompts]
-        if ARMS[arm][0] == "convert":
-            run("inference/generate.py", "--model_name_or_path", state, *common, "--gen_length", 32)
-        else:
-            pair = ("--drafter", state, "--verifier", root / "teacher/final", "--draft_length", 8)
-            more = ("--max_new_tokens", 32, "--no_compare", "--report_path", report)
-            run("inference/speculative_decode.py", *pair, *common, *more)
+    root, state = Path(config.quickstart), folder / f"{arm}-{seed}-{step}"
+    answers, report = (state.with_name(state.name + end) for end in (".jsonl", ".report.json"))
+    held_out = root / "data/heldout.jsonl"
+    common = {"prompts_file": held_out, "is_instruct": True, "output_path": answers}
+    common |= {"max_samples": config.num_prompts, "model_name_or_path": state}
+    of_step = {"run": folder / f"{arm}-{seed}", "step": step, "output_dir": state}
+    run_once("scripts/export_checkpoint.py", of_step, folder / f"{state.name}-export")
     if ARMS[arm][0] == "draft":
+        common |= {"verifier": root / "teacher/final", "draft_length": 8, "max_new_tokens": 32}
+        common |= {"compare": False, "report_path": report}
+        run_once("inference/speculative_decode.py", common, folder / f"{state.name}-log")
         return json.loads(report.read_text())["acceptance_length"]
-    records = [record for _, record in read_records(root / "data/heldout.jsonl")][: config.num_prompts]
+    run_once("inference/generate.py", {**common, "gen_length": 32}, folder / f"{state.name}-log")
+    records = [record for _, record in read_records(held_out)][: config.num_prompts]
     texts = [json.loads(line)["completion"] for line in answers.read_text(encoding="utf-8").splitlines()]
     return sum(puzzle_solved(*pair) for pair in zip(texts, records, strict=True)) / len(texts)
 
@@ -136,19 +109,22 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(Config, argv, description=__doc__)
     folder, root = Path(config.output_dir), Path(config.quickstart)
     folder.mkdir(parents=True, exist_ok=True)
-    teacher = ["--model_name_or_path", root / "teacher/final"]
-    for name, flags in (("convert", ["--logit_shift"]), ("draft", ["--drafter", "causal"])):
-        if not (folder / name).exists():
-            run("scripts/convert_ar.py", *teacher, *flags, "--output_dir", folder / name)
-    print("| arm | seed | steps | CPU s | trained tokens | solved, or acceptance length |")
-    print("|---" * 6 + "|")
+    for name, kind in (("convert", {"logit_shift": True}), ("draft", {"drafter": "causal"})):
+        teacher = {"model_name_or_path": root / "teacher/final", "output_dir": folder / name}
+        run_once("scripts/convert_ar.py", teacher | kind, folder / f"{name}-log")
+    lines = [
+        "| arm | seed | steps | CPU s | trained tokens | solved, or acceptance length |",
+        "|---" * 6 + "|",
+    ]
     for arm in config.arms:
         for seed in config.seeds:
             spent = train(config, folder, arm, seed)
             for step in range(config.interval, config.steps + 1, config.interval):
                 done, value = step / config.steps, score(config, folder, arm, seed, step)
                 cost = f"{done * spent['cpu_seconds']:.0f} | {done * spent['tokens']:.0f}"
-                print(f"| {arm} | {seed} | {step} | {cost} | {value:.3f} |", flush=True)
+                lines.append(f"| {arm} | {seed} | {step} | {cost} | {value:.3f} |")
+                print(lines[-1], flush=True)
+    print("\n" + "\n".join(lines))
 
 
 if __name__ == "__main__":
