@@ -36,9 +36,6 @@ from modelling_final import LLaDAGenerationConfig
 from modelling_final.generation_llada import generate
 
 
-SAMPLER_FLAGS = ("gen_length", "block_length", "steps", "remasking", "seed")
-
-
 @dataclass(frozen=True)
 class State:
     """A state of a trajectory, and the answer that came of it."""
@@ -49,6 +46,7 @@ class State:
     is_scored: np.ndarray  # [len(answer)] bool
 
 
+SAMPLER_FLAGS = ("gen_length", "block_length", "steps", "remasking", "seed")
 Guide = Callable[[Sequence[State]], list[tuple[np.ndarray, Distributions] | None]]
 """The teacher at each state: (places in the answer, their distributions); None: it has nothing to say."""
 
