@@ -17,9 +17,7 @@ def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     """Rows of record numbers whose lengths add up to at most `row_length`, the fullest rows first.
 
     Best fit, longest record first: within 22 % of the fewest rows possible, in practice within one row.
-
-    Raises:
-        ValueError: a record is longer than a row.
+    ValueError: a record is longer than a row.
     """
     rows: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (tokens left, row), in order
@@ -38,11 +36,8 @@ def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 
 
 def deal(rows: list[list[int]], run: Run, micro_batch_size: int) -> list[list[list[int]]]:
-    """This rank's micro-batches of at most `micro_batch_size` rows.
-
-    All ranks get the same number of micro-batches, of as equal a number of rows as possible; one may be
-    empty, since ranks of a sharded model go through it in step.
-    """
+    """This rank's micro-batches of at most `micro_batch_size` rows, as many on every rank, of even size."""
+    # one may be empty: ranks of a sharded model go through their micro-batches in step
     num_micro_batches = max(1, -(-len(rows) // (run.world_size * micro_batch_size)))
     num_slots = num_micro_batches * run.world_size
     return [rows[i * run.world_size + run.rank :: num_slots] for i in range(num_micro_batches)]
@@ -50,19 +45,12 @@ def deal(rows: list[list[int]], run: Run, micro_batch_size: int) -> list[list[li
 
 @dataclass
 class Example:
-    """One record before noise.
+    """One record before noise."""
 
-    Attributes:
-        input_ids: [L] the clean tokens x_0.
-        maskable: [L] bool, the tokens that may be masked and are scored.
-        weight: factor on every token's loss: 1 for pretraining, 1 / answer length for SFT.
-        num_units: of what the loss is a mean over: its tokens in pretraining, 1 (the record) in SFT.
-    """
-
-    input_ids: np.ndarray
-    maskable: np.ndarray
-    weight: float
-    num_units: float
+    input_ids: np.ndarray  # [L] the clean tokens x_0
+    maskable: np.ndarray  # [L] bool, the tokens that may be masked and are scored
+    weight: float  # factor on every token's loss: 1 for pretraining, 1 / answer length for SFT
+    num_units: float  # of what the loss is a mean over: its tokens in pretraining, 1 (the record) in SFT
 
     def part(self, start: int, end: int) -> "Example":
         """Some of its tokens, with their share of the units."""
@@ -75,31 +63,18 @@ class Example:
 
 @dataclass
 class MaskedBatch:
-    """A micro-batch after noise, ready for `LLaDAModelLM.forward`.
+    """A micro-batch after noise, ready for `LLaDAModelLM.forward`."""
 
-    Attributes:
-        input_ids: [B, L] noised tokens x_t, padded on the right.
-        attention_mask: [B, L] 1 = token, 0 = padding; None when all rows are full.
-        rows: [M] flat positions b * L + i of the masked tokens.
-        targets: [M] their clean tokens.
-        weights: [M] float32 loss weights before the division by the global number of units.
-        num_units: of its records.
-        record_ids: the records, for messages.
-        num_tokens: tokens the model reads, padding excluded.
-        num_pairs: (query, key) pairs of its attention: the squared lengths of its records, added up.
-        document_borders: [D + 1] where rows hold several records: the flat positions where each begins, and
-            B * L; see `modelling_final.documents_llada`.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor | None
-    rows: torch.Tensor
-    targets: torch.Tensor
-    weights: torch.Tensor
-    num_units: float
-    record_ids: list[int]
-    num_tokens: int
-    num_pairs: int
+    input_ids: torch.Tensor  # [B, L] noised tokens x_t, padded on the right
+    attention_mask: torch.Tensor | None  # [B, L] 1 = token, 0 = padding; None when all rows are full
+    rows: torch.Tensor  # [M] flat positions b * L + i of the masked tokens
+    targets: torch.Tensor  # [M] their clean tokens
+    weights: torch.Tensor  # [M] float32, before the division by the global number of units
+    num_units: float  # of its records
+    record_ids: list[int]  # for messages
+    num_tokens: int  # that the model reads, padding excluded
+    num_pairs: int  # (query, key) pairs of its attention: the squared lengths of its records, added up
+    # [D + 1] where rows hold several records: the flat positions where each begins, and B * L
     document_borders: torch.Tensor | None = None
 
     @property
@@ -122,24 +97,23 @@ class MaskedBatch:
 
 @dataclass
 class Noised:
-    """One record after noise: `weight` already holds the 1 / p_mask (or L / l) of this draw."""
+    """One record after noise."""
 
     example: Example
     is_masked: np.ndarray
-    weight: float
+    weight: float  # holds the 1 / p_mask (or n / l) of this draw
     record_id: int
 
 
 def collate(rows: list[list[Noised]], *, mask_id: int, pad_id: int, packed: bool = False) -> MaskedBatch:
     """Stacks rows of noised records, padded on the right to the longest row.
 
-    Args:
-        packed: rows may hold several records, which do not see one another. Rows are then filled to a
-            multiple of 64 tokens, and borders to a multiple of 64, so that kernels meet few different shapes.
+    `packed`: rows may hold several records, which do not see one another.
     """
     items = [item for row in rows for item in row]
     lengths = [[len(item.example.input_ids) for item in row] for row in rows]
     longest = max(map(sum, lengths))
+    # rows, and borders below, in multiples of 64: kernels meet few different shapes
     length = -(-longest // 64) * 64 if packed else longest
     x_0 = np.full((len(rows), length), pad_id, dtype=np.int64)
     is_masked = np.zeros((len(rows), length), dtype=bool)

@@ -23,23 +23,17 @@ from llada.diffusion.settings import MaskSettings
 
 @dataclass(frozen=True)
 class MaskPlan:
-    """N masks of a T-token answer.
+    """N masks of a T-token answer; the plain estimate is sum_n weights_n sum_{i in masks_n} log p_i."""
 
-    masks: [N, T] bool.
-    weights: [N] float64; the plain estimate is sum_n weights_n sum_{i in masks_n} log p_i.
-    design: the estimator that drew them, or "exact" when every mask is there once.
-    """
-
-    masks: np.ndarray
-    weights: np.ndarray
-    design: str
+    masks: np.ndarray  # [N, T] bool
+    weights: np.ndarray  # [N] float64
+    design: str  # the estimator that drew them, or "exact" when every mask is there once
 
 
 def plan_masks(num_tokens: int, random: np.random.Generator, settings: MaskSettings) -> MaskPlan:
     """The masks for one answer of T tokens, drawn from a `masking.generator`: equal keys, equal masks.
 
-    Raises:
-        ValueError: no token, no mask, or counts that the estimator cannot split.
+    ValueError: no token, no mask, or counts that the estimator cannot split.
     """
     num_masks, law = settings.num_masks, settings.size_law
     if num_tokens < 1 or num_masks < 1:
@@ -79,12 +73,9 @@ def _size_law(num_tokens: int, size_law: str) -> np.ndarray:
 
 
 def _stratified(num_tokens: int, num_masks: int, random: np.random.Generator, size_law: str) -> MaskPlan:
-    """One size from each of N equally likely slices of 1..T, each with weight 1 / (N q(l) l), which is
-    T / (N l) for the uniform law q; masks share the tokens evenly.
+    """One size from each of N equally likely slices of 1..T, each with weight 1 / (N q(l) l).
 
-    The masks, smallest first, are cut from one endless sequence of shuffled tokens, so neighbours in size
-    never concentrate on the same tokens. Each mask alone is uniform among those of its size, so the estimate
-    is unbiased.
+    Each mask alone is uniform among those of its size, so the estimate is unbiased.
     """
     slices = (np.arange(num_masks) + random.random(num_masks)) / num_masks
     law = _size_law(num_tokens, size_law)
@@ -92,12 +83,13 @@ def _stratified(num_tokens: int, num_masks: int, random: np.random.Generator, si
         sizes = np.minimum((slices * num_tokens).astype(np.int64), num_tokens - 1) + 1
     else:
         sizes = np.minimum(np.searchsorted(law.cumsum(), slices, side="right"), num_tokens - 1) + 1
+    # The masks, smallest first, are cut from one endless sequence of shuffled tokens: neighbours in size
+    # never concentrate on the same tokens.
     masks = np.zeros((num_masks, num_tokens), dtype=bool)
     deck = random.permutation(num_tokens)
     for mask, size in zip(masks, sizes, strict=True):
-        if size > len(
-            deck
-        ):  # a token must not come twice in a mask: what is left goes under the next shuffle
+        # a token must not come twice in a mask: what is left goes under the next shuffle
+        if size > len(deck):
             fresh = random.permutation(num_tokens)
             deck = np.concatenate([deck, fresh[~np.isin(fresh, deck)], deck])
         mask[deck[:size]] = True
@@ -108,32 +100,26 @@ def _stratified(num_tokens: int, num_masks: int, random: np.random.Generator, si
 def _iid(num_tokens: int, num_masks: int, random: np.random.Generator, size_law: str) -> MaskPlan:
     law = _size_law(num_tokens, size_law)
     sizes = random.choice(np.arange(1, num_tokens + 1), size=num_masks, p=law)
-    return MaskPlan(
-        _random_masks(sizes, num_tokens, random), 1.0 / (num_masks * law[sizes - 1] * sizes), "iid"
-    )
+    weights = 1.0 / (num_masks * law[sizes - 1] * sizes)
+    return MaskPlan(_random_masks(sizes, num_tokens, random), weights, "iid")
 
 
 def _complementary(num_tokens: int, num_masks: int, random: np.random.Generator) -> MaskPlan:
-    """Pairs (M, not M) with |M| uniform on 0..T, each side with weight (T + 1) / (2 l).
-
-    Source: ESPO; E[(T + 1) / l sum_M] with l uniform on 0..T is B, an empty side being 0.
-    """
+    """Pairs (M, not M) with |M| uniform on 0..T, each side with weight (T + 1) / (2 l). Source: ESPO."""
     if num_masks % 2:
         raise ValueError(f"the complementary estimator draws pairs: num_masks {num_masks} must be even")
     sizes = random.integers(0, num_tokens + 1, size=num_masks // 2)
     half = _random_masks(sizes, num_tokens, random)
     masks = np.stack([half, ~half], axis=1).reshape(num_masks, num_tokens)
+    # an empty side counts 0: E[(T + 1) / l sum_M] with l uniform on 0..T is B
     masks = masks[masks.any(axis=1)]
     return MaskPlan(masks, (num_tokens + 1) / (num_masks * masks.sum(axis=1)), "complementary")
 
 
 def _reference(num_tokens: int, num_masks: int, random: np.random.Generator, batch: int) -> MaskPlan:
-    """LLaDA's get_log_likelihood: rounds of `batch` sizes, round(linspace(k, k + (b-1) T/b)) wrapped into
-    1..T.
+    """LLaDA's get_log_likelihood: rounds of b sizes, round(linspace(k, k + (b-1) T/b)) wrapped into 1..T.
 
-    The rounding is half to even and k is an integer, so the sizes are not uniform unless T is 1 or a
-    multiple of b.
-
+    Rounding is half to even and k an integer: the sizes are not uniform unless T is 1 or a multiple of b.
     Source: ML-GSAI/LLaDA get_log_likelihood.py, forward_process.
     """
     if num_masks % batch:
@@ -145,19 +131,15 @@ def _reference(num_tokens: int, num_masks: int, random: np.random.Generator, bat
         points = torch.linspace(float(k), k + (batch - 1) * (num_tokens / batch), steps=batch)
         row[:] = (points.round().long().numpy() - 1) % num_tokens + 1
     sizes = sizes.reshape(-1)
-    return MaskPlan(
-        _random_masks(sizes, num_tokens, random), num_tokens / (sizes * float(num_masks)), "reference"
-    )
+    weights = num_tokens / (sizes * float(num_masks))
+    return MaskPlan(_random_masks(sizes, num_tokens, random), weights, "reference")
 
 
 def _gauss(num_tokens: int, num_masks: int, random: np.random.Generator) -> MaskPlan:
-    """int(t T) tokens at each of N Gauss-Legendre nodes t of (0, 1), with weight w / t.
-
-    A node with t T < 1 masks nothing. Source: GDPO likelihood_estimators.py, gauss-N.
-    """
+    """int(t T) tokens at each of N Gauss-Legendre nodes t of (0, 1), with weight w / t. Source: GDPO."""
     nodes, weights = np.polynomial.legendre.leggauss(num_masks)
     times = 0.5 + 0.5 * nodes
-    sizes = (times * num_tokens).astype(np.int64)
+    sizes = (times * num_tokens).astype(np.int64)  # 0 where t T < 1
     return MaskPlan(_random_masks(sizes, num_tokens, random), 0.5 * weights / times, "gauss")
 
 
@@ -178,15 +160,11 @@ def draw_of(plan: MaskPlan) -> np.ndarray:
 
 
 def estimate(plan: MaskPlan, log_probs: np.ndarray) -> tuple[float, float]:
-    """(log-likelihood, standard error), in nats.
-
-    Args:
-        plan: its N masks.
-        log_probs: [N, T], log p_i of the masked tokens; what stands elsewhere is not read.
+    """(log-likelihood, standard error) of a plan, in nats, from [N, T] log p_i of its masked tokens.
 
     The error is 0 for an exact plan and nan where too few masks leave nothing to compare.
     """
-    sums = np.where(plan.masks, log_probs, 0.0).sum(axis=1)
+    sums = np.where(plan.masks, log_probs, 0.0).sum(axis=1)  # elsewhere `log_probs` is not read
     value = float(plan.weights @ sums)
     if plan.design == "exact":
         return value, 0.0

@@ -32,15 +32,10 @@ from llada.diffusion.settings import MaskSettings
 
 @dataclass
 class MaskedCopies:
-    """K masked copies of a few sequences: K forwards.
+    """K masked copies of a few sequences: K forwards."""
 
-    Attributes:
-        batches: K noised batches of the same N sequences.
-        weights: [K, N] float64, w_k of each sequence.
-    """
-
-    batches: list[MaskedBatch]
-    weights: Tensor
+    batches: list[MaskedBatch]  # K noised batches of the same N sequences
+    weights: Tensor  # [K, N] float64, w_k of each sequence
 
     @property
     def num_sequences(self) -> int:
@@ -61,11 +56,9 @@ def plan_draws(
 ) -> list[MaskPlan]:
     """The masks of each request, a pure function of (seed, key, the request's key).
 
-    Args:
-        masks: how many and which; `exact_tokens` is not read, for a step has the forwards it asked for.
-        key: whose draws these are, for example ("preference", epoch); a string names the purpose.
+    `key`: whose draws these are, for example ("preference", epoch); a string names the purpose.
     """
-    masks = replace(masks, exact_tokens=0)
+    masks = replace(masks, exact_tokens=0)  # a step has the forwards that it asked for
     return [
         plan_masks(len(request.answer), generator(seed, *key, request.key), masks) for request in requests
     ]
@@ -80,15 +73,14 @@ def make_draws(
     pad_id: int,
     fill: tuple[int, int] | None = None,
 ) -> MaskedCopies:
-    """The masked copies of `requests` that their plans ask for.
+    """The masked copies of `requests` that their plans ask for; the masks cover answers only.
 
     Args:
-        requests: N contexts and answers; the masks cover answers only.
-        plans: of each request, with at most `num_draws` masks (short answers have fewer distinct ones). What
-            is missing is filled up with empty masks of weight 0, so that every rank has as many forwards.
+        plans: of each request, with at most `num_draws` masks (short answers have fewer distinct ones).
         fill: (token id, length): rows are filled up to this length with a token that is attended and never
             masked, as ELBO-KTO does with EOS. By default rows are padded and padding is not attended.
     """
+    # what a plan lacks is filled up with empty masks of weight 0: every rank has as many forwards
     weights = np.zeros((num_draws, len(requests)))
     masks: list[np.ndarray] = []
     examples: list[Example] = []
@@ -113,19 +105,13 @@ def make_draws(
 
 @torch.no_grad()
 def draw_values(model: torch.nn.Module, chunks: Sequence[MaskedCopies]) -> Tensor:
-    """[K, N] float64 on the CPU, in nats: what each draw adds to the estimate of each sequence.
-
-    The sum over K is B. Sums of one draw are taken in a fixed order, so equal inputs give equal bits.
-
-    Args:
-        model: policy or reference.
-        chunks: the sequences, a forward at a time; N counts all of them.
-    """
+    """[K, N] float64 on the CPU, in nats: what each draw adds to the estimate; the sum over K is B."""
     return torch.cat([_chunk_values(model, draws) for draws in chunks], dim=1)
 
 
 def _chunk_values(model: torch.nn.Module, draws: MaskedCopies) -> Tensor:
     nll = [model(**batch.inputs).nll for batch in draws.batches]
+    # a fixed order of sums: equal inputs give equal bits, and policy = reference a difference of 0.0
     sums = [
         torch.zeros(draws.num_sequences, dtype=torch.float64).index_add_(
             0, _owners(batch).cpu(), values.cpu().double()
@@ -146,9 +132,7 @@ def gradient_parts(
     """Functions that each run one forward; the sum of what they give is sum_n coefficients_n B_n.
 
     Call each and walk its graph backward before the next one, and the memory is that of one draw.
-
-    Args:
-        coefficients: [N] on the CPU, dL / dB_n.
+    `coefficients`: [N] on the CPU, dL / dB_n.
     """
     parts: list[Callable[[], Tensor]] = []
     start = 0

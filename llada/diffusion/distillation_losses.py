@@ -19,17 +19,12 @@ LK_DECAY = 3.0  # lambda = exp(-3 alpha). Source: LK losses, arXiv 2602.23881
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """The teacher's distribution at R positions, in the student's vocabulary.
+    """The teacher's distribution at R positions, in the student's vocabulary."""
 
-    Attributes:
-        ids: [R, K] long, the student's ids of the known tokens, -1 = none; None: column v is token v.
-        log_probs: [R, K] float32; -inf for what is not known.
-        log_rest: [R] float32, log-probability of all other tokens together.
-    """
-
+    # [R, K] long, the student's ids of the known tokens, -1 = none; None: column v is token v
     ids: Tensor | None
-    log_probs: Tensor
-    log_rest: Tensor
+    log_probs: Tensor  # [R, K] float32; -inf for what is not known
+    log_rest: Tensor  # [R] float32, log-probability of all other tokens together
 
 
 class TeacherSource(Protocol):
@@ -42,11 +37,8 @@ class TeacherSource(Protocol):
 def categories(logits: Tensor, teacher: TeacherRows) -> tuple[Tensor, Tensor]:
     """(log p, log q), each [R, K + 1]: the known tokens, then the rest; both normalised, in float32.
 
-    A token that the teacher does not know is in the student's rest, one that the student cannot say in the
-    teacher's. Where the student has nothing left for a rest, the teacher's is dropped: it cannot be learned.
-
-    Args:
-        logits: [R, E] of the student, any floating type; -inf rules a token out.
+    `logits`: [R, E] of the student, any floating type; -inf rules a token out. A token that the teacher does
+    not know is in the student's rest, one that the student cannot say in the teacher's.
     """
     log_q = logits.float().log_softmax(-1)
     num_columns = log_q.shape[-1]
@@ -57,14 +49,14 @@ def categories(logits: Tensor, teacher: TeacherRows) -> tuple[Tensor, Tensor]:
     has_id = (ids >= 0) & (ids < num_columns)
     is_known = has_id & (teacher.log_probs > -torch.inf) & (known > -torch.inf)
     in_rest = torch.ones(log_q.shape[0], num_columns + 1, dtype=torch.bool, device=logits.device)
-    in_rest = in_rest.scatter_(1, ids.where(is_known, num_columns), False)[
-        :, :-1
-    ]  # and one column of no token
+    # unknown ids go to one column more, which belongs to no token
+    in_rest = in_rest.scatter_(1, ids.where(is_known, num_columns), False)[:, :-1]
     rest, has_rest = _log_sum(log_q.masked_fill(~in_rest, -torch.inf))
     log_q = torch.cat([known.masked_fill(~is_known, -torch.inf), rest[:, None]], dim=1)
 
     log_p = teacher.log_probs.float()
     impossible, _ = _log_sum(log_p.masked_fill(is_known, -torch.inf))
+    # where the student has nothing left for a rest, the teacher's is dropped: it cannot be learned
     log_rest = torch.logaddexp(teacher.log_rest.float(), impossible).masked_fill(~has_rest, -torch.inf)
     log_p = torch.cat([log_p.masked_fill(~is_known, -torch.inf), log_rest[:, None]], dim=1)
     return log_p - log_p.logsumexp(-1, keepdim=True), log_q
@@ -95,10 +87,9 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 def acceptance(log_p: Tensor, log_q: Tensor) -> Tensor:
     """alpha = sum_v min(p_v, q_v) over the known tokens: the probability that a draft from q is accepted.
 
-    With a top-k teacher a lower bound, for of what happens inside the rest nothing is counted.
-    Source: Leviathan et al., arXiv 2211.17192.
+    With a top-k teacher a lower bound. Source: Leviathan et al., arXiv 2211.17192.
     """
-    return torch.minimum(log_p, log_q)[..., :-1].exp().sum(-1)
+    return torch.minimum(log_p, log_q)[..., :-1].exp().sum(-1)  # what happens inside the rest is not known
 
 
 def lk_loss(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -113,19 +104,13 @@ def lk_loss(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RowObjective:
-    """What is minimised at a row: alpha * cross-entropy + beta * (KL or LK loss).
-
-    Attributes:
-        alpha, beta: weights of the two.
-        temperature: both distributions are tempered with it before the KL.
-        times_t2: multiply the KL with T^2, which keeps its gradient's size. Source: Hinton et al., 1503.02531
-        is_lk: the LK loss instead of the KL; always at temperature 1, for drafts are accepted at 1.
-    """
+    """What is minimised at a row: alpha * cross-entropy + beta * (KL or LK loss)."""
 
     alpha: float
     beta: float
-    temperature: float = 1.0
-    times_t2: bool = False
+    temperature: float = 1.0  # both distributions are tempered with it before the KL
+    times_t2: bool = False  # multiply the KL with T^2, which keeps its gradient's size. Source: 1503.02531
+    # the LK loss instead of the KL; always at temperature 1, for drafts are accepted at 1
     is_lk: bool = False
 
     def distance(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -142,9 +127,7 @@ def streak_weights(alpha: Tensor, starts_window: Tensor, carried: float) -> tupl
     Args:
         alpha: [R] acceptance of consecutive rows.
         starts_window: [R] bool, rows that are the first of their window.
-        carried: the product at the end of the rows before these.
-
-    Returns: [R] weights without gradient, and the product to carry on.
+        carried: the product at the end of the rows before these; the one to carry on is returned too.
     """
     weights, product = [], carried
     for value, first in zip(alpha.detach().tolist(), starts_window.tolist(), strict=True):
@@ -155,14 +138,12 @@ def streak_weights(alpha: Tensor, starts_window: Tensor, carried: float) -> tupl
 
 
 def accepted_length(alpha: Tensor, starts_window: Tensor) -> Tensor:
-    """tau = 1 + sum_k prod_{i<=k} alpha_i of each window: tokens a step of speculative decoding, predicted.
-
-    The one is the verifier's own token. Args as in `streak_weights`; returns [windows].
-    """
+    """[windows] tau = 1 + sum_k prod_{i<=k} alpha_i: tokens a step of speculative decoding, predicted."""
     if not alpha.numel():
         return alpha.new_zeros(0)
     before, _ = streak_weights(alpha, starts_window, 1.0)
     window = starts_window.long().cumsum(0) - 1
+    # 1: the verifier's own token
     return alpha.new_ones(int(window[-1]) + 1).index_add(0, window, before * alpha)
 
 
@@ -170,27 +151,20 @@ def accepted_length(alpha: Tensor, starts_window: Tensor) -> Tensor:
 class RowScore:
     """The losses of M rows in order, chunk by chunk: a `score` of `LLaDAModelLM.forward`.
 
-    Attributes:
-        targets: [M] long; weights: [M] float32, of the cross-entropy.
-        teacher: gives the distributions of the rows that have one.
-        has_teacher: [M] bool; teacher_weights: [M] float32, of the KL or LK loss, 0 without a teacher.
-        starts_window: [M] bool, rows that are the first of their window.
-        forbidden_ids: columns that are never an answer: the mask, and those of no token.
-        uses_streaks: also multiply every row's weights with `streak_weights`.
-        alpha: [M] acceptance of each row, 0 without a teacher; filled as the chunks come.
-        matches: [M] bool, whether both models' most likely token is the same.
+    `alpha` [M], acceptance of each row, 0 without a teacher, and `matches` [M] bool, whether both models'
+    most likely token is the same, are filled as the chunks come.
     """
 
     objective: RowObjective
     _: KW_ONLY
-    targets: Tensor
-    weights: Tensor
-    teacher: TeacherSource
-    has_teacher: Tensor
-    teacher_weights: Tensor
-    starts_window: Tensor
-    forbidden_ids: Tensor
-    uses_streaks: bool
+    targets: Tensor  # [M] long
+    weights: Tensor  # [M] float32, of the cross-entropy
+    teacher: TeacherSource  # gives the distributions of the rows that have one
+    has_teacher: Tensor  # [M] bool
+    teacher_weights: Tensor  # [M] float32, of the KL or LK loss, 0 without a teacher
+    starts_window: Tensor  # [M] bool, rows that are the first of their window
+    forbidden_ids: Tensor  # columns that are never an answer: the mask, and those of no token
+    uses_streaks: bool  # also multiply every row's weights with `streak_weights`
 
     def __post_init__(self) -> None:
         self.alpha = torch.zeros(self.targets.shape, device=self.targets.device)

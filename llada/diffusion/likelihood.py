@@ -71,11 +71,8 @@ def iter_scores(
 ) -> Iterator[tuple[int, AnswerScore]]:
     """(index of the request, its score) as scores get ready, longest sequences first.
 
-    Masked sequences of many requests share a batch, and equal ones go through the model once: the choices of
-    a multiple-choice question with single-token answers cost one forward together.
-
-    Raises:
-        ValueError: an empty answer, or masks that cannot be drawn as the settings say.
+    Masked sequences of many requests share a batch, and equal ones go through the model once. ValueError: an
+    empty answer, or masks that cannot be drawn as the settings say.
     """
     for request in requests:
         if not request.answer:
@@ -150,10 +147,7 @@ def _windows(requests: Sequence[Request], min_inputs: int, num_masks: int) -> It
 def _masked_input(model: LLaDAModelLM, request: Request, is_masked: np.ndarray, asked: np.ndarray) -> _Input:
     answer = np.asarray(request.answer, dtype=np.int64)
     token_ids = np.concatenate(
-        [
-            np.asarray(request.context, dtype=np.int64),
-            np.where(is_masked, model.config.mask_token_id, answer),
-        ]
+        [np.asarray(request.context, np.int64), np.where(is_masked, model.config.mask_token_id, answer)]
     )
     positions = np.flatnonzero(asked)
     return _Input(token_ids, positions + len(request.context), answer[positions], len(request.context))

@@ -13,37 +13,25 @@ from llada.run import Sums
 
 
 def masked_diffusion_loss(model: torch.nn.Module, batch: MaskedBatch, total_units: float) -> torch.Tensor:
-    """Monte Carlo estimate of the negative ELBO, in nats per token (SFT: mean over records of nats per
-    answer token).
+    """Monte Carlo estimate of the negative ELBO, in nats per token (SFT: of the answer, mean over records).
 
-        L = sum_j weight_j * nll_j / total_units,   weight_j = w_b / p_mask_b  for every masked token j of
-        sequence b
+        L = sum_j weight_j * nll_j / total_units,   weight_j = w_b / p_mask_b   (masked token j of sequence b)
 
-    with w_b = 1 in pretraining and 1 / answer length in SFT.
-
-    Args:
-        model: gives the nll at the masked rows only, and their gradient, inside its own forward.
-        batch: the noised micro-batch.
-        total_units: `num_units` of the whole global batch, so micro-batches and ranks add up.
-
-    Returns: scalar. With no masked token it is 0 with a zero gradient, so every rank still runs backward.
+    with w_b = 1 in pretraining and 1 / answer length in SFT. `total_units` are those of the whole global
+    batch, so micro-batches and ranks add up.
 
     Source: LLaDA GUIDELINES.md, Pre-training and SFT.
     """
+    # the model gives the nll at the masked rows only; without any it is 0, and every rank still runs backward
     return model(**batch.inputs, weights=batch.weights / total_units).loss
 
 
 @dataclass
 class LossParts:
-    """A micro-batch's share of a loss whose gradient comes in several forward and backward passes.
+    """A micro-batch's share of a loss whose gradient comes in several forward and backward passes."""
 
-    Attributes:
-        value: the share of the loss itself, to be logged; without a graph.
-        parts: each is called once, in order, and gives a scalar; the gradients of all together are the
-            gradient of `value`. Every rank must have as many.
-        sums: to be logged as means over micro-batches and ranks, which must all name the same ones.
-    """
-
-    value: torch.Tensor
+    value: torch.Tensor  # of the share itself, to be logged; without a graph
+    # Called once each, in order; the gradients of all together are that of `value`. As many on every rank.
     parts: Sequence[Callable[[], torch.Tensor]]
+    # means over micro-batches and ranks, which must all name the same ones
     sums: Sums = field(default_factory=dict)

@@ -19,11 +19,10 @@ EPS = 1e-3  # LLaDA GUIDELINES.md: keeps the weight 1 / p_mask finite
 def generator(seed: int, *key: int | str) -> np.random.Generator:
     """A counter-based random generator that is a pure function of the seed and the key.
 
-    Args:
-        seed: the run's --seed.
-        key: what the draw belongs to, for example ("mask", record_id, epoch, draw). Strings name the purpose,
-            so that two purposes never share a stream.
+    `key`: what the draw belongs to, for example ("mask", record_id, epoch, draw). Strings name the purpose,
+    so that two purposes never share a stream.
     """
+    # a hash, not a sum: neighbouring keys must have unrelated streams
     digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
 
@@ -62,9 +61,7 @@ def draw_noise(
         maskable: [L] bool.
         weight: w of the record: 1 in pretraining, 1 / answer length in SFT.
         random: draws t first, then the mask.
-        stratum: where t comes from; all of (0, 1) by default.
         largest_t: t is scaled into (0, largest_t), for a curriculum.
-        mask_count: `bernoulli` (LLaDA's recipe) or `exact`.
 
     Source: LLaDA eq. 3 and 6; GUIDELINES.md, forward_process.
     """
@@ -84,20 +81,13 @@ def mask_probability(t: float, eps: float = EPS) -> float:
 
 
 def bernoulli_mask(maskable: np.ndarray, p_mask: float, random: np.random.Generator) -> np.ndarray:
-    """is_masked [L]: each maskable token independently with probability p_mask; the others never.
-
-    One uniform number is drawn for every position, maskable or not, so position i gets the same number
-    whatever stands around it.
-    """
+    """is_masked [L]: each maskable token independently with probability p_mask; the others never."""
+    # a number for every position, maskable or not: position i gets the same whatever stands around it
     return maskable & (random.random(maskable.shape[0]) < p_mask)
 
 
 def exact_mask(maskable: np.ndarray, num_masked: int, random: np.random.Generator) -> np.ndarray:
-    """is_masked [L] with exactly `num_masked` of the maskable tokens, uniformly among such sets.
-
-    Raises:
-        ValueError: if there are fewer than `num_masked` maskable tokens.
-    """
+    """is_masked [L]: exactly `num_masked` maskable tokens, uniformly among such sets; else ValueError."""
     candidates = np.flatnonzero(maskable)
     if not 0 <= num_masked <= len(candidates):
         raise ValueError(f"cannot mask {num_masked} of {len(candidates)} maskable tokens")

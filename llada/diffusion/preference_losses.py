@@ -36,13 +36,8 @@ def dpo_losses(
         ipo       (h' - 1 / (2 beta))^2, h' from log-ratios per token
         sft       -B(chosen) / length: the masked-diffusion SFT loss of the chosen answer, nats per token
 
-    Args:
-        policy, reference: [P, 2] B of chosen and rejected.
-        lengths: [P, 2] their tokens.
-        loss_types, loss_weights: terms and their weights, 1 by default.
-
-    Raises:
-        ValueError: an unknown loss, or not one weight for each loss.
+    [P, 2] policy and reference: B of chosen and rejected; [P, 2] lengths: their tokens. ValueError: an
+    unknown loss, or not one weight for each loss.
     """
     weights = [1.0] * len(loss_types) if loss_weights is None else list(loss_weights)
     if len(weights) != len(loss_types):
@@ -69,21 +64,16 @@ def dpo_losses(
 def kto_losses(
     ratios: Tensor, is_desirable: Tensor, z0: Tensor, *, beta: float, lambda_d: float, lambda_u: float
 ) -> Tensor:
-    """[N] the loss of each record; lambda / 2 where policy = reference.
+    """[N] the loss of each record from r = B - B_ref [N]; lambda / 2 where policy = reference.
 
-        s = beta (r - z0),   lambda_D (1 - sigma(s)) where desirable, else lambda_U (1 - sigma(-s))
-
-    Args:
-        ratios: [N] r = B - B_ref.
-        is_desirable: [N] bool.
-        z0: [N] or scalar, the baseline; no gradient flows into it.
+    s = beta (r - z0),   lambda_D (1 - sigma(s)) where desirable, else lambda_U (1 - sigma(-s))
     """
-    s = beta * (ratios - z0.detach())
+    s = beta * (ratios - z0.detach())  # the baseline gets no gradient
     return torch.where(is_desirable, lambda_d * (1 - torch.sigmoid(s)), lambda_u * (1 - torch.sigmoid(-s)))
 
 
 def kto_baseline(ratios: Tensor, *, mode: str, total: float, count: float, previous: float | None) -> Tensor:
-    """z0 of each record, without a gradient.
+    """z0 of each of this rank's records, without a gradient.
 
         zero           0
         global_mean    mean of r over the global batch (ELBO-KTO)
@@ -91,10 +81,7 @@ def kto_baseline(ratios: Tensor, *, mode: str, total: float, count: float, previ
         ema            0.9 * previous + 0.1 * mean: of the steps before and this one; the first has its mean
         kl_mismatched  max(0, mean), of the r of mismatched answers (KTO); `total` and `count` are theirs
 
-    Args:
-        ratios: [N] r of this rank's records.
-        total, count: sum and number of r over the global batch.
-        previous: the baseline of the step before, for `ema`; None at the first step.
+    `total`, `count`: sum and number of r over the global batch; `previous`: z0 of the step before, or None.
     """
     mean = total / max(count, 1.0)
     if mode == "zero":

@@ -46,8 +46,7 @@ UNSCORED = {
 def check_settings(settings: LLaDAGenerationConfig, *, order: bool = True) -> None:
     """ValueError unless the steps of a sampler with these settings have the likelihood above.
 
-    Args:
-        order: the order term is wanted. Without it, tokens alone are scored, however many a step decides.
+    Without `order` tokens alone are scored, however many a step decides.
     """
     for name, value in UNSCORED.items():
         if name == "parallel_decoding" and not order:
@@ -65,19 +64,13 @@ def check_settings(settings: LLaDAGenerationConfig, *, order: bool = True) -> No
 
 @dataclass(frozen=True)
 class State:
-    """A canvas before one step, and what the step decided.
+    """A canvas before one step, and what the step decided."""
 
-    Attributes:
-        token_ids: [L] prompt and answer, masks where nothing is decided yet.
-        positions: [R] masked positions of the block, in order; with random order those of the step alone.
-        tokens: [R] what was written; read where `is_chosen`.
-        is_chosen: [R] bool.
-    """
-
-    token_ids: np.ndarray
+    token_ids: np.ndarray  # [L] prompt and answer, masks where nothing is decided yet
+    # [R] masked positions of the block, in order; with random order those of the step alone
     positions: np.ndarray
-    tokens: np.ndarray
-    is_chosen: np.ndarray
+    tokens: np.ndarray  # [R] what was written; read where `is_chosen`
+    is_chosen: np.ndarray  # [R] bool
 
 
 def replay(
@@ -114,10 +107,7 @@ def replay(
 
 
 def merge_steps(states: Sequence[State], shrink: int) -> list[State]:
-    """Every `shrink` neighbouring steps of a sequence as one: what they decided, from the first one's state.
-
-    Which positions stayed open is forgotten, so merged steps have token terms only. Source: TraceRL.
-    """
+    """Every `shrink` neighbouring steps of a sequence as one: what they decided, from the first's state."""
     if shrink == 1:
         return list(states)
     merged = []
@@ -126,6 +116,7 @@ def merge_steps(states: Sequence[State], shrink: int) -> list[State]:
         positions = np.concatenate([state.positions[state.is_chosen] for state in group])
         tokens = np.concatenate([state.tokens[state.is_chosen] for state in group])
         order = np.argsort(positions)
+        # which positions stayed open is forgotten: merged steps have token terms only. Source: TraceRL
         is_chosen = np.ones(len(positions), dtype=bool)
         merged.append(State(group[0].token_ids, positions[order], tokens[order], is_chosen))
     return merged
@@ -189,10 +180,7 @@ def batch_log_probs(
     order: bool,
     by_token: bool = False,
 ) -> Tensor:
-    """[S] log pi of each step under the model, with its graph; arguments as in `step_log_probs`.
-
-    With `by_token` log q of every chosen token instead, state after state.
-    """
+    """[S] log pi of each step, with its graph; `by_token`: log q of every chosen token, state by state."""
     # Asked as the sampler asks: the same rows of the last block, so the same bits.
     logits = model(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, query_positions=batch.columns
@@ -211,11 +199,9 @@ def batch_log_probs(
 
 
 def log_odds(logits: Tensor) -> Tensor:
-    """log p / (1 - p) of every token, [M, E]: what the sampler's low confidence compares, in its precision.
-
-    F jumps where a confidence passes that of another position. Probabilities near 1 are rounded to the same
-    few numbers, so there every recomputation of the logits would jump; their odds are as exact as the logits.
-    """
+    """[M, E] log p / (1 - p) of every token: what the sampler's low confidence compares."""
+    # F jumps where a confidence passes another's. Probabilities near 1 are rounded to the same few numbers,
+    # so there every recomputation of the logits would jump; their odds are as exact as the logits.
     best, index = logits.max(dim=-1, keepdim=True)
     others = logits.scatter(1, index, -torch.inf).logsumexp(dim=-1, keepdim=True)
     log_p = logits - torch.logaddexp(best, others)
@@ -237,13 +223,9 @@ def _token_log_probs(
 def step_log_probs(
     logits: Tensor, batch: StateBatch, *, temperature: float, mask_id: int, order: bool
 ) -> Tensor:
-    """[S] log-likelihood of each step, in nats.
+    """[S] log-likelihood of each step, in nats, from [M, E] logits, at least float32, of every masked row.
 
-    Args:
-        logits: [M, E], at least float32, of every masked row of the block.
-        temperature: T of the token draws; confidences are those of T = 1, as in the sampler.
-        mask_id: never drawn.
-        order: add the order term.
+    `temperature` is that of the token draws; confidences are those of T = 1, as in the sampler.
     """
     log_q, taken = _token_log_probs(logits, batch, temperature, mask_id)
     zeros = log_q.new_zeros(batch.num_states)

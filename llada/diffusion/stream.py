@@ -21,20 +21,14 @@ from llada.run import Run
 
 @dataclass(frozen=True)
 class Curriculum:
-    """What a step may see, as a function of the step alone.
+    """What a step may see, as a function of the step alone."""
 
-    Attributes:
-        start_length: longest document of the first steps, in tokens; it doubles until it is `full_length`.
-        length_steps: steps until documents are whole; 0 = whole from the start.
-        start_mask_ratio: the largest time t of the first step; t is uniform in (0, largest).
-        mask_steps: steps in which the largest t rises linearly to 1; 0 = 1 from the start.
-    """
-
+    # longest document of the first steps, in tokens; it doubles until it is full_length
     start_length: int = 0
     full_length: int = 0
-    length_steps: int = 0
-    start_mask_ratio: float = 1.0
-    mask_steps: int = 0
+    length_steps: int = 0  # steps until documents are whole; 0 = whole from the start
+    start_mask_ratio: float = 1.0  # the largest time t of the first step; t is uniform in (0, largest)
+    mask_steps: int = 0  # steps in which the largest t rises linearly to 1; 0 = 1 from the start
 
     def __post_init__(self) -> None:
         if self.length_steps and not 0 < self.start_length <= self.full_length:
@@ -75,37 +69,24 @@ ExampleOf = Callable[[int, int, int], Example]
 
 @dataclass
 class MaskedStream:
-    """Global batches of noised records, and this rank's share of them.
+    """Global batches of noised records, and this rank's share of them."""
 
-    Attributes:
-        example_of: builds one record.
-        lengths: [num_records] tokens of each record.
-        batch_size: records per step over all ranks; micro_batch_size: records per forward.
-        t_sampling: "iid", or "stratified" = one t in each of `batch_size` equal parts of (0, 1).
-        mask_count: "bernoulli" = LLaDA's recipe with weight 1 / p_mask; "exact" = l = ceil(t n) of the n
-            maskable tokens with weight n / l, the same expectation with less variance.
-        row_length: 0, or records are packed into rows of at most so many tokens, and `micro_batch_size`
-            counts rows; the records of a step and their masks stay the same.
-        fills_rows: whether `example_of` fills every record up to the longest.
-        curriculum: cuts the records of early steps into documents with noise of their own, and bounds t.
-        full_length, full_length_probability: this share of the global batches counts as having a row of
-            `full_length` tokens, for stages that fill rows up to the longest.
-    """
-
-    example_of: ExampleOf
-    lengths: np.ndarray
-    batch_size: int
-    micro_batch_size: int
+    example_of: ExampleOf  # builds one record
+    lengths: np.ndarray  # [num_records] tokens of each record
+    batch_size: int  # records per step over all ranks
+    micro_batch_size: int  # records per forward; rows of packed ones
     seed: int
     run: Run
     mask_id: int
     pad_id: int
-    t_sampling: str = "iid"
-    mask_count: str = "bernoulli"
-    row_length: int = 0
-    fills_rows: bool = False
+    t_sampling: str = "iid"  # or "stratified": one t in each of batch_size equal parts of (0, 1)
+    mask_count: str = "bernoulli"  # or "exact", see `draw_noise`
+    row_length: int = 0  # 0, or records are packed into rows of so many tokens; their masks stay the same
+    fills_rows: bool = False  # `example_of` fills every record up to the longest
+    # cuts the records of early steps, with noise of their own, and bounds t
     curriculum: Curriculum = Curriculum()
-    full_length: int = 0
+    full_length: int = 0  # tokens of a row that, in stages that fill rows up to the longest, is added to
+    # this share of the global batches
     full_length_probability: float = 0.0
 
     purpose: ClassVar[str] = "mask"  # names the draws of a step
@@ -115,16 +96,13 @@ class MaskedStream:
         return records_of(step, self.batch_size, num_records=len(self.lengths), seed=self.seed)
 
     def __call__(self, step: int) -> list[MaskedBatch]:
-        """This rank's micro-batches of one step.
-
-        The global batch is sorted by length and cut into micro-batches, dealt to the ranks in turn: little
-        padding in each, and ranks with equal work. Or, with `row_length`, it is packed into rows first.
-        """
+        """This rank's micro-batches of one step."""
         records = self.records_of(step)
         lengths = self.lengths[[record_id for record_id, _ in records]]
         longest = int(lengths.max())
         if generator(self.seed, "full length", step).random() < self.full_length_probability:
             longest = max(longest, self.full_length)
+        # packed, or sorted by length and dealt to the ranks in turn: little padding, and equal work
         if self.row_length:
             lengths = np.full(len(records), longest) if self.fills_rows else lengths
             parts = deal(pack(lengths, self.row_length), self.run, self.micro_batch_size)
@@ -149,11 +127,7 @@ class MaskedStream:
         )
 
     def noise(self, record_id: int, epoch: int, *, longest: int, step: int, place: int) -> list[Noised]:
-        """The noised record, or its pieces where the curriculum cuts it.
-
-        Args:
-            place: the record's place in the global batch, which is its stratum.
-        """
+        """The noised record, or its pieces where the curriculum cuts it; `place`: in the global batch."""
         example = self.example_of(record_id, epoch, longest)
         length = self.curriculum.length(step) or len(example.input_ids)
         stratum = Stratum()
@@ -188,12 +162,9 @@ class MaskedStream:
         return Noised(example, is_masked, weight, record_id)
 
     def validation(self, limit: int | None = None) -> Iterator[MaskedBatch]:
-        """This rank's share of the data with masks that never change, for a bound that can be compared.
-
-        Record i gets exactly l_i of its n_i maskable tokens masked, t stratified over the records: the
-        low-variance form of the bound.
-        """
+        """This rank's share of the data with masks that never change, for a bound that can be compared."""
         num_records = min(limit or len(self.lengths), len(self.lengths))
+        # t stratified over the records, and exactly l_i of n_i tokens masked: the bound's low-variance form
         strata = permutation(self.seed, -1, num_records)
         size = self.run.world_size * self.micro_batch_size * (_RECORDS_A_ROW if self.row_length else 1)
         for start in range(0, num_records, size):
