@@ -108,6 +108,7 @@ from llada.diffusion.bound_gradient import (
     plan_draws,
 )
 from llada.diffusion.likelihood import Request
+from llada.diffusion.losses import LossParts
 from llada.diffusion.preference_losses import kto_baseline, kto_losses
 from llada.diffusion.settings import MaskSettings
 from llada.policies.answer_stream import AnswerBatch, AnswerStream, RecordAnswers, sums_of
@@ -126,7 +127,6 @@ from llada.policies.reference_model import Reference, make_reference
 from llada.policies.stage import PolicyStage
 from llada.run import Run, Sums, autocast, means_over_ranks, sum_over_ranks
 from llada.training.dry_run import Rows
-from llada.training.loop import LossParts
 
 
 def read(path: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> BrefFile:
@@ -145,10 +145,8 @@ def read(path: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> BrefF
 
 
 def check_made_with(file: BrefFile, config: Config, tokenizer: PreTrainedTokenizerBase, mask_id: int) -> None:
-    """ValueError if B_ref is not that of the reference as training would compute it.
-
-    The published program's records do not say what they were made with; only their masks are checked.
-    """
+    """ValueError if B_ref is not that of the reference as training would compute it."""
+    # the published program's records do not say; only their masks are checked
     if file.fingerprint is None:
         return
     reference = config.ref_model_name_or_path or config.sft_adapter_path or config.model_name_or_path
@@ -199,23 +197,17 @@ def step_sums(ratios: Tensor, z0: Tensor, policy: Tensor, batch: AnswerBatch, be
 
 
 class KtoLoss:
-    """The loss of a step and of validation.
-
-    Attributes:
-        reference: scores answers to other prompts, for --z0_mode kl_mismatched.
-        z0: of the step before, for --z0_mode ema.
-    """
+    """The loss of a step and of validation; state: z0, for --z0_mode ema."""
 
     def __init__(self, config: Config, reference: Reference | None = None) -> None:
-        self.config, self.reference = config, reference
-        self.z0: float | None = None
+        self.config = config
+        self.reference = reference  # scores answers to other prompts, for --z0_mode kl_mismatched
+        self.z0: float | None = None  # of the step before
 
     def state_dict(self) -> dict[str, float | None]:
-        """What a resumed run needs."""
         return {"z0": self.z0}
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
-        """Goes on from a saved `state_dict`."""
         self.z0 = state["z0"]
 
     def _compared(self, model: torch.nn.Module, batch: AnswerBatch, ratios: Tensor) -> Tensor:
@@ -249,10 +241,7 @@ class KtoLoss:
 
     @torch.no_grad()
     def validate(self, stream: AnswerStream, model: torch.nn.Module) -> dict[str, float]:
-        """Loss, rewards and the rate at which desirable answers lie above z0 and others below, held out.
-
-        z0 is a mean over all held-out records here (0 for --z0_mode zero), the same for every record.
-        """
+        """Loss, rewards and the rate at which desirable answers lie above z0 and others below, held out."""
         config = self.config
         columns: list[tuple[Tensor, Tensor, Tensor]] = []
         for batch, ids in stream.all_records(config.eval_limit):
@@ -263,6 +252,7 @@ class KtoLoss:
             columns.append(tuple(values[: len(ids)] for values in found))
         r, compared, labels = (torch.cat(values) for values in zip(*columns, strict=True))
         is_desirable = labels.bool()
+        # z0 is a mean over all held-out records (0 for --z0_mode zero), the same for every record
         total, count = sum_over_ranks([float(compared.sum()), len(compared)])
         mode = config.z0_mode if config.z0_mode in ("zero", "kl_mismatched") else "global_mean"
         z0 = kto_baseline(r, mode=mode, total=total, count=count, previous=None)

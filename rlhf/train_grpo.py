@@ -154,10 +154,7 @@ def completion_rows(config: Config, path: str, tokenizer: PreTrainedTokenizerBas
 def make_validation(
     sampler: Sampler, prompts: list[Prompt], config: Config, run: Run
 ) -> Callable[[torch.nn.Module], dict[str, float]]:
-    """Held-out accuracy: the mean of the first reward, answered at temperature 0.
-
-    `eval_loss` is what it lacks to 1, so that the best checkpoint is the one with the smallest.
-    """
+    """Held-out accuracy: the mean of the first reward, answered at temperature 0."""
     mine = prompts[run.rank :: run.world_size]
     greedy = replace(
         sampler,
@@ -173,6 +170,7 @@ def make_validation(
             columns[f"eval_rewards/{reward.name}/mean"] = [c.rewards[reward.name] for c in completions]
         found = dict.fromkeys(columns, 0.0) | means_over_ranks(sums_of_known(columns))
         accuracy = found[f"eval_rewards/{sampler.rewards[0].name}/mean"]
+        # what accuracy lacks to 1, so that the best checkpoint has the smallest
         return {"eval_loss": 1.0 - accuracy, "eval_accuracy": accuracy, **found}
 
     return validate

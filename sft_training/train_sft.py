@@ -90,6 +90,7 @@ def example_of(rows: Dataset, config: Config, eos_id: int, record_id: int, _: in
         padding = longest - len(input_ids)
         input_ids = np.pad(input_ids, (0, padding), constant_values=eos_id)
         in_answer = np.pad(in_answer, (0, padding), constant_values=True)
+    # padding up to the longest of the global batch, not of this rank: the same answer length on any rank
     return Example(input_ids, in_answer, weight=1.0 / in_answer.sum(), num_units=1.0)
 
 

@@ -17,9 +17,9 @@ from llada.diffusion.bound_gradient import (
     plan_draws,
 )
 from llada.diffusion.likelihood import Request, score_answers
+from llada.diffusion.losses import LossParts
 from llada.diffusion.settings import LikelihoodSettings, MaskSettings
 from llada.policies.kto_reference import mask_hash
-from llada.training.loop import LossParts
 from tiny_llada import make_model
 
 MASK, PAD = 39, 0

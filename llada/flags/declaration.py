@@ -1,7 +1,6 @@
-"""How a flag is declared, and what its declaration refuses.
+"""How a flag is declared, and what its declaration refuses, before anything is loaded.
 
-One dataclass field = one flag = one YAML key = one logged name. A field states its range and what it needs,
-so a wrong value and a flag that could have no effect are refused before anything is loaded.
+One dataclass field = one flag = one YAML key = one logged name.
 """
 
 import dataclasses
@@ -36,17 +35,15 @@ def flag(
 
     Args:
         default: value when the flag is absent; without it the flag is required. Lists are copied.
-        help: what the flag means, with its unit.
-        choices: the accepted values.
         at_least, above, at_most, below: the range of the value, or of every value of a list.
         needs: the flag without which this one has no effect and is refused: "shard" (set to anything), or
             "report_to=wandb|trackio" (set to one of these), "teacher=None" (absent); or several, parted by
             " or ".
-        reads: what must be there, a kind of `llada.flags.paths.READ`: "path" is a file or folder, "model" a
-            checkpoint or its name on the hub.
+        reads: what must be there, a kind of `llada.flags.paths.READ`.
         writes: what the script makes, a kind of `WRITTEN` there; never what it reads, and not what is there.
         fixed: a resumed run must have the same value.
     """
+    # first of all: names that come later would be in it too
     said = {name: value for name, value in locals().items() if name != "default"}
     said = {name: value for name, value in said.items() if value not in (None, "") and value is not False}
     if isinstance(default, list):

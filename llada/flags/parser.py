@@ -4,9 +4,9 @@ The YAML file is turned into flags that stand before the command line: one parse
 (`4e-4` is a number), one kind of error, and the command line wins.
 
 A script's first screen is its manual, its `Config` and `check_command_line`; what is slow to import comes
-after: torch, datasets and transformers take six CPU seconds, which nobody should wait for to read `--help` or
-to be told of a wrong flag. So modules that declare flags import none of them, and the parser is argparse
-itself: HfArgumentParser takes 0.6 seconds to import, and we need forty lines of it.
+after: torch, datasets and transformers take six CPU seconds, which nobody should wait for to read `--help`.
+So modules that declare flags import none of them, and the parser is argparse itself: HfArgumentParser takes
+0.6 seconds to import.
 """
 
 import argparse
@@ -140,15 +140,9 @@ def _to_bool(text: str) -> bool:
 def parse(config_class: type[T], argv: Sequence[str] | None = None, *, description: str | None = None) -> T:
     """The filled and checked dataclass, from `--recipe`, `--config` and the command line; the later wins.
 
-    Args:
-        config_class: a dataclass whose fields were made by `flag`. Where it or a base has a method
-            `check_flags`, this is called last, and raises for flags that do not go together.
-        argv: arguments without the program name; default `sys.argv[1:]`.
-        description: the script's docstring, shown by `--help`.
-
-    Raises:
-        ValueError: an unknown flag or YAML key, a missing required flag, a value of the wrong type or out of
-            range, a flag without effect, an input that does not exist, an output that cannot be written.
+    `config_class`: a dataclass whose fields were made by `flag`. Where it or a base has a method
+    `check_flags`, this is called last, and raises for flags that do not go together. ValueError: whatever a
+    user can mend.
     """
     parser = _Parser(config_class, description)
     words = [_with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
@@ -160,6 +154,7 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, *, descripti
         with_lora = (_last_value(words, "use_lora") or "true").lower() != "false"
         found = config_class.flags_of_recipe(recipe, with_lora=with_lora)
         words = _words_of(parser, f"recipe {recipe}", found) + words
+    # after YAML and recipe, which may use older spellings too
     words = todays_words(words, parser.fields)
     namespace, unknown = parser.parse_known_args(words)
     if unknown:
@@ -224,9 +219,8 @@ def check_command_line(
 ) -> None:
     """Answers `--help` and a wrong command line before the slow imports of the script.
 
-    Args:
-        answer: what a command that has nothing to do is answered, None if it has; by default one is that made
-            all its outputs before.
+    `answer`: what a command that has nothing to do is told, None if it has; by default one is that made all
+    its outputs before.
     """
 
     def check() -> None:
@@ -254,8 +248,7 @@ def run_as(script: Path, defaults: Mapping[str, str], argv: Sequence[str] | None
 def run_main(main: Callable[[], Any]) -> None:
     """Runs the program; what a user can mend ends in one line on stderr and exit status 2.
 
-    A ValueError is written for users everywhere in this suite, an OSError names its file. `--debug` or the
-    environment variable LLADA_DEBUG shows the traceback.
+    `--debug` or the environment variable LLADA_DEBUG shows the traceback.
     """
     _run(main)
     if os.environ.get("RANK", "0") == "0":
@@ -270,6 +263,7 @@ def _run(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a pipeline may pass on the same signal
         _end("interrupted", 128 + signal.SIGINT)
+    # a ValueError is written for users everywhere in this suite, an OSError names its file
     except (ValueError, OSError) as error:
         if os.environ.get(DEBUG, "0") not in ("", "0"):
             raise

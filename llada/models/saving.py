@@ -18,16 +18,12 @@ from modelling_final.modeling_llada import put_code_beside
 
 @dataclass(frozen=True)
 class Origin:
-    """How a model came to be, for its card.
+    """How a model came to be, for its card."""
 
-    made_by: the script. base: what it started from, None for new weights. flags: the script's, by name.
-    results: numbers of the model or of its training.
-    """
-
-    made_by: str
-    base: str | None = None
-    flags: Mapping[str, Any] = field(default_factory=dict)
-    results: Mapping[str, float] = field(default_factory=dict)
+    made_by: str  # the script
+    base: str | None = None  # what it started from; None for new weights
+    flags: Mapping[str, Any] = field(default_factory=dict)  # the script's, by name
+    results: Mapping[str, float] = field(default_factory=dict)  # numbers of the model or of its training
 
     @classmethod
     def of(cls, config: Any, results: Mapping[str, float]) -> "Origin":
@@ -47,11 +43,8 @@ def save_model(
 ) -> None:
     """Writes a checkpoint folder (or adapter folder, for a PeftModel) that loads without this repository.
 
-    The folder appears whole or not at all, in place of an older one.
-
-    Args:
-        state_dict: the full weights, where the module itself only holds a shard of them.
-        origin: for the model card, README.md.
+    The folder appears whole or not at all, in place of an older one. `state_dict`: the full weights, where
+    the module itself only holds a shard of them.
     """
     is_adapter = hasattr(model, "peft_config")
     base = model.get_base_model() if is_adapter else model

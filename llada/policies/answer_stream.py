@@ -34,21 +34,13 @@ class RecordAnswers:
 
 @dataclass
 class AnswerBatch:
-    """This rank's share of a step.
+    """This rank's share of a step."""
 
-    Attributes:
-        chunks: the answers, a micro-batch of records at a time.
-        others: answers that are scored but not learned from (mismatched ones), in the same way.
-        lengths: [N] tokens of each answer.
-        numbers: name -> [N] float64.
-        num_units: records.
-    """
-
-    chunks: list[MaskedCopies]
-    others: list[MaskedCopies]
-    lengths: Tensor
-    numbers: dict[str, Tensor]
-    num_units: float
+    chunks: list[MaskedCopies]  # the answers, a micro-batch of records at a time
+    others: list[MaskedCopies]  # answers that are scored but not learned from (mismatched ones)
+    lengths: Tensor  # [N] tokens of each answer
+    numbers: dict[str, Tensor]  # name -> [N] float64
+    num_units: float  # records
     record_ids: list[int]
 
     @property
@@ -76,25 +68,18 @@ AnswersOf = Callable[[int, int, int], RecordAnswers]
 
 @dataclass
 class AnswerStream:
-    """Global batches of records, and this rank's share of them.
+    """Global batches of records, and this rank's share of them."""
 
-    Attributes:
-        answers_of: builds one record.
-        lengths: [num_records] tokens of each record, by which a batch is sorted.
-        num_draws: K.
-        fill: as in `make_draws`.
-    """
-
-    answers_of: AnswersOf
-    lengths: np.ndarray
+    answers_of: AnswersOf  # builds one record
+    lengths: np.ndarray  # [num_records] tokens of each record, by which a batch is sorted
     batch_size: int
     micro_batch_size: int
-    num_draws: int
+    num_draws: int  # K
     seed: int
     run: Run
     mask_id: int
     pad_id: int
-    fill: tuple[int, int] | None = None
+    fill: tuple[int, int] | None = None  # as in `make_draws`
 
     def __call__(self, step: int) -> list[AnswerBatch]:
         """This rank's share of the global batch, sorted by length and dealt to the ranks in turn."""
@@ -112,10 +97,7 @@ class AnswerStream:
         return [self._batch(micro_batches)]
 
     def all_records(self, limit: int | None = None) -> Iterator[tuple[AnswerBatch, list[int]]]:
-        """This rank's share of the data in order, one micro-batch at a time, always as in epoch 0.
-
-        Yields (batch, ids of its records that count), as many on every rank.
-        """
+        """(batch, ids of its records that count) of this rank's share of the data, as in epoch 0."""
         num_records = min(limit or len(self.lengths), len(self.lengths))
         stride = self.run.world_size * self.micro_batch_size
         for start in range(0, num_records, stride):

@@ -44,23 +44,16 @@ def as_messages(text: str, *, chat: bool) -> str | list[dict[str, str]]:
 
 @dataclass
 class Sampler:
-    """Samples and scores completions.
-
-    Attributes:
-        batch_size: sequences generated together.
-        chat: rewards see messages, not texts.
-        keep_trace: note what every step decided, for the likelihood of the trajectory.
-        keep_canvas: note what was sampled behind the end.
-    """
+    """Samples and scores completions."""
 
     model: LLaDAModelLM
     tokenizer: PreTrainedTokenizerBase
     rewards: list[Reward]
     settings: LLaDAGenerationConfig
-    batch_size: int
-    chat: bool
-    keep_trace: bool = False
-    keep_canvas: bool = False
+    batch_size: int  # sequences generated together
+    chat: bool  # rewards see messages, not texts
+    keep_trace: bool = False  # note what every step decided, for the likelihood of the trajectory
+    keep_canvas: bool = False  # note what was sampled behind the end
 
     def answer(self, prompts: Sequence[Prompt], *, seed: int, num_generations: int) -> list[Completion]:
         """`num_generations` completions of each prompt, scored; a prompt's are after one another."""
@@ -107,7 +100,7 @@ class Sampler:
             Completion(
                 prompt=prompts[i // num_generations].index,
                 candidate=i % num_generations,
-                answer=row[: min(size + 1, length)],
+                answer=row[: min(size + 1, length)],  # with the end token
                 text=self.tokenizer.decode(row[:size], skip_special_tokens=True),
                 has_ended=size < length,
                 steps=int(output.steps[i]),

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llada.diffusion.losses import LossParts
 from llada.policies.grpo_config import SurrogateFlags
 from llada.policies.likelihood_terms import Terms
-from llada.run import Sums
-from llada.training.loop import LossParts
+from llada.run import Sums, add_sums
 
 STD_EPSILON = 1e-4  # TRL's
 
@@ -40,7 +40,6 @@ def group_advantages(
         baseline: `group_mean` counts a completion's own reward in its baseline, which shrinks the gradient by
             (G - 1) / G; `leave_one_out` does not, and is unbiased.
         scale: divide by the standard deviation (ddof 1) of the group, or of the batch, or not at all.
-        batch_std: that of the global batch.
     """
     groups = rewards.reshape(-1, num_generations)
     known = ~np.isnan(groups)
@@ -76,14 +75,11 @@ def softmax_advantages(rewards: np.ndarray, num_generations: int) -> np.ndarray:
 
 
 def term_weights(loss_type: str, counts: Tensor, shares: Tensor, *, longest: int) -> tuple[Tensor, Tensor]:
-    """([N] weight of a completion's every term, [N] what it adds to the units).
+    """([N] weight of a completion's every term, [N] what it adds to the units); [N] counts, shares in.
 
     grpo: mean over completions of the mean over terms. dapo, bnpo: mean over all terms of the global batch.
     dr_grpo: sum over terms / (completions x longest). sequence, token, sum: as grpo, dapo, and the plain sum,
     by tokens instead of terms.
-
-    Args:
-        counts, shares: [N] as `TermBuilder.counts` gives them.
     """
     ones = torch.ones_like(counts)
     return {
@@ -140,22 +136,16 @@ def kl_terms(difference: Tensor, estimator: str) -> Tensor:
 
 @dataclass
 class GroupBatch:
-    """This rank's completions of a step, ready for `fit`.
-
-    Attributes:
-        weights: [N] of every term of a completion.
-        old, ref: [T] log-likelihoods under the sampling policy (None: this is it) and the reference.
-        sums: to log beside those of the loss.
-    """
+    """This rank's completions of a step, ready for `fit`."""
 
     terms: Terms
     advantages: Tensor
-    weights: Tensor
-    old: Tensor | None
-    ref: Tensor | None
+    weights: Tensor  # [N] of every term of a completion
+    old: Tensor | None  # [T] log-likelihoods under the sampling policy; None: this is it
+    ref: Tensor | None  # [T] under the reference
     num_units: float
     record_ids: list[int]
-    sums: Sums = field(default_factory=dict)
+    sums: Sums = field(default_factory=dict)  # to log beside those of the loss
 
     @property
     def num_tokens(self) -> int:
@@ -179,17 +169,12 @@ def grpo_loss(
     advantages = batch.advantages[owners]
 
     def loss_of(new: Tensor, which: slice) -> Tensor:
-        old = (
-            new.detach() if batch.old is None else batch.old[which]
-        )  # on policy the ratio is 1, its gradient not 0
+        # on policy the ratio is 1, its gradient not 0
+        old = new.detach() if batch.old is None else batch.old[which]
         ref = None if batch.ref is None else batch.ref[which]
         losses, logged = term_losses(flags, new, old, ref, advantages[which], terms.sizes[which])
-        for name, values in logged.items():
-            total, count = sums.get(name, (0.0, 0.0))
-            sums[name] = (
-                total + float((values * terms.shares[which]).sum()),
-                count + float(terms.shares[which].sum()),
-            )
+        shares = terms.shares[which]
+        add_sums(sums, {n: (float((v * shares).sum()), float(shares.sum())) for n, v in logged.items()})
         return (losses * weights[which]).sum()
 
     value, parts = terms.parts(

@@ -33,27 +33,21 @@ from llada.resumable import refuse_changes
 
 @dataclass(frozen=True)
 class BrefRecord:
-    """A record that can be learned from; `where` is its "file:line".
+    """A record that can be learned from."""
 
-    masks: [K, T] bool, those that `b_ref` was averaged over, in nats.
-    """
-
-    where: str
+    where: str  # "file:line"
     tokens: Tokens
-    masks: np.ndarray
-    b_ref: float
+    masks: np.ndarray  # [K, T] bool, those that `b_ref` was averaged over
+    b_ref: float  # nats
     is_desirable: bool
 
 
 @dataclass(frozen=True)
 class BrefFile:
-    """The usable records of a file, and what their B_ref was made with.
-
-    fingerprint: None for the published program's records, which do not say.
-    """
+    """The usable records of a file, and what their B_ref was made with."""
 
     records: list[BrefRecord]
-    fingerprint: dict[str, Any] | None
+    fingerprint: dict[str, Any] | None  # None for the published program's records, which do not say
     eos: str
     max_length: int
 
@@ -75,8 +69,7 @@ def read_bref(
         eos, max_length: None is what the records say.
         verify: compare the masks with the records' checks.
 
-    Raises:
-        ValueError: `file:line` and what is missing, or a B_ref that was made for other tokens or masks.
+    ValueError: `file:line` and what is missing, or a B_ref that was made for other tokens or masks.
     """
     located = list(read_records(path))
     where, first = located[0]
@@ -195,6 +188,7 @@ def mask_hash(is_masked: np.ndarray) -> int:
 
 def mask_checks(masks: np.ndarray, prompt_length: int) -> dict[str, list[Any]]:
     """What a record keeps to recognise its masks by: position sums as published, and 64-bit hashes."""
+    # published: positions in the whole sequence, not in the answer
     positions = np.arange(masks.shape[1]) + prompt_length
     return {
         "masked_idx_sums": [int(positions[mask].sum()) for mask in masks],
@@ -205,11 +199,7 @@ def mask_checks(masks: np.ndarray, prompt_length: int) -> dict[str, list[Any]]:
 def find_masks(
     record: dict[str, Any], num_tokens: int, num_draws: int, where: str, *, verify: bool
 ) -> np.ndarray:
-    """[K, T] the masks that the record's B_ref was made with.
-
-    Raises:
-        ValueError: `where`, and how the record differs from what its seed gives here.
-    """
+    """[K, T] the masks that the record's B_ref was made with; ValueError: how it differs from its seed's."""
     base = int(record["seed"])
     sizes = mask_sizes(base, num_tokens, num_draws)
     if record["l_values"][:num_draws] != sizes:

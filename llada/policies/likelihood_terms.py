@@ -36,19 +36,12 @@ Part = Callable[[], Tensor]
 
 @dataclass
 class Terms:
-    """Terms of some completions, in their order.
+    """Terms of some completions, in their order."""
 
-    Attributes:
-        chunks: what the model is asked, a forward at a time.
-        owners: [T] the completion that a term belongs to.
-        sizes: [T] by which a difference of log-likelihoods is divided before it becomes a ratio.
-        shares: [T] how many tokens (or steps, where not all are scored) a term stands for; with 0 it only
-            keeps ranks in step.
-    """
-
-    chunks: Sequence[MaskedBatch | StateBatch]
-    owners: Tensor
-    sizes: Tensor
+    chunks: Sequence[MaskedBatch | StateBatch]  # what the model is asked, a forward at a time
+    owners: Tensor  # [T] the completion that a term belongs to
+    sizes: Tensor  # [T] by which a difference of log-likelihoods is divided before it becomes a ratio
+    # [T] tokens (or steps, where not all are scored) a term stands for; with 0 it only keeps ranks in step
     shares: Tensor
 
     @property
@@ -64,15 +57,10 @@ class Terms:
 
 @dataclass
 class MaskedTerms(Terms):
-    """Terms that are sums of log p over masked tokens: value_t = sum over the tokens r of t of w_r log p_r.
+    """Terms that are sums of log p over masked tokens: value_t = sum over its tokens r of w_r log p_r."""
 
-    Attributes:
-        terms: [R] the term that each scored token adds to.
-        weights: [R] float64, w_r.
-    """
-
-    terms: Tensor
-    weights: Tensor
+    terms: Tensor  # [R] the term that each scored token adds to
+    weights: Tensor  # [R] float64, w_r
     is_linear = True  # in log p, so its slopes can be had without its values
 
     def _log_probs(self, model: torch.nn.Module) -> Tensor:
@@ -122,16 +110,11 @@ class EuboTerms(MaskedTerms):
         L [weight / b mean_k log mean_n(1(k in S_n) p_k^b / t_n) + (1 - weight) B / L],   t_n = |S_n| / L
 
     over the tokens k that some mask S_n covers. The constant that makes it a bound is left out, as published.
-
-    Attributes:
-        places: [R] which token of all completions a row is.
-        rates: [R] t_n times the number of masks.
-        is_negative: [T] bool.
     """
 
-    places: Tensor
-    rates: Tensor
-    is_negative: Tensor
+    places: Tensor  # [R] which token of all completions a row is
+    rates: Tensor  # [R] t_n times the number of masks
+    is_negative: Tensor  # [T] bool
     weight: float
     exponent: float
     is_linear = False

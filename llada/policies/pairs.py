@@ -27,6 +27,7 @@ from llada.data.answers import Encoding, Tokens, load_pairs
 from llada.data.reading import BAD, describe_losses
 from llada.diffusion.bound_gradient import differentiate, draw_values, gradient_parts, plan_draws
 from llada.diffusion.likelihood import Request
+from llada.diffusion.losses import LossParts
 from llada.diffusion.settings import MaskSettings
 from llada.policies.answer_stream import AnswerBatch, AnswerStream, RecordAnswers, sums_of
 from llada.policies.config import PairConfig
@@ -34,22 +35,16 @@ from llada.policies.reference_model import Reference, make_reference, precompute
 from llada.policies.stage import PolicyStage
 from llada.run import Sums, autocast, sum_over_ranks
 from llada.training.dry_run import Rows
-from llada.training.loop import LossParts
 
 Pairs = list[tuple[Tokens, Tokens]]
 
 
 class PairBounds(NamedTuple):
-    """What a loss is computed from.
+    """What a loss is computed from."""
 
-    policy: [P, 2] float64, B of both answers in nats; the loss is differentiated with respect to it.
-    reference: [P, 2] the same of the reference, without a gradient; nan where the stage has none.
-    lengths: [P, 2] tokens of the answers.
-    """
-
-    policy: Tensor
-    reference: Tensor
-    lengths: Tensor
+    policy: Tensor  # [P, 2] float64, B of both answers in nats; the loss is differentiated with respect to it
+    reference: Tensor  # [P, 2] of the reference, without a gradient; nan where the stage has none
+    lengths: Tensor  # [P, 2] tokens of the answers
 
 
 PairLoss = Callable[[PairBounds], tuple[Tensor, Tensor]]
@@ -151,10 +146,8 @@ def pair_rows(config: PairConfig, path: str, tokenizer: PreTrainedTokenizerBase)
 def train_on_pairs(config: PairConfig, loss: PairLoss, *, reference: str = "none") -> None:
     """Reads the pairs, trains the policy with the loss, validates, saves, and resumes an earlier run.
 
-    Args:
-        config: the parsed flags. Those that its own class declares must agree when a run is resumed.
-        reference: `none`; `live`: the reference answers beside the policy in every step; `stored`: it scores
-            the data once, under masks that all epochs share, and is dropped.
+    `reference`: `none`; `live`: it answers beside the policy in every step; `stored`: it scores the data
+    once, under masks that all epochs share, and is dropped.
     """
     stage = PolicyStage.start(
         config, partial(pair_rows, config), train=config.train_data_path, held_out=config.eval_data_path

@@ -31,11 +31,7 @@ class RecipeFlags:
 
     @classmethod
     def flags_of_recipe(cls, name: str, *, with_lora: bool = True) -> dict[str, Any]:
-        """The recipe's flags, those of its adapter or not.
-
-        Raises:
-            ValueError: there is no such recipe, or our flags cannot say it.
-        """
+        """The recipe's flags, those of its adapter or not; ValueError if our flags cannot say it."""
         path = FOLDER / f"{name}.yaml"
         if not path.is_file():
             raise ValueError(f"--recipe {name}: not one of {', '.join(recipe_names(cls.stage))}")

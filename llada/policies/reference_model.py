@@ -23,11 +23,8 @@ Reference = Callable[[torch.nn.Module], AbstractContextManager[torch.nn.Module]]
 
 
 def make_reference(config: PolicyConfig, run: Run) -> Reference:
-    """Where the reference is found: --ref_model_name_or_path, or the policy as it starts.
-
-    The latter needs a second copy of the weights, except with fresh LoRA adapters, which are switched off
-    instead.
-    """
+    """Where the reference is found: --ref_model_name_or_path, or the policy as it starts."""
+    # Fresh adapters are switched off, which saves a second copy of the weights.
     # Adapters that training starts from are not fresh: without them the model would be another one.
     if config.ref_model_name_or_path is None and has_fresh_adapter(config):
         return _without_adapter
@@ -68,10 +65,8 @@ def precompute_reference(
 ) -> np.ndarray:
     """[num_records, answers of a record] B_ref under the masks of epoch 0, in nats.
 
-    Kept in `folder`, so that a killed run goes on and a resumed one compares with the same numbers.
-
-    Args:
-        policy: the model before training; it is the reference unless the flags name another one.
+    Kept in `folder`, so that a killed run goes on and a resumed one compares with the same numbers. `policy`:
+    the model before training; it is the reference unless the flags name another one.
     """
     is_policy = config.ref_model_name_or_path is None
     starts = (config.model_name_or_path, config.sft_adapter_path)

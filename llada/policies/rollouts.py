@@ -77,11 +77,7 @@ class RolloutFiles:
                 path.unlink()
 
     def load(self, rollout: int, places: Sequence[int], num_generations: int) -> list[Completion]:
-        """The completions at these places of a rollout, made on any number of ranks.
-
-        Raises:
-            ValueError: some are not there.
-        """
+        """The completions at these places of a rollout, made on any number of ranks, or ValueError."""
         # of all ranks: the resumed run may have another number of them
         files = sorted((self._folder / "rollouts").glob(f"{rollout}-rank*.json"))
         found = [Completion(**values) for file in files for values in json.loads(file.read_text())]
@@ -105,21 +101,17 @@ def _step_of(line: str) -> float:
 
 @dataclass
 class RolloutStream:
-    """The stream of GRPO: step -> this rank's completions, sampled from the policy as it is at that step.
-
-    Attributes:
-        num_groups: prompts of a global batch, a multiple of the number of ranks.
-        reference: None without a KL term.
-    """
+    """The stream of GRPO: step -> this rank's completions, sampled from the policy as it is at that step."""
 
     sampler: Sampler
     prompts: list[Prompt]
     terms_of: TermBuilder
     config: GrpoConfig
     run: Run
-    reference: Reference | None = None
+    reference: Reference | None = None  # None without a KL term
 
     def __post_init__(self) -> None:
+        # prompts of a global batch, a multiple of the number of ranks
         self.num_groups = self.config.batch_size // self.config.num_generations
         self._files = RolloutFiles(Path(self.config.output_dir), self.run)
         self._rollout = -1
@@ -193,10 +185,8 @@ class RolloutStream:
         """Log-likelihoods under the policy and the reference, before the policy changes, under all masks."""
         model = self.sampler.model
         for completion in completions:
-            completion.old, completion.ref = (
-                ([] if self._needs_old else None),
-                ([] if self.reference else None),
-            )
+            completion.old = [] if self._needs_old else None
+            completion.ref = [] if self.reference else None
         for iteration in range(self.config.num_iterations if self.config.redraw_masks else 1):
             terms = self.terms_of(self._answers(completions, rollout, iteration)).to(self.run.device)
             with autocast(self.run.device, self.config.dtype):
@@ -255,10 +245,11 @@ class RolloutStream:
     def _needed(self) -> tuple[list[int], list[float]]:
         """(completions without which the gradient on policy would be another, their advantages).
 
-        One with advantage 0 is not needed. Of equal completions under equal masks one stands for all, with
-        the sum of their advantages, where the loss is linear in these. Every rank gets as many.
+        One with advantage 0 is not needed. Every rank gets as many.
         """
         config = self.config
+        # of equal completions under equal masks one stands for all, with the sum of their advantages, where
+        # the loss is linear in these
         merges = config.group_masks and config.surrogate != "squared" and not config.eubo_weight
         sums: dict[object, float] = {}
         first: dict[object, int] = {}

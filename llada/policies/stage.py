@@ -16,11 +16,7 @@ from llada.training.loop import Loss, Stream, end_training, fit, load_with_ids, 
 
 
 class PolicyStage:
-    """A run of DPO, KTO or GRPO on this rank: the flags, the tokenizer and, once loaded, the policy.
-
-    Attributes:
-        model, ids: the policy and its special tokens; there after `load`.
-    """
+    """A run of DPO, KTO or GRPO on this rank; `model` and its special `ids` are there after `load`."""
 
     def __init__(self, config: PolicyConfig) -> None:
         self.config = config
@@ -36,12 +32,7 @@ class PolicyStage:
         train: Sequence[str],
         held_out: Sequence[str] | None,
     ) -> "PolicyStage | None":
-        """The stage, with older spellings settled; None after a --dry_run, which has said what it found.
-
-        Args:
-            rows_of: how the stage reads a file, for the dry run.
-            train, held_out: the files.
-        """
+        """The stage; None after a --dry_run, which has said what it found. `rows_of` reads a file for it."""
         run = described_run(config.device)  # a dry run of 64 ranks has no peers to meet
         if isinstance(config, RecipeFlags) and run.is_main:
             config.tell_recipe(None if config.dry_run else config.output_dir)

@@ -30,37 +30,24 @@ COUPLED_TIMES = (0.2, 0.8)  # DiffuCoder coupled_grpo.py, forward_process
 
 @dataclass(frozen=True)
 class Answer:
-    """A completion as the terms see it.
-
-    Attributes:
-        answer: tokens up to and with the end token.
-        key: names its random draws.
-        iteration: of the steps that learn from it.
-        canvas: all tokens that were sampled, for --eos canvas.
-    """
+    """A completion as the terms see it."""
 
     prompt: Sequence[int]
-    answer: Sequence[int]
-    key: str
+    answer: Sequence[int]  # up to and with the end token
+    key: str  # names its random draws
     trace: Sequence[dict[str, Any]] | None = None
-    canvas: Sequence[int] = ()
-    iteration: int = 0
+    canvas: Sequence[int] = ()  # all tokens that were sampled, for --eos canvas
+    iteration: int = 0  # of the steps that learn from it
     is_negative: bool = False  # decides which bound SPG pushes
 
 
 class Masks(NamedTuple):
-    """The K forwards of a completion whose log p is asked at its A scored tokens.
+    """The K forwards of a completion whose log p is asked at its A scored tokens."""
 
-    is_masked: [K, A] bool, masked and scored.
-    weights: [K] of log p in the sum over all masks.
-    draws: [K] the independent draw that a mask belongs to.
-    is_hidden: [K, P] bool: of the prompt, masked and not scored.
-    """
-
-    is_masked: np.ndarray
-    weights: np.ndarray
-    draws: np.ndarray
-    is_hidden: np.ndarray
+    is_masked: np.ndarray  # [K, A] bool, masked and scored
+    weights: np.ndarray  # [K] of log p in the sum over all masks
+    draws: np.ndarray  # [K] the independent draw that a mask belongs to
+    is_hidden: np.ndarray  # [K, P] bool: of the prompt, masked and not scored
 
 
 @dataclass(frozen=True)
@@ -76,11 +63,9 @@ class TermBuilder:
         return self._steps(answers) if self.config.likelihood == "trajectory" else self._masked(answers)
 
     def counts(self, answers: Sequence[Answer]) -> tuple[Tensor, Tensor]:
-        """([N] terms of each completion, [N] what their shares add up to), float64.
-
-        Steps that --trajectory_steps leaves out count as if they were scored.
-        """
+        """([N] terms of each completion, [N] what their shares add up to), float64."""
         config = self.config
+        # steps that --trajectory_steps leaves out count as if they were scored
         if config.likelihood == "trajectory":
             sizes = [[int(state.is_chosen.sum()) for state in self._states(answer)] for answer in answers]
             shares = [len(steps) for steps in sizes]
@@ -145,8 +130,6 @@ class TermBuilder:
 
     def _block(self, answer: Answer, size: int, random: np.random.Generator) -> Masks:
         """SPG's masks: earlier blocks clean but for a share, one block partly masked, all behind it masked.
-
-        log p is averaged over the masked tokens of each mask, in place of the bound's weights.
 
         Source: SPG spg_trainer.py, forward_process, block_random.
         """

@@ -40,9 +40,8 @@ _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 class Saver:
     """Saves states in the background: training goes on while the files are written.
 
-    A save takes a copy of the state at once, and its files become a checkpoint (rename, `latest`, retention)
-    when all ranks have written theirs, at a step boundary where all ranks agree on it. One save is under way
-    at a time.
+    A save takes a copy of the state at once, and its files become a checkpoint when all ranks have written
+    theirs, at a step boundary where all ranks agree on it. One save is under way at a time.
     """
 
     def __init__(self, output_dir: Path, run: Run, *, keep: int) -> None:
@@ -66,8 +65,7 @@ class Saver:
     ) -> None:
         """Begins to save the state after `step` steps, when the save before it is complete.
 
-        Args:
-            meta: what a resume must agree with (see `check_meta`), and results so far; stored as JSON.
+        `meta`: what a resume must agree with (see `check_meta`), and results so far; stored as JSON.
         """
         self.finish()
         partial = self._output_dir / f"step-{step}.tmp"
@@ -83,21 +81,21 @@ class Saver:
     def finish(self) -> None:
         """Waits for the save under way, if there is one, and makes it the latest checkpoint.
 
-        Raises:
-            OSError: it could not be written (a full disk, for example); earlier checkpoints are untouched.
+        OSError: it could not be written (a full disk, for example); earlier checkpoints are untouched.
         """
         if self._pending is None:
             return
         step, meta, future = self._pending
-        self._pending = None
+        self._pending = None  # first: after an error nothing is under way
         folder, partial = self._output_dir / f"step-{step}", self._output_dir / f"step-{step}.tmp"
         try:
             future.result()
-            barrier()
+            barrier()  # all ranks have written
             if self._run.is_main:
                 write_atomically(partial / "meta.json", json.dumps({"step": step, **meta}, indent=1))
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(partial, folder)
+                # last: whatever kills the run before, `latest` names a whole checkpoint
                 write_atomically(self._output_dir / "latest", folder.name)
         except (Exception, CheckpointException) as error:  # DCP's is a BaseException
             if self._run.is_main:
@@ -182,9 +180,7 @@ def check_meta(folder: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
 def find_resume(output_dir: Path, wish: str) -> Path | None:
     """The state folder to resume from, or None for a fresh start.
 
-    Args:
-        wish: "auto" = the latest in `output_dir` if there is one; "none"; or a folder, `step-N` itself or a
-        run's.
+    `wish`: "auto" = the latest in `output_dir` if there is one; "none"; or a folder, `step-N` or a run's.
     """
     if wish == "none":
         return None
@@ -208,12 +204,10 @@ def _saved_steps(output_dir: Path) -> list[int]:
 def folder_lock(folder: Path) -> Iterator[None]:
     """Holds the folder for this process: a second run in it would overwrite states and metrics of the first.
 
-    The lock ends with the process, however that ends. File systems without locks are used without one.
-
-    Raises:
-        ValueError: another process holds it.
+    The lock ends with the process, however that ends. ValueError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # "a": the holder's name is read before it is replaced
     with open(folder / ".lock", "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -224,6 +218,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
                 f"--output_dir {folder}: another run ({holder}) is writing there; wait for it, stop it, or "
                 "give another folder"
             ) from error
+        # network file systems without locks are used without one
         except OSError as error:
             warnings.warn(f"{folder}: no lock on this file system ({error.strerror})", stacklevel=2)
         file.truncate(0)

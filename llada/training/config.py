@@ -1,8 +1,4 @@
-"""Flags that training stages share, in groups: a stage mixes in those that it reads. The learning rate.
-
-A group that a stage leaves out has no flags there; what the loop asks for then are the plain values at the
-top of `TrainConfig`.
-"""
+"""Flags that training stages share, in groups: a stage mixes in those that it reads. The learning rate."""
 
 import dataclasses
 import hashlib
@@ -216,7 +212,7 @@ class LoggingFlags:
 class TrainConfig(OptimizerFlags, LoggingFlags):
     """A training run."""
 
-    # Flags of the stages that have them.
+    # What the loop asks for where a stage has no such flags.
     packing = use_lora = compile = cpu_offload = reduce_always = False
     shard = activation_checkpointing = "none"
     num_workers = 0
@@ -335,8 +331,7 @@ def finished_before(config: TrainConfig) -> str | None:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The learning rate of step `step` (from 0): linear warm-up, then the schedule down to
-    --min_learning_rate."""
+    """The learning rate of step `step` (from 0): linear warm-up, then down to --min_learning_rate."""
     warmup = config.warmup_steps or int(config.warmup_ratio * config.max_steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup

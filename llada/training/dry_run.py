@@ -119,13 +119,9 @@ def report(
     Args:
         rows_of: how the stage reads its data.
         train, held_out, weights: the data and the share of each.
-        chat: whether the tokenizer needs chat tokens.
         load: the stage's model and its special tokens.
 
-    Raises:
-        ValueError: whatever would stop the run itself: a missing file, a vocabulary that does not fit, a
-            batch that the ranks cannot share, a state in --output_dir that has other flags, a GPU that is too
-            small.
+    ValueError: whatever would stop the run itself, or a GPU that is too small.
     """
     run = described_run(config.device)
     if not run.is_main:
@@ -213,6 +209,7 @@ def _describe_cost(
     tokens = config.batch_size * rows.num_tokens / rows.num_rows
     settings = {
         "length": min(config.max_length, round(rows.num_tokens / rows.num_rows)),
+        # t is uniform on (0, 1): half of what can be masked is
         "masked_share": 0.5 * rows.num_maskable / rows.num_tokens,
     }
     useful = tokens * flops_per_token(shape, parameters, **settings)

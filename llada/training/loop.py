@@ -1,5 +1,4 @@
-"""The one training loop. A stage gives it a model, a stream of batches and a loss; it knows nothing else of
-the stage.
+"""The one training loop. A stage gives it a model, a stream of batches and a loss.
 
 One step: take this rank's micro-batches -> sum their units over all ranks -> forward and backward of each
 with that global number -> clip -> check -> AdamW (llada.training.step) -> log, validate, save.
@@ -18,7 +17,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llada.diffusion.losses import LossParts
 from llada.flags.yaml_files import write_yaml
 from llada.models.building import adopt_adapter, build_model
 from llada.models.saving import Origin, save_model
@@ -32,11 +30,6 @@ from llada.training.monitor import EarlyStop, LossWatch, Progress, gather_record
 from llada.training.parallel import full_state_dict, parallelize, wrap_blocks
 from llada.training.signals import StopSignal, exit_status, give_signals_back, leave_marker_on_signals
 from llada.training.step import Batch, Loss, Trainer
-
-__all__ = [
-    "Batch", "Load", "Loss", "LossParts", "Stream", "end_training", "fit", "load_trainable", "load_with_ids",
-    "make_optimizer", "prepare_trainable", "start_training",
-]  # fmt: skip
 
 Stream = Callable[[int], list[Batch]]
 """step -> this rank's micro-batches."""
@@ -131,7 +124,6 @@ def fit(
 
     Args:
         model: on any device; trained in place.
-        stream: this rank's micro-batches of a step.
         loss: a micro-batch's share of the loss.
         validate: called before, during and after training; None = no held-out data.
         data: describes the training data, which a resumed run must share with the first one.
@@ -140,11 +132,9 @@ def fit(
         kept: what `loss` keeps from one step to the next.
 
     Writes `final/` (a plain checkpoint), `results.json` and `DONE` at the end; `PREEMPTED` when stopped.
-
-    Raises:
-        FloatingPointError: a loss or gradient that is not finite, with --on_nonfinite stop or ten times in
-            a row; names the step and the records.
-        ValueError: another run writes to the same folder, or the saved state does not belong to this run.
+    FloatingPointError: a loss or gradient that is not finite, with --on_nonfinite stop or ten times in a row;
+    names the step and the records. ValueError: another run writes to the same folder, or the saved state does
+    not belong to this run.
     """
     assert not config.dry_run, "a dry run never trains"
     config.settle_dtype(run.device.type)
@@ -261,6 +251,7 @@ class _Session:
             )
             if total.num_written == self._run.world_size:
                 self._saver.finish()
+            # all ranks break at the same step: the sum is theirs
             if total.num_signalled:
                 break
             self._step(batches, total)
@@ -287,6 +278,7 @@ class _Session:
         is_last = step == config.max_steps
         if is_last or (config.eval_interval and step % config.eval_interval == 0):
             self._note_validation()
+        # a finished run saves anyway, at its end
         if config.save_interval and step % config.save_interval == 0 and not self.is_finished:
             self._save()
 

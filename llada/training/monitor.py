@@ -24,22 +24,17 @@ def gather_records(record_ids: list[int]) -> list[int]:
 
 @dataclass
 class LossWatch:
-    """Notices a loss far above those before it.
+    """Notices a loss far above those before it; state: what a resumed run needs to go on watching.
 
-    Mean and variance are exponential averages over about 1 / (1 - decay) steps. A loss counts as a spike when
-    it is more than `sigmas` standard deviations above the mean, once `warmup` losses are known; a spike moves
-    the averages as any other loss does, so a run that settles higher stops complaining.
-
-    Attributes:
-        sigmas: 0 = never.
+    A spike moves the averages as any other loss does, so a run that settles higher stops complaining.
     """
 
-    sigmas: float
+    sigmas: float  # standard deviations above the mean that make a spike; 0 = never
     mean: float = 0.0
     variance: float = 0.0
     num_losses: int = 0
-    decay: float = 0.98
-    warmup: int = 50
+    decay: float = 0.98  # of exponential averages over about 1 / (1 - decay) steps
+    warmup: int = 50  # losses to know before one can be a spike
 
     def note(self, loss: float) -> float | None:
         """The loss's distance above the mean in standard deviations if it is a spike, else None."""
@@ -57,25 +52,18 @@ class LossWatch:
         return distance if is_known and distance > self.sigmas else None
 
     def state_dict(self) -> dict[str, float]:
-        """What a resumed run needs to go on watching."""
         return {"mean": self.mean, "variance": self.variance, "num_losses": self.num_losses}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Goes on from a saved `state_dict`."""
         self.mean, self.variance, self.num_losses = state["mean"], state["variance"], state["num_losses"]
 
 
 @dataclass
 class EarlyStop:
-    """Ends a run before --max_steps.
+    """Ends a run before --max_steps; state: what a resumed run needs to go on counting."""
 
-    Attributes:
-        target: a held-out loss that is good enough; None = none is.
-        patience: validations without a lower loss after which the run ends; 0 = never.
-    """
-
-    target: float | None = None
-    patience: int = 0
+    target: float | None = None  # a held-out loss that is good enough
+    patience: int = 0  # validations without a lower loss after which the run ends; 0 = never
     best: float | None = None
     num_since_best: int = 0
     is_reached: bool = False
@@ -90,16 +78,11 @@ class EarlyStop:
         self.is_reached = is_good or 0 < self.patience <= self.num_since_best
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on counting."""
         return {"best": self.best, "num_since_best": self.num_since_best, "is_reached": self.is_reached}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a saved `state_dict`."""
-        self.best, self.num_since_best, self.is_reached = (
-            state["best"],
-            state["num_since_best"],
-            state["is_reached"],
-        )
+        self.best, self.num_since_best = state["best"], state["num_since_best"]
+        self.is_reached = state["is_reached"]
 
 
 # Dense bf16 FLOP/s of GPUs whose name contains the key (vendors' data sheets), for MFU.
@@ -133,11 +116,7 @@ def peak_resident() -> int:
 
 
 class Phases:
-    """Seconds spent in each phase of the steps since they were last read.
-
-    `mark(name)` gives the time since the mark before it to `name`. On a GPU a mark is an event in its queue,
-    so that nothing waits.
-    """
+    """Seconds spent in each phase of the steps: `mark(name)` gives the time since the last mark to `name`."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -146,6 +125,7 @@ class Phases:
 
     def mark(self, name: str) -> None:
         """Ends the phase `name` here."""
+        # an event in the GPU's queue: nothing waits for it
         if self._on_gpu:
             now = torch.cuda.Event(enable_timing=True)
             now.record()
@@ -167,21 +147,13 @@ class Phases:
 
 @dataclass
 class Progress:
-    """Totals of a run over all its resumes, and rates since they were last logged.
-
-    Attributes:
-        device: this rank's.
-        world_size: ranks, for rates per device.
-        dtype: of the matrix products.
-        step: optimizer steps so far.
-        results: what else goes to results.json.
-    """
+    """Totals of a run over all its resumes, and rates since they were last logged."""
 
     device: torch.device
-    world_size: int
-    dtype: str = "float32"
-    step: int = 0
-    results: dict[str, float] = field(default_factory=dict)
+    world_size: int  # for rates per device
+    dtype: str = "float32"  # of the matrix products
+    step: int = 0  # optimizer steps so far
+    results: dict[str, float] = field(default_factory=dict)  # what else goes to results.json
     phases: Phases = field(init=False)
     _tokens_seen: float = 0.0
     _seconds: float = 0.0
@@ -222,17 +194,13 @@ class Progress:
             self._seconds += seconds[name]
 
     def rates(self) -> dict[str, float]:
-        """What is logged beside the loss, since the last call.
-
-        `tokens_per_second` of all ranks, and per device `tflops_per_second` and `mfu` (useful FLOPs only, see
-        llada.training.cost; mfu where the device's peak is known); `share_data`, `share_forward_backward` and
-        `share_optimizer`, this rank's time per phase; `peak_memory_gb` in 1e9 bytes; `num_tokens` so far.
-        """
+        """What is logged beside the loss, since the last call: tokens of all ranks, the rest per device."""
         self._read_phases()
         window = self._window
         total = max(sum(window[name] for name in PHASES), 1e-9)
         found = {"tokens_per_second": window["tokens"] / total, "num_tokens": self._tokens_seen}
         if window["flops"]:
+            # useful FLOPs alone, see llada/training/cost.py
             rate = window["flops"] / total / self.world_size
             found["tflops_per_second"] = rate / 1e12
             if self.peak_flops is not None:

@@ -42,8 +42,7 @@ def train_on_rows(
         kind: what is made of records.
         example_of: (rows, special tokens, whether they are trained on) -> what the stream asks for.
         weights: share of each data set.
-        load: the model and its special tokens.
-        stream_settings: of `MaskedStream`, beside those of every stage; for training only.
+        stream_settings: of `stream_type`, beside those of every stage; for training only.
     """
     paths = config.train_data_path
     paths = [paths] if isinstance(paths, str) else paths
@@ -97,16 +96,14 @@ def validation_means(
 ) -> dict[str, float]:
     """{"eval_loss", and an "eval_..." mean of each of the loss's `sums`} under masks that never change.
 
-    The records are shared out over the ranks; every rank gets the result.
-
-    Args:
-        stream: its `validation` gives this rank's held-out batches.
+    `stream.validation` gives this rank's share of the held-out batches; every rank gets the result.
     """
     was_training = model.training
     model.eval()
     sums: Sums = {"loss": (0.0, 0.0)}
     for batch in stream.validation(config.eval_limit):
         with autocast(run.device, config.dtype):
+            # 1 unit: a sum over the records of all batches, divided below by the units of all ranks
             found = loss(model, batch.to(run.device), 1.0)
         parts = found if isinstance(found, LossParts) else LossParts(found, ())
         add_sums(sums, {"loss": (float(parts.value), batch.num_units), **parts.sums})

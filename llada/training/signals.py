@@ -44,14 +44,10 @@ def exit_status(number: int) -> int:
 
 
 class StopSignal:
-    """Within its body a stop signal is only noted, so that the loop can save; a second one aborts.
-
-    Attributes:
-        number: the signal that came; 0 = none.
-    """
+    """Within its body a stop signal is only noted, so that the loop can save; a second one aborts."""
 
     def __init__(self) -> None:
-        self.number, self._came_at = 0, 0.0
+        self.number, self._came_at = 0, 0.0  # the signal that came; 0 = none
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":

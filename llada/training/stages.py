@@ -15,22 +15,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Stage:
-    """A script with a debug config.
+    """A script with a debug config."""
 
-    Attributes:
-        script: its path in the repository.
-        after: stages whose output the debug config reads.
-        reads_checkpoint: whether it needs a LLaDA model, which a pipeline hands on from earlier stages.
-        trains: whether it calls `fit`: it then saves, resumes, and has a dry run.
-        is_trunk: whether a pipeline's later stages start from its checkpoint.
-        variants: name -> further flags under which kills and ranks are tried too.
-    """
-
-    script: str
-    after: tuple[str, ...] = ()
-    reads_checkpoint: bool = False
-    trains: bool = False
-    is_trunk: bool = False
+    script: str  # its path in the repository
+    after: tuple[str, ...] = ()  # stages whose output the debug config reads
+    reads_checkpoint: bool = False  # it needs a LLaDA model, which a pipeline hands on from earlier stages
+    trains: bool = False  # it calls `fit`: it then saves, resumes, and has a dry run
+    is_trunk: bool = False  # a pipeline's later stages start from its checkpoint
+    # name -> further flags under which kills and ranks are tried too
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property

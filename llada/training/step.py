@@ -58,7 +58,7 @@ class Trainer:
             loss, more = self._forward_backward(batch, total_units, last=i == len(batches) - 1)
             losses.append(loss)
             add_sums(sums, more)
-        reduce_vectors(self._model)
+        reduce_vectors(self._model)  # before the norm: it is that of whole gradients
         grad_norm = clip_gradients(self._parameters, self._config.max_grad_norm or math.inf)
         (loss_value,) = sum_over_ranks([float(sum(losses))])
         self._state.phases.mark("forward_backward")
@@ -74,7 +74,8 @@ class Trainer:
 
     def _forward_backward(self, batch: Batch, total_units: float, *, last: bool) -> tuple[torch.Tensor, Sums]:
         """The micro-batch's share of the loss, its gradients added, and its sums to log."""
-        # Gradients are averaged over ranks; the loss is already divided by the global number of units.
+        # DDP and FSDP average gradients over ranks, and the loss is already divided by the units of all of
+        # them: hence times the number of ranks.
         always = self._config.reduce_always
         with gradient_sync(self._model, last=last or always):
             with autocast(self._run.device, self._config.dtype):
