@@ -23,10 +23,11 @@ from types import SimpleNamespace
 
 from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.flags.yaml_files import read_yaml
+from llada.models.flags import HubFlags
 
 
-@dataclass
-class Config:
+@dataclass(kw_only=True)
+class Config(HubFlags):
     """Flags of this script."""
 
     run: str = flag(help="Folder of a training run: config.yaml and step-N states.", reads="path")
@@ -57,6 +58,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llada.models.building import build_model, load_for_inference, run_tokenizer
 from llada.models.checkpoints import DTYPES
+from llada.models.hub import check_hub, push
 from llada.models.saving import Origin, save_model
 from llada.resumable import whole_folder
 from llada.speculative.pard import SERVE, try_drafter, write_drafter
@@ -66,12 +68,14 @@ from llada.training.checkpoint import find_resume, load_weights, read_meta
 def main(argv: list[str] | None = None) -> None:
     """Exports one state."""
     config = parse(Config, argv, description=__doc__)
+    check_hub(config)
     if config.format == "pard":
         export_drafter(config)
-        return
-    model, tokenizer, origin = trained(config)
-    save_model(model.to(DTYPES[config.dtype]), tokenizer, Path(config.output_dir), origin=origin)
-    print(f"{config.output_dir}: {origin.made_by.removeprefix('export_checkpoint.py ')}")
+    else:
+        model, tokenizer, origin = trained(config)
+        save_model(model.to(DTYPES[config.dtype]), tokenizer, Path(config.output_dir), origin=origin)
+        print(f"{config.output_dir}: {origin.made_by.removeprefix('export_checkpoint.py ')}")
+    push(Path(config.output_dir), config, name=Path(config.output_dir).name)
 
 
 def trained(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Origin]:

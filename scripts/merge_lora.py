@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llada.flags.parser import check_command_line, flag, parse, run_main
+from llada.models.flags import HubFlags
 
 
-@dataclass
-class Config:
+@dataclass(kw_only=True)
+class Config(HubFlags):
     """Flags of this script."""
 
     adapter_path: str = flag(help="adapter folder", reads="model")
@@ -35,6 +36,7 @@ if __name__ == "__main__":
     check_command_line(Config, __doc__)
 
 from llada.models.checkpoints import base_and_adapter, load_model
+from llada.models.hub import check_hub, push
 from llada.models.saving import Origin, save_model
 from llada.models.tokens import load_tokenizer
 
@@ -43,12 +45,14 @@ def main(argv: list[str] | None = None) -> None:
     """Merges and saves."""
     config = parse(Config, argv, description=__doc__)
     output_dir = Path(config.output_dir)
+    check_hub(config)
     base, adapter = base_and_adapter(config.base_model, config.adapter_path, flag="--base_model")
     model = load_model(base, adapter_path=adapter, dtype="auto")
     has_tokenizer = Path(adapter, "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(adapter if has_tokenizer else base)
     save_model(model, tokenizer, output_dir, origin=Origin("merge_lora.py", f"{base} with {adapter}"))
     print(f"{output_dir}: {model.num_parameters() / 1e6:.1f} M parameters in {model.dtype}")
+    push(output_dir, config, name=output_dir.name)
 
 
 if __name__ == "__main__":

@@ -21,3 +21,16 @@ class MaskTokenFlag:
     """For a config.json without `mask_token_id` beside a tokenizer without mask token."""
 
     mask_token_id: int | None = flag(None, at_least=0, help="Mask token id of a checkpoint that names none.")
+
+
+@dataclass(kw_only=True)
+class HubFlags:
+    """Sharing of what is saved, by the names of transformers."""
+
+    push_to_hub: bool = flag(
+        False, "Upload the saved model to the Hugging Face Hub, as whom `hf auth login` says."
+    )
+    hub_model_id: str | None = flag(
+        None, "Repository there, NAME or OWNER/NAME; default the folder's name.", needs="push_to_hub"
+    )
+    hub_private_repo: bool = flag(False, "Only you see a repository that is new.", needs="push_to_hub")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada.flags.declaration import flag, said_of
-from llada.models.flags import LINEAR_LAYERS, MaskTokenFlag
+from llada.models.flags import LINEAR_LAYERS, HubFlags, MaskTokenFlag
 
 if TYPE_CHECKING:
     from llada.run import Run  # imports torch
@@ -209,7 +209,7 @@ class LoggingFlags:
 
 
 @dataclass(kw_only=True)
-class TrainConfig(OptimizerFlags, LoggingFlags):
+class TrainConfig(OptimizerFlags, LoggingFlags, HubFlags):
     """A training run."""
 
     # What the loop asks for where a stage has no such flags.

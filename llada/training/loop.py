@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llada.flags.yaml_files import write_yaml
 from llada.models.building import adopt_adapter, build_model
+from llada.models.hub import check_hub, push
 from llada.models.saving import Origin, save_model
 from llada.models.tokens import SpecialIds, special_ids
 from llada.resumable import write_atomically
@@ -52,6 +53,8 @@ def start_training(config: TrainConfig) -> Run:
     run = start_run(config.device, step_seconds=600.0 if config.compile else STEP_SECONDS)
     config.settle_dtype(run.device.type)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on a GPU
+    if run.is_main:
+        check_hub(config)
     leave_marker_on_signals(config.output_dir, is_main=run.is_main)
     return run
 
@@ -316,6 +319,7 @@ class _Session:
         if self.is_finished:
             self._export("final")
             if self._run.is_main:
+                push(self._folder / "final", self._config, name=self._folder.resolve().name)
                 text = json.dumps(self.progress.state_dict(), indent=1)
                 write_atomically(self._folder / "results.json", text)
                 write_atomically(self._folder / "DONE", self._config.given)
