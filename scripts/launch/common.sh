@@ -36,6 +36,16 @@ die() {
     exit 2
 }
 
+# The processes of a node.
+processes() {
+    echo "${NPROC_PER_NODE:-${NUM_GPUS:-$(count_gpus)}}"
+}
+
+# shard_if_shared: adds --shard full to `flags` where several processes share the work: 8B is too large for each.
+shard_if_shared() {
+    [[ $(processes) == 1 && ${NNODES:-1} == 1 ]] || flags+=(--shard full)
+}
+
 # launch [torchrun flags --] script [flags]: runs the script on every process of this node.
 launch() {
     local torchrun=torchrun where nnodes=${NNODES:-1} flags=()
@@ -51,7 +61,7 @@ launch() {
             where+=(--rdzv-conf=is_host="$([[ $NODE_RANK == 0 ]] && echo true || echo false)")
         fi
     fi
-    where+=(--nproc-per-node="${NPROC_PER_NODE:-${NUM_GPUS:-$(count_gpus)}}")
+    where+=(--nproc-per-node="$(processes)")
     if ! command -v torchrun >/dev/null && [[ -x $ROOT/.venv/bin/torchrun ]]; then
         torchrun=$ROOT/.venv/bin/torchrun
     fi
@@ -90,9 +100,12 @@ launch_training() {
 # STAGE_ARGS are read here; the launcher's own flags stand in the array `flags`.
 train() {
     local stage=$1 output_dir=$2 targets=$1_LORA_TARGETS adapter=$1_ADAPTER arguments=$1_ARGS
-    if [[ $stage != PRETRAIN ]]; then
-        split_words "${!targets-q_proj v_proj k_proj attn_out}"
-        ((${#WORDS[@]} == 0)) || flags+=(--use_lora --lora_target_modules "${WORDS[@]}")
+    WORDS=()
+    [[ $stage == PRETRAIN ]] || split_words "${!targets-q_proj v_proj k_proj attn_out}"
+    if ((${#WORDS[@]})); then
+        flags+=(--use_lora --lora_target_modules "${WORDS[@]}")
+    else
+        shard_if_shared
     fi
     [[ -z ${!adapter:-} ]] || flags+=(--sft_adapter_path "${!adapter}")
     split_words "${!arguments:-}"
@@ -110,17 +123,21 @@ prepare() {
 
 # align rows output_dir [flags]: trains $MODEL on the rows, then shows an answer of the result.
 align() {
+    local flags=() processes
+    processes=$(processes)
+    shard_if_shared
     note "[2/3] $MODEL on $1 -> $2"
     (launch_training "$2" alignment/train_kl.py \
         --model_name_or_path "$MODEL" \
         --train_data_path "$1" \
         --temperature "${TEMPERATURE:-1.0}" \
-        --batch_size "${BATCH_SIZE:-2}" \
+        --batch_size "${BATCH_SIZE:-$((processes > 2 ? processes : 2))}" \
         --learning_rate "${LEARNING_RATE:-2.5e-5}" \
         --weight_decay "${WEIGHT_DECAY:-0.1}" \
         --num_train_epochs "${EPOCHS:-3}" \
         --warmup_steps "${WARMUP_STEPS:-50}" \
         --max_length "$MAX_LENGTH" \
+        --gradient_checkpointing "${flags[@]}" \
         "${@:3}")
     note "[3/3] an answer of $2"
     (NPROC_PER_NODE=1 launch inference/generate.py --model_name_or_path "$2/final" --is_instruct \
