@@ -245,9 +245,7 @@ def main(argv: list[str] | None = None) -> None:
             validation_numbers, alignment=alignment, config=config, run=run,
             make_stream=partial(make_stream, held_out, windows=whole),
         )  # fmt: skip
-    fit(
-        model, tokenizer, config, run, stream=stream, loss=alignment.loss, validate=validate, data=data,
-    )  # fmt: skip
+    fit(model, tokenizer, config, run, stream=stream, loss=alignment.loss, validate=validate, data=data)
     end_training()
 
 

@@ -38,16 +38,15 @@ class WindowLayer(DynamicLayer):
 
 
 class WindowCache(Cache):
-    """Keys and values of every layer, reused between denoising steps.
+    """Keys and values of every layer, reused between denoising steps; for inference only.
 
         cache = WindowCache(model.config)
         model(x, past_key_values=cache)                 # fills it
         cache.window = (start, end)
         model(x[:, start:end], past_key_values=cache)   # recomputes the window, attends to all of x
 
-    Dual cache: window = (block start, block end). Prefix cache: (block start, L). With `window = None` (the
-    start) a forward appends its keys. Give `position_ids` of the input rows wherever they are not the
-    column numbers. For inference only: overwriting in place does not go together with a backward pass.
+    Dual cache: window = (block start, block end). Prefix cache: (block start, L). Give `position_ids` of the
+    input rows wherever they are not the column numbers.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -97,15 +96,12 @@ class WindowCache(Cache):
         return self.positions
 
     def put_hidden(self, hidden: Tensor) -> Tensor:
-        """Records final hidden states [B, rows, D] of the forward just done; returns their left neighbours.
-
-        Column 0 has nothing to its left and gets itself.
-        """
+        """Records final hidden states [B, rows, D] of the last forward; returns their left neighbours."""
         num_keys = self.get_seq_length()
         span = self.window or (num_keys - hidden.shape[1], num_keys)
         self.hidden = _put(self.hidden, hidden, span)
         columns = torch.arange(*span, device=hidden.device) - 1
-        return self.hidden[:, columns.clamp_min(0)]
+        return self.hidden[:, columns.clamp_min(0)]  # column 0 has nothing to its left and gets itself
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last `-tokens_to_remove` columns (transformers' convention: a negative count)."""
@@ -136,11 +132,7 @@ class WindowCache(Cache):
 
 
 def window_of(replace_position: Tensor | tuple[int, int]) -> tuple[int, int]:
-    """The (start, end) window meant by Fast-dLLM's boolean mask [B, L], or by dInfer's pair.
-
-    Raises:
-        ValueError: the mask is empty, has a gap, or differs between sequences.
-    """
+    """The (start, end) window that Fast-dLLM's boolean mask [B, L] or dInfer's pair means, or ValueError."""
     if not isinstance(replace_position, Tensor):
         return replace_position
     mask = replace_position.bool()

@@ -61,13 +61,11 @@ def same_document(borders: Tensor, batch: int, length: int) -> Callable[..., Ten
 def document_attention(
     query: Tensor, key: Tensor, value: Tensor, documents: Documents, *, scaling: float, dropout: float
 ) -> Tensor:
-    """Attention inside each document: [B, L, H, head_dim] from [B, H, L, head_dim] and keys of G heads.
-
-    FlashAttention over variable lengths, as it comes with torch, for half precision on a GPU; otherwise one
-    call for each document, which costs the sum of squared lengths too and no mask.
-    """
+    """Attention inside each document: [B, L, H, head_dim] from [B, H, L, head_dim] and keys of G heads."""
     batch, _, length, _ = query.shape
     query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B L, H, head_dim]
+    # FlashAttention over variable lengths, as it comes with torch; else one call for each document, which
+    # costs the sum of squared lengths too and no mask
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0:
         from torch.nn.attention.varlen import varlen_attn  # only here: older versions of torch lack it
 

@@ -16,10 +16,8 @@ DEVICE = "cuda"  # what AMD's GPUs are called, too
 
 
 def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Records what `run` does on the GPU: a function that does it again, and the tensor of its result.
-
-    Source: PyTorch, "CUDA semantics", CUDA graphs.
-    """
+    """Records what `run` does on the GPU: a function that does it again, and the tensor of its result."""
+    # as in PyTorch, "CUDA semantics", CUDA graphs
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # libraries set up their workspaces, which must not be recorded
@@ -42,15 +40,11 @@ class Recorder:
         self.recordings: dict[tuple, tuple[Inputs, Callable[[], None], Tensor] | None] = {}
 
     def __call__(self, inputs: Inputs, cache: WindowCache | None) -> Tensor:
-        """Logits [B, R, E]; the caller's until the next call.
-
-        Args:
-            inputs: what the model's forward is given, tensors only.
-            cache: with its window set: a recording overwrites that window and does not append.
-        """
+        """Logits [B, R, E], the caller's until the next call; the cache has its window set."""
         if cache is not self.cache:  # recordings write into the keys and values that they were made with
             self.recordings, self.cache = {}, cache
         window = None if cache is None else cache.window
+        # a recording overwrites the window that it was made with, and does not append
         key = (window, *((name, value.shape) for name, value in inputs.items()))
         if key not in self.recordings:  # a shape that does not come again is not worth a recording
             self.recordings[key] = None

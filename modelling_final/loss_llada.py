@@ -20,8 +20,7 @@ MIN_CHUNK, MAX_CHUNK = 256, 2048
 
 
 def chunk_rows(vocab_size: int, device_type: str = "cuda") -> int:
-    """Rows per chunk: 256 on a CPU; else about 0.25 GB of float32 logits, a multiple of 128 in 256..2048
-    (512 for LLaDA-8B)."""
+    """Rows per chunk: 256 on a CPU; else about 0.25 GB of float32 logits, a multiple of 128 in 256..2048."""
     if device_type == "cpu":
         return MIN_CHUNK
     fitting = CHUNK_BYTES // (4 * vocab_size) // 128 * 128
@@ -35,21 +34,17 @@ def chunked_cross_entropy(
 
         loss = sum_j weights_j * nll_j,   nll_j = logsumexp(W h_j) - (W h_j)[targets_j]
 
-    The gradients with respect to `hidden` and `head_weight` are formed together with the loss, chunk by
-    chunk, so the backward pass recomputes nothing: three matrix products in all, two where the head is
-    frozen, one under no_grad. Products run in the autocast dtype, or else in the head's; softmax, loss and
-    the sum of the head's gradient over chunks are float32. The graph can be walked once only.
+    The gradients are formed together with the loss, chunk by chunk, so the backward pass recomputes nothing:
+    three matrix products in all, two where the head is frozen, one under no_grad. Products run in the
+    autocast dtype, or else in the head's; the rest is float32. The graph can be walked once only.
 
     Args:
         hidden: [M, D] final hidden states of the chosen rows; head_weight: [V, D].
         targets: [M] long; weights: [M] float32, constants.
         chunk_size: rows per chunk; `chunk_rows(V)` if None.
 
-    Returns: loss (scalar float32) and nll ([M] float32, detached). With M = 0 the loss is 0 with zero
-    gradients, and still has a graph, so that every rank of a data-parallel group runs its backward pass.
-
-    Raises:
-        ValueError: shapes that do not belong together.
+    Returns: loss (scalar float32) and nll ([M] float32, detached). ValueError: shapes that do not go
+    together.
     """
     if not hidden.shape[0] == targets.shape[0] == weights.shape[0]:
         raise ValueError(
@@ -81,8 +76,7 @@ def chunked_score(
 ) -> tuple[Tensor, Tensor]:
     """Sum of any loss of the rows' logits, and the rows' own losses; as `chunked_cross_entropy` otherwise.
 
-    Args:
-        score: called once a chunk, in the order of the rows; nothing of it is kept but its gradient.
+    `score` is called once a chunk, in the order of the rows; nothing of it is kept but its gradient.
     """
 
     def losses(logits: Tensor, chunk: slice, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
@@ -127,6 +121,8 @@ class _ChunkedLoss(torch.autograd.Function):
         num_rows, vocab_size = hidden.shape[0], head_weight.shape[0]
         dtype = _product_dtype(hidden, head_weight, wants_hidden or wants_weight)
         chunk_size = chunk_size or chunk_rows(vocab_size, hidden.device.type)
+        # With M = 0 the loss is 0 and still has a graph: every rank of a data-parallel group runs its
+        # backward.
         losses = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(head_weight, dtype=torch.float32) if wants_weight else None

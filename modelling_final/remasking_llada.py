@@ -25,10 +25,9 @@ CHUNK_ELEMENTS = {"cpu": 2**20}
 def transfer_schedule(num_masked: int, num_steps: int) -> list[int]:
     """How many tokens each of `num_steps` steps decides: M // S, and one more in the first M % S steps.
 
-    With S > M the last S - M entries are 0; the model has no time input, so those forwards can be left out.
-
     Source: LLaDA generate.py, get_num_transfer_tokens.
     """
+    # with S > M the last entries are 0: the model has no time input, so those forwards can be left out
     base, more = divmod(num_masked, num_steps)
     return [base + 1] * more + [base] * (num_steps - more)
 
@@ -42,9 +41,7 @@ def random_key(seed: int, record_id: int, candidate: int) -> np.ndarray:
 def uniform(keys: list[np.ndarray], *, block: int, step: int, draw: int, width: int) -> Tensor:
     """One number in [0, 1) for every position of a block: [A, width] float64, on the CPU.
 
-    Args:
-        keys: A keys made by `random_key`.
-        draw: TOKEN_DRAW or ORDER_DRAW.
+    `keys`: A keys made by `random_key`; `draw`: TOKEN_DRAW or ORDER_DRAW.
     """
     rows = []
     for key in keys:
@@ -60,11 +57,7 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 
 
 def penalise_repetition(logits: Tensor, present: Tensor, penalty: float) -> Tensor:
-    """Makes the tokens that are already there less likely: l / penalty above 0, l * penalty below.
-
-    Args:
-        logits: [A, R, E].
-        present: [A, E] bool, the tokens to penalise.
+    """Makes tokens that are `present` [A, E] less likely: l / penalty above 0, l * penalty below.
 
     Source: CTRL, arXiv 1909.05858, section 4.1; with the sign rule of transformers.
     """
@@ -73,11 +66,8 @@ def penalise_repetition(logits: Tensor, present: Tensor, penalty: float) -> Tens
 
 
 def by_rows(function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, values: Tensor) -> Tensor:
-    """[A, R] of a function of logits [A, R, E] and values [A, R], some rows at a time.
-
-    A vocabulary of 126,464 in float64 takes 1 MB a row; for all rows of a rollout that would be several times
-    the logits themselves.
-    """
+    """[A, R] of a function of logits [A, R, E] and values [A, R], some rows at a time."""
+    # a vocabulary of 126,464 in float64 takes 1 MB a row, for all rows several times the logits themselves
     num_rows = max(1, CHUNK_ELEMENTS.get(logits.device.type, 2**24) // logits.shape[-1])
     if values.numel() <= num_rows:
         return function(logits, values)
@@ -96,18 +86,16 @@ def choose_tokens(
 ) -> Tensor:
     """Token ids [A, R]: the most likely ones, or draws from softmax(logits / temperature) in float64.
 
-    A draw inverts the cumulative distribution at one uniform number. That is the distribution of the
-    published Gumbel-max, argmax(l / T + g), with one number for a position instead of E. The mask token is
-    never chosen.
-
     Args:
-        logits: [A, R, E] float; left as they are.
+        logits: [A, R, E] float; left as they are. The mask token is never chosen.
         uniforms: [A, R] float64 in [0, 1); None at temperature 0.
         top_k, top_p: cut the distribution as transformers does: first to k tokens, then to probability p.
     """
     before = logits[..., mask_id].clone()
     logits[..., mask_id] = -torch.inf
 
+    # A draw inverts the cumulative distribution at one number: the distribution of the published Gumbel-max,
+    # argmax(l / T + g), with one number for a position instead of E.
     def invert(logits: Tensor, uniforms: Tensor) -> Tensor:
         scaled = logits.double() / temperature
         if top_k or top_p < 1:
@@ -136,16 +124,14 @@ def keep_likeliest(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 def order_scores(score: Order, logits: Tensor, tokens: Tensor, last_ids: Tensor | None) -> Tensor:
     """How early each position goes, [A, R]: the best score first.
 
-    Args:
-        score: from the tables of orders_llada.py.
-        last_ids: [n] long or None, tokens to decide only when nothing else is left (EOS, EoT). They count as
-            impossible in the distribution of the others, and rank below every score.
+    `last_ids`: [n] long or None, tokens to decide only when nothing else is left (EOS, EoT).
 
     Source: LLaDA generate.py, low_confidence and confidence_eos_eot_inf.
     """
     if last_ids is None:
         return by_rows(score, logits, tokens)
 
+    # they count as impossible in the distribution of the others, and rank below every score
     def among_others(logits: Tensor, tokens: Tensor) -> Tensor:
         return score(logits.index_fill(-1, last_ids, -torch.inf), tokens)
 
@@ -166,19 +152,17 @@ def pick_top(scores: Tensor, valid: Tensor, num_picks: int) -> Tensor:
 
 
 def pick_threshold(scores: Tensor, valid: Tensor, threshold: float) -> Tensor:
-    """All tokens with confidence >= threshold, at least the best one.
-
-    Source: Fast-dLLM, arXiv 2505.22618, section 3.3.
-    """
+    """All tokens with confidence >= threshold, at least the best one. Source: Fast-dLLM, arXiv 2505.22618."""
     return valid & ((scores >= threshold) | (rank(scores, valid) == 0))
 
 
 def pick_factor(scores: Tensor, valid: Tensor, factor: float) -> Tensor:
     """The n best tokens for the largest n with (n + 1)(1 - c_(n)) < factor, at least the best one.
 
-    With factor <= 1 the bound of theorem 1 holds: greedy parallel decoding decides as greedy sequential
-    decoding would. Source: Fast-dLLM, arXiv 2505.22618, section 3.3.
+    Source: Fast-dLLM, arXiv 2505.22618, section 3.3; with factor <= 1 its theorem 1: as greedy sequential
+    decoding.
     """
+    # ranks count from 0: n is rank + 1
     ranks = rank(scores, valid)
     return valid & (((ranks + 2) * (1 - scores) < factor) | (ranks == 0))
 
@@ -186,7 +170,7 @@ def pick_factor(scores: Tensor, valid: Tensor, factor: float) -> Tensor:
 def pick_entropy_bounded(scores: Tensor, entropies: Tensor, valid: Tensor, bound: float) -> Tensor:
     """The longest prefix U, best confidence first, with sum_U H - max_U H <= bound; at least the best one.
 
-    Source: EB-Sampler, arXiv 2505.24857, section 4. Sums and maxima run over positions, within a sequence.
+    Source: EB-Sampler, arXiv 2505.24857, section 4.
     """
     order = scores.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
     sorted_h = entropies.masked_fill(~valid, 0.0).gather(1, order)
@@ -201,10 +185,8 @@ def pick_klass(
 ) -> Tensor:
     """Tokens with confidence >= threshold whose distribution stayed put for `num_stable` steps, or the best.
 
-    Args:
-        stable_steps: [A, R], for how many steps in a row KL(p^t || p^(t-1)) was below epsilon.
-
-    Source: KLASS, arXiv 2511.05664.
+    `stable_steps`: [A, R], for how many steps in a row KL(p^t || p^(t-1)) was below epsilon. Source: KLASS,
+    arXiv 2511.05664.
     """
     ready = valid & (scores >= threshold) & (stable_steps >= num_stable)
     best = rank(scores, valid) == 0
@@ -214,7 +196,7 @@ def pick_klass(
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) over the last dimension, in nats; infinite where q is not a distribution (all -inf)."""
     terms = log_p.exp() * (log_p - log_q)
-    return terms.masked_fill(log_p == -torch.inf, 0.0).sum(dim=-1)
+    return terms.masked_fill(log_p == -torch.inf, 0.0).sum(dim=-1)  # 0 log 0 = 0
 
 
 def remdm_sigma(rule: str, eta: float, step: int, num_steps: int, waits: Tensor) -> Tensor:
@@ -224,10 +206,8 @@ def remdm_sigma(rule: str, eta: float, step: int, num_steps: int, waits: Tensor)
     sigma_max = min(1, (1 - alpha_s) / alpha_t), which is 0 in the last step;
     cap: min(eta, sigma_max); rescale: eta * sigma_max; conf: softmax(-psi) * sigma_max.
 
-    Args:
-        waits: [A, W], psi, the confidence each token had when it was decided; inf where it is a mask.
-
-    Source: ReMDM, arXiv 2503.00307, section 4.
+    `waits`: psi, the confidence each token had when it was decided; inf where it is a mask. Source: ReMDM,
+    arXiv 2503.00307, section 4.
     """
     alpha_t, alpha_s = step / num_steps, (step + 1) / num_steps
     sigma_max = 1.0 if step == 0 else min(1.0, (1 - alpha_s) / alpha_t)

@@ -51,8 +51,7 @@ _SPACES = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n"})
 
 @dataclass(frozen=True)
 class _Row:
-    """One position: its candidates' texts, ids and logits. Texts or ids may be missing, but not both unless
-    the row is as wide as the teacher's vocabulary."""
+    """One position: its candidates' texts, ids and logits; without both it is as wide as the vocabulary."""
 
     texts: list[str] | None
     ids: list[int] | None
@@ -98,29 +97,21 @@ def _numbers(values: Any, where: str, field: str) -> np.ndarray:
 
 
 class TeacherFile:
-    """Turns records of a teacher file into rows of the student.
-
-    Attributes:
-        num_ignored: positions whose `full_logits` are not as wide as the vocabulary and were left out.
-    """
+    """Turns records of a teacher file into rows of the student."""
 
     def __init__(
         self, student: Student, teacher_tokenizer: PreTrainedTokenizerBase | None, *, top_k: int
     ) -> None:
-        """Args: teacher_tokenizer: of the model that made the file; default the student's, and then only
-        for rows as wide as its vocabulary."""
+        """`teacher_tokenizer`: of the model that made the file; default the student's, for full rows."""
         self._student, self._top_k = student, top_k
         self._knows_teacher = teacher_tokenizer is not None
         self._teacher = teacher_tokenizer or student.tokenizer
         self._vocabulary = VocabMap.between(self._teacher, student.tokenizer)
+        # positions whose `full_logits` are not as wide as the vocabulary and were left out
         self.num_ignored = 0
 
     def answer(self, record: dict[str, Any], where: str) -> TeacherAnswer:
-        """The row of one record.
-
-        Raises:
-            ValueError: `where`, and what does not fit: lengths, ids, texts, vocabularies, numbers.
-        """
+        """The row of one record; ValueError: `where`, and what does not fit: lengths, ids, texts, numbers."""
         response = _text(record, "response", where)
         rows = [self._row(record, j, where) for j in range(self._num_rows(record, where))]
         spoken = _CLOSING.sub("", response)
@@ -248,8 +239,8 @@ class TeacherFile:
     def _segment(self, response: str, end: int, rows: list[_Row], where: str) -> list[bytes | None]:
         """What each row's token writes: the rows' candidates, one of each, that spell the response.
 
-        The first candidate that can be carried on to the end counts. A space may be missing in front of a
-        candidate. Special tokens at the end of the response (from `end` on) may have no row.
+        A space may be missing in front of a candidate. Special tokens at the end (from `end` on) may have no
+        row.
         """
         steps: list[dict[int, list[int]]] = []  # row -> offset -> offsets it can reach, best first
         offsets = {0}
@@ -278,6 +269,7 @@ class TeacherFile:
         alive.reverse()
         offset, texts = 0, []
         for j, reach in enumerate(steps):
+            # the first candidate that can be carried on
             after = next(o for o in reach[offset] if o in alive[j + 1])
             text = response[offset:after]
             texts.append(None if text.strip() in ROLE_OF_SPELLING else text.encode())

@@ -37,17 +37,11 @@ _CHUNK = 256  # rows projected at once: bounds memory, large enough for the arit
 
 @dataclass(frozen=True)
 class Distributions:
-    """A teacher's distributions in the student's vocabulary.
+    """A teacher's distributions in the student's vocabulary."""
 
-    Attributes:
-        ids: [n, K] int32 as in `teacher_ids`; None: column v is token v.
-        log_probs: [n, K] float32.
-        log_rest: [n] float32.
-    """
-
-    ids: np.ndarray | None
-    log_probs: np.ndarray
-    log_rest: np.ndarray
+    ids: np.ndarray | None  # [n, K] int32 as in `teacher_ids`; None: column v is token v
+    log_probs: np.ndarray  # [n, K] float32
+    log_rest: np.ndarray  # [n] float32
 
     def take(self, index: np.ndarray) -> "Distributions":
         """The distributions at these places."""
@@ -57,16 +51,11 @@ class Distributions:
 
 @dataclass(frozen=True)
 class TeacherAnswer:
-    """One answer in the student's tokens, and the distributions at some of its positions.
-
-    Attributes:
-        prompt_ids, answer_ids: the row's two parts.
-        positions: [n] places in the answer, ascending.
-    """
+    """One answer in the student's tokens, and the distributions at some of its positions."""
 
     prompt_ids: list[int]
     answer_ids: list[int]
-    positions: np.ndarray
+    positions: np.ndarray  # [n] places in the answer, ascending
     distributions: Distributions
 
 
@@ -97,12 +86,7 @@ def align_answer(
     drops_first_space: bool,
     where: str,
 ) -> np.ndarray:
-    """[answer tokens] which teacher token begins where each begins, -1 = none; see `align_texts`.
-
-    Args:
-        teacher_texts: what each of the teacher's tokens writes, None for special ones.
-        drops_first_space: of the teacher's tokenizer.
-    """
+    """[answer tokens] which teacher token begins where each begins, -1 = none; see `align_texts`."""
     ours = [student.table.texts[i] for i in answer_ids]
     try:
         return align_texts(teacher_texts, ours, (drops_first_space, student.table.drops_first_space))

@@ -32,31 +32,21 @@ from llada.training.config import TrainConfig
 
 @dataclass
 class AlignedBatch:
-    """A micro-batch with a teacher.
+    """A micro-batch with a teacher."""
 
-    Attributes:
-        input_ids: [B, L] with masks; attention_mask: [B, L] or None.
-        rows: [M] flat positions b * L + i that are scored, in order; targets: [M] their tokens.
-        weights: [M] float32 of the cross-entropy; teacher_weights: [M] of the distance to the teacher.
-        has_teacher: [M] bool; teacher: the distributions of those rows.
-        places: [M] place in the window, from 1; always 1 without windows.
-        num_units: of its records; see `Example`.
-        num_tokens: tokens the model reads, padding excluded.
-        position_ids, attention_bias: where several windows share a text; see `Windows`.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor | None
-    rows: torch.Tensor
-    targets: torch.Tensor
-    weights: torch.Tensor
-    teacher_weights: torch.Tensor
-    has_teacher: torch.Tensor
-    places: torch.Tensor
-    teacher: TeacherChunks
-    num_units: float
+    input_ids: torch.Tensor  # [B, L] with masks
+    attention_mask: torch.Tensor | None  # [B, L]
+    rows: torch.Tensor  # [M] flat positions b * L + i that are scored, in order
+    targets: torch.Tensor  # [M] their tokens
+    weights: torch.Tensor  # [M] float32 of the cross-entropy
+    teacher_weights: torch.Tensor  # [M] of the distance to the teacher
+    has_teacher: torch.Tensor  # [M] bool
+    places: torch.Tensor  # [M] place in the window, from 1; always 1 without windows
+    teacher: TeacherChunks  # the distributions of those rows
+    num_units: float  # of its records; see `Example`
     record_ids: list[int]
-    num_tokens: int
+    num_tokens: int  # that the model reads, padding excluded
+    # where several windows share a text; see `Windows`
     position_ids: torch.Tensor | None = None
     attention_bias: torch.Tensor | None = None
 
@@ -83,16 +73,12 @@ class Windows:
     The masks of window s have the positions s, s + 1, ... and see the text before s and themselves, which is
     what a causal drafter sees of them: the text is read once. A share max(keep_rate^(k-1), keep_min) of the
     windows keeps its k-th mask, and the k-th losses count for those left out.
-
-    Attributes:
-        length: G.
-        decay: weight exp(-(k - 1) / decay) of the k-th place; infinite: all alike.
-            Source: DFlash, arXiv 2602.06036.
-        keep_rate: None: one window; else of the conditional drop of PARD, arXiv 2504.18583; 1 keeps all.
     """
 
-    length: int
+    length: int  # G
+    # weight exp(-(k - 1) / decay) of the k-th place; infinite: all alike. Source: DFlash, arXiv 2602.06036
     decay: float = float("inf")
+    # None: one window; else of the conditional drop of PARD, arXiv 2504.18583; 1 keeps all
     keep_rate: float | None = None
     keep_min: float = 0.2
 
@@ -139,16 +125,13 @@ class _Shared(Noised):
 
 @dataclass(kw_only=True)
 class AlignmentStream(MaskedStream):
-    """Micro-batches of prepared rows under one of the rules; rows without teacher columns have none.
-
-    Attributes:
-        starts_of: record ids -> the places of each answer where windows begin, in training; None: anywhere.
-    """
+    """Micro-batches of prepared rows under one of the rules; rows without teacher columns have none."""
 
     rows: Dataset
     table: TeacherTable | None
     rule: str
     windows: Windows
+    # record ids -> the places of each answer where windows begin, in training; None: anywhere
     starts_of: Callable[[Sequence[int]], dict[int, np.ndarray]] | None = None
 
     @classmethod

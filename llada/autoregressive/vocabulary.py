@@ -39,27 +39,16 @@ ROLE_ATTRIBUTES = ("bos", "eos")
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """A tokenizer as bytes.
+    """A tokenizer as bytes."""
 
-    Attributes:
-        texts: bytes of each id; None for special tokens and for ids that no token has.
-        tokens: spelling of each id, None for ids that no token has.
-        ids_of_role: role -> id, for the special tokens whose role is known.
-        drops_first_space: whether decoding removes the space in front of a text (sentencepiece adds one).
-    """
-
-    texts: list[bytes | None]
-    tokens: list[str | None]
-    ids_of_role: dict[str, int]
-    drops_first_space: bool
+    texts: list[bytes | None]  # bytes of each id; None for special tokens and for ids that no token has
+    tokens: list[str | None]  # spelling of each id, None for ids that no token has
+    ids_of_role: dict[str, int]  # role -> id, for the special tokens whose role is known
+    drops_first_space: bool  # decoding removes the space in front of a text (sentencepiece adds one)
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "TokenBytes":
-        """The table of a fast tokenizer: byte-level BPE, or sentencepiece with or without byte fallback.
-
-        Raises:
-            ValueError: a tokenizer whose tokens do not stand for bytes (WordPiece, word-level, ...).
-        """
+        """The table of a fast tokenizer: byte-level BPE, or sentencepiece; else ValueError."""
         kind = _Decoder.of(tokenizer)
         vocabulary = tokenizer.get_vocab()
         size = max(vocabulary.values()) + 1
@@ -95,12 +84,9 @@ class TokenBytes:
         return others | own
 
     def id_of_foreign(self, spelling: str) -> int | None:
-        """The id of a special token as some other tokenizer spells it, None if it is none or has no id here.
-
-        Whatever ends an answer there is what ends one here.
-        """
+        """The id of a special token as some other tokenizer spells it, None if there is none here."""
         if ROLE_OF_SPELLING.get(spelling) in ("eot", "eos"):
-            return self.closing
+            return self.closing  # whatever ends an answer there is what ends one here
         return self.id_of_special.get(spelling)
 
     def decode(self, ids: Sequence[int]) -> bytes:
@@ -114,29 +100,19 @@ class TokenBytes:
 
 @dataclass(frozen=True)
 class VocabMap:
-    """The tokens of a source vocabulary in a target vocabulary.
+    """The tokens of a source vocabulary in a target vocabulary."""
 
-    Attributes:
-        target_of: [source ids] long, the target id of each source id, -1 = other. Several may share one.
-        source, target: both tokenizers as bytes.
-        is_identity: every id that both have means the same in both, so ids carry over unchanged.
-    """
-
-    target_of: Tensor
+    target_of: Tensor  # [source ids] long, target id of each, -1 = other; several may share one
     source: TokenBytes
     target: TokenBytes
-    is_identity: bool
+    is_identity: bool  # every id that both have means the same in both, so ids carry over
 
     @classmethod
     def between(cls, source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> "VocabMap":
-        """The map from one tokenizer's ids to another's.
+        """The map from one tokenizer's ids to another's; ValueError where tokens do not stand for bytes.
 
         In this order: the same spelling under the same id; the token that ends an answer to the one that
-        does; the same bytes (a real token before a byte-fallback one, then the lowest id); among special
-        tokens the same spelling, then the same role.
-
-        Raises:
-            ValueError: a tokenizer whose tokens do not stand for bytes.
+        does; the same bytes; among special tokens the same spelling, then the same role.
         """
         ours = TokenBytes.of(source)
         theirs = ours if target is source else TokenBytes.of(target)
@@ -188,13 +164,10 @@ class VocabMap:
 
             log p'(v) = log sum_{u: target_of(u) = v} p(u),   log p'(other) likewise over the rest
 
-        Args:
-            log_probs: [..., S], normalised over its last dimension; columns past the source's ids are other.
-
-        Returns: [..., T] (-inf where no source token lands) and [...]; together they sum to one.
+        `log_probs`: [..., S], normalised. Returns [..., T] (-inf where no source token lands) and [...].
         """
         log_probs = log_probs.float()
-        num_spare = log_probs.shape[-1] - self.source_size
+        num_spare = log_probs.shape[-1] - self.source_size  # columns past the source's ids are other
         if num_spare < 0:
             raise ValueError(
                 f"{log_probs.shape[-1]} columns are fewer than the source tokenizer's {self.source_size} ids"
@@ -219,14 +192,8 @@ def align_texts(
 ) -> np.ndarray:
     """[target tokens] which source token begins where each target token begins, -1 = none.
 
-    A special token belongs to a special token at the same place: the first to the first, and so on.
-
-    Args:
-        source, target: what each token writes, together the same bytes; None is a special token.
-        drops_first_space: of the source's and the target's tokenizer.
-
-    Raises:
-        ValueError: the two texts differ; says from which byte on.
+    `source`, `target`: what each token writes, together the same bytes, or ValueError; None is a special
+    token, which belongs to a special token at the same place. `drops_first_space`: of the two tokenizers.
     """
     ours, theirs = (b"".join(text or b"" for text in texts) for texts in (source, target))
     # sentencepiece puts a space in front of a text that the other tokenizer has not

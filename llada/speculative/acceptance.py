@@ -38,14 +38,7 @@ class Draws(Protocol):
 
 
 class KeyedDraws:
-    """Draws that are a pure function of the seed, the record and the purpose.
-
-    `choose_at` takes argmax_v w_v / E_v, where the exponential noise E depends on seed, record, position and
-    token only. So a drafter and a verifier with the same key tend to the same token, the more the closer
-    their distributions; and what the verifier chooses at a position does not depend on the drafter at all.
-
-    Source: the coupling is Gumbel-max with common random numbers (Daliri et al., arXiv 2408.07978).
-    """
+    """Draws that are a pure function of the seed, the record and the purpose."""
 
     def __init__(self, seed: int, record_id: int, purpose: str) -> None:
         self._stream = generator(seed, "speculative", record_id, purpose)
@@ -64,6 +57,9 @@ class KeyedDraws:
         return torch.minimum(chosen, last)[:, 0].tolist()
 
     def choose_at(self, positions: Sequence[int], weights: Tensor) -> list[int]:
+        # argmax_v w_v / E_v with noise of (seed, record, position, token) alone: a drafter and a verifier
+        # with the same key tend to the same token, and what the verifier chooses does not depend on the
+        # drafter at all. Source: Gumbel-max with common random numbers, Daliri et al., arXiv 2408.07978.
         return self.noisy(positions, weights).argmax(dim=-1).tolist()
 
     def noisy(self, positions: Sequence[int], weights: Tensor) -> Tensor:
@@ -112,7 +108,6 @@ def by_match(chains: list[list[int]], p: Tensor, draws: Draws, position: int) ->
     The output is the verifier's own draw, whatever the chains are and however they were made.
 
     Args:
-        chains: K lists of token ids.
         p: [K, at least G + 1, V] weights after each prefix of each chain.
         position: number of the first drafted token in the output, the key of its noise.
     """
@@ -139,8 +134,6 @@ def by_token(chains: list[list[int]], q: Tensor, p: Tensor, draws: Draws) -> Acc
         r_1 = p_k;   accept x_j with probability min(1, r_j(x_j) / q_k(x_j)),
         else r_{j+1} = norm((r_j - q_k)_+);   if all chains fail, the token is drawn from the last r.
 
-    Chains that share the tokens accepted so far have the same q_k and independent k-th tokens, and these try.
-
     Args:
         chains: K lists of token ids, chain j's k-th token drawn from q[j, k].
         q: [K, at least G, V] probabilities.
@@ -152,6 +145,8 @@ def by_token(chains: list[list[int]], q: Tensor, p: Tensor, draws: Draws) -> Acc
     alive, num = list(range(len(chains))), 0
     while len(chains[alive[0]]) > num:  # equal prefixes have equal lengths: length goes by q, not by luck
         lead, accepted, residual = alive[0], None, None
+        # chains that share the tokens accepted so far have the same q_k and independent k-th tokens: these
+        # try
         for chain in alive:
             token = chains[chain][num]
             if residual is None:
@@ -178,10 +173,8 @@ def by_block(chain: list[int], q: Tensor, p: Tensor, draws: Draws) -> Accepted:
         n = the largest i with u_i <= h_i (h_0 = 1); then a token from norm((P_n p_{n+1} - q_{n+1})_+), or
         from p_{G+1} if n = G
 
-    Args:
-        chain: G token ids, the k-th drawn from q[k].
-        q: [at least G, V] probabilities.
-        p: [at least G + 1, V] probabilities.
+    `chain`: G token ids, the k-th drawn from q[k]; [at least G, V] q and [at least G + 1, V] p:
+    probabilities.
 
     Source: Sun et al., Block verification accelerates speculative decoding, arXiv 2403.10444.
     """

@@ -29,14 +29,7 @@ _SPACES = b" \t\r\n"
 
 
 class Bridge:
-    """Tables between a drafter's outputs, the ids it draws, and the tokens of its canvas.
-
-    Attributes:
-        allowed: [S] drafter ids that may be drawn: never masks, padding, or the beginning of a text.
-        drawn_as: [S] the id that each of them counts as; several may share one.
-        feeds: [D] the drafter id that stands for a drawn id in the canvas.
-        size: D.
-    """
+    """Tables between a drafter's outputs, the ids it draws, and the tokens of its canvas."""
 
     def __init__(
         self,
@@ -47,15 +40,9 @@ class Bridge:
         *,
         num_outputs: int,
     ) -> None:
-        """The bridge between two tokenizers.
+        """The bridge between two tokenizers; `config` is the drafter's, `num_outputs` the verifier's width.
 
-        Args:
-            kind: one of BRIDGES.
-            config: of the drafter.
-            num_outputs: width of the verifier's logits.
-
-        Raises:
-            ValueError: kind "none" although the vocabularies differ, or "vocabulary" with nothing in common.
+        ValueError: kind "none" although the vocabularies differ, or "vocabulary" with nothing in common.
         """
         if kind not in BRIDGES:
             raise ValueError(f"--bridge {kind!r}: use one of {', '.join(BRIDGES)}")
@@ -83,11 +70,14 @@ class Bridge:
             self.allowed = self.drawn_as = torch.tensor(draws)
             self.size = config.embedding_size
         else:
+            # [S] drafter ids that may be drawn: never masks, padding, or the beginning of a text
             self.allowed = (target_of != OTHER).nonzero()[:, 0]
+            # [S] the id that each of them counts as; several may share one
             self.drawn_as = target_of[self.allowed]
             self.size = num_outputs
         if not self.allowed.numel():
             raise ValueError("--bridge vocabulary: the two tokenizers have no token in common; use text")
+        # [D] the drafter id that stands for a drawn id in the canvas
         # flipped: of several drafter tokens with one meaning the first stands for it
         self.feeds = torch.full((self.size,), self.mask_id)
         self.feeds[self.drawn_as.flip(0)] = self.allowed.flip(0)
@@ -99,12 +89,10 @@ class Bridge:
         self.feeds = self.feeds.to(device)
 
     def canvas_prompt(self, prompt: Sequence[int]) -> list[int]:
-        """The verifier's prompt in the drafter's tokens, special tokens by their role.
-
-        A chat prompt keeps the verifier's format; a drafter trained on another one knows its own better.
-        """
+        """The verifier's prompt in the drafter's tokens, special tokens by their role."""
         if self.kind == "none":
             return self.canvas_answer(prompt)
+        # a chat prompt keeps the verifier's format; a drafter trained on another one knows its own better
         target, source, pieces, ids = self.vocabulary.target, self.vocabulary.source, [], []
         role_of = {i: role for role, i in target.ids_of_role.items()}
         for i in prompt:
@@ -159,11 +147,7 @@ class Bridge:
 
 
 class GrowingText:
-    """The tokens of a text that mostly grows: only its end is tokenised again.
-
-    The part before is taken over up to a place where a word begins, which is a border for the tokenizers'
-    own splitting too.
-    """
+    """The tokens of a text that mostly grows: only its end is tokenised again."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, table: TokenBytes) -> None:
         self._tokenizer, self._table = tokenizer, table
@@ -186,6 +170,7 @@ class GrowingText:
             first = int(starts[num_kept])
             if first > len(self._text) - LOOK_BEHIND:
                 continue
+            # where a word begins, which is a border for the tokenizers' own splitting too
             around = data[first - 1 : first + 2]
             if around[1:2] == b" " and around[0] not in _SPACES and around[2] not in _SPACES:
                 return num_kept, first

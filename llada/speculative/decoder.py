@@ -61,10 +61,8 @@ class SpeculativeStats:
 
     @property
     def acceptance_by_position(self) -> list[float]:
-        """alpha_k: of the drafts whose tokens before k were accepted, the share whose k-th was too.
-
-        0 where no draft came so far.
-        """
+        """alpha_k: of the drafts whose tokens before k were accepted, the share whose k-th was too."""
+        # 0 where no draft came so far
         return [a / max(1, r) for a, r in zip(self.accepted, self.reached, strict=True)]
 
     @property
@@ -107,14 +105,9 @@ class SpeculativeDecoder:
         *,
         processors: LogitsProcessorList | None = None,
     ) -> None:
-        """A decoder.
+        """A decoder; `processors` turn the verifier's logits into its scores, default those of the settings.
 
-        Args:
-            bridge: between their tokenizers.
-            processors: what turns the verifier's logits into its scores; default those of the settings.
-
-        Raises:
-            ValueError: settings out of range or not exact together, or a model that cannot verify.
+        ValueError: settings out of range or not exact together, or a model that cannot verify.
         """
         settings.check()
         self.settings, self.rule = settings, settings.rule(bridge.kind)
@@ -141,14 +134,12 @@ class SpeculativeDecoder:
         """The verifier's answer to `prompt`, and what it took.
 
         Args:
-            prompt: the verifier's token ids.
             drafter_prompt: the same prompt in the drafter's tokens, and in its own chat format.
             record_id: with the seed, the key of every random draw.
             max_new_tokens: default the settings'.
             is_done: whether an answer ends with its last token.
 
-        Raises:
-            ValueError: a prompt that is empty or, with its answer, longer than a model's context.
+        ValueError: a prompt that is empty or, with its answer, longer than a model's context.
         """
         limit = max_new_tokens or self.settings.max_new_tokens
         self.check_lengths(len(prompt), len(drafter_prompt), limit)
@@ -163,10 +154,7 @@ class SpeculativeDecoder:
         max_new_tokens: int | None = None,
         is_done: IsDone,
     ) -> tuple[list[int], SpeculativeStats]:
-        """The same without drafts: the verifier alone, a token for each forward.
-
-        At temperature 0, and with acceptance by match, this is the same answer.
-        """
+        """The verifier alone, a token for each forward: at temperature 0, and by match, the same answer."""
         limit = max_new_tokens or self.settings.max_new_tokens
         self.check_lengths(len(prompt), 1, limit)
         return self._decode(list(prompt), limit, record_id, is_done, drafts=False)

@@ -42,13 +42,7 @@ class Drafter:
         warpers: LogitsProcessorList,
         keeps_q: bool,
     ) -> None:
-        """A drafter.
-
-        Args:
-            model: a LLaDAModelLM.
-            warpers: temperature, top-p and the like, applied to its logits.
-            keeps_q: hand out what tokens were drawn from.
-        """
+        """A drafter; `warpers` apply to its logits; `keeps_q`: hand out what tokens were drawn from."""
         self.model, self.bridge, self.settings, self.warpers = model.eval(), bridge, settings, warpers
         self.keeps_q = keeps_q
         self.device = next(model.parameters()).device
@@ -64,25 +58,21 @@ class Drafter:
     def draft(self, answer: Sequence[int], length: int, draws: Draws, lead: Draws | None = None) -> Draft:
         """At most `length` tokens to follow the verifier's `answer`; fewer if q is flat or the canvas full.
 
-        Every step runs the model once and fills some of the masks that are left: the first ones, or with
-        draft "confidence" those with the most probable tokens.
-
-        Args:
-            draws: chooses the tokens.
-            lead: chooses those of the first chain, by output position; for drafts accepted by match.
+        `draws` chooses the tokens; `lead` those of the first chain, by output position, for acceptance by
+        match.
         """
         canvas = self._prompt + self.bridge.canvas_answer(answer)
         length = min(length, self.model.config.max_sequence_length - len(canvas))
         num_chains = self.settings.num_chains
         if length < 1:
             return Draft([[]] * num_chains, torch.empty(num_chains, 0, self.bridge.size, device=self.device))
-        window = torch.full(
-            (1, length), self.bridge.mask_id, device=self.device
-        )  # [1, then K, G] drafter ids
+        # [1, then K, G] drafter ids
+        window = torch.full((1, length), self.bridge.mask_id, device=self.device)
         drawn = torch.zeros(num_chains, length, dtype=torch.long, device=self.device)
         peaks = torch.ones(num_chains, length, device=self.device)  # largest probability of each token's q
         rows_of_q, num_before, num_done = [], 0, 0
         for step, count in enumerate(transfer_schedule(length, self.settings.steps_of(length))):
+            # the first masks that are left, or with draft "confidence" those with the most probable tokens
             columns = self._columns(window, num_done, count)
             logits = self._logits(canvas, window, columns, num_known=num_before, is_first=step == 0)
             q = self._weights(logits).expand(num_chains, -1, -1)  # [K, R, D]
@@ -118,11 +108,7 @@ class Drafter:
     def _logits(
         self, canvas: list[int], window: Tensor, columns: Tensor, *, num_known: int, is_first: bool
     ) -> Tensor:
-        """Logits [1 or K, R, E] of the window's columns.
-
-        Args:
-            num_known: columns of the window that are as they were at the last forward, left to right.
-        """
+        """Logits [1 or K, R, E] of the window's columns, `num_known` of which are as at the last forward."""
         if not self.settings.draft_cache:
             rows = torch.tensor(canvas, device=self.device).expand(len(window), -1)
             rows, offset, cache = torch.cat([rows, window], dim=1), len(canvas), None

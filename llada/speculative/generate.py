@@ -25,19 +25,15 @@ class Speculation:
         verifier.generate(**inputs, max_new_tokens=200, custom_generate=Speculation(llada, bridge, settings))
 
     All of generate's logits processors and stopping criteria hold, for every drafted position.
-
-    Attributes:
-        settings: how to draft and accept; do_sample, temperature, top-k, top-p and lengths are those of
-            `generate`. Row i of the batch has the random draws of record i.
-        drafter_prompts: each prompt in the drafter's tokens; default: the verifier's text, tokenised again.
-        statistics: adds up what it took.
     """
 
     drafter: LLaDAModelLM
     bridge: Bridge
+    # how to draft and accept; do_sample, temperature, top-k, top-p and lengths are those of `generate`
     settings: SpeculativeSettings
+    # each prompt in the drafter's tokens; default: the verifier's text, tokenised again
     drafter_prompts: Sequence[Sequence[int]] | None = None
-    statistics: SpeculativeStats = field(default_factory=SpeculativeStats)
+    statistics: SpeculativeStats = field(default_factory=SpeculativeStats)  # adds up what it took
 
     def __call__(
         self,
@@ -48,13 +44,9 @@ class Speculation:
         generation_config: GenerationConfig,
         **model_inputs: object,
     ) -> GenerateDecoderOnlyOutput | Tensor:
-        """[B, P + G] long, or an output object with return_dict_in_generate.
+        """[B, P + G] long, or an output object; row i has the random draws of record i.
 
-        Args:
-            model_inputs: what `generate` has prepared; of these the attention mask is read.
-
-        Raises:
-            ValueError: beams, a cache handed in, or what `SpeculativeDecoder` refuses.
+        ValueError: beams, a cache handed in, or what `SpeculativeDecoder` refuses.
         """
         settings = self._settings(generation_config, model_inputs)
         mask = model_inputs.get("attention_mask")

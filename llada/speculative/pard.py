@@ -58,11 +58,7 @@ def load_drafter(
 
 
 def write_drafter(model: LLaDAModelLM, verifier: str, folder: Path, *, origin: Origin) -> None:
-    """Writes a causal drafter in the form of its verifier, with the verifier's tokenizer.
-
-    Raises:
-        ValueError: a drafter that is not causal, or has another number of outputs than the verifier.
-    """
+    """Writes a causal drafter in the form of its verifier, with the verifier's tokenizer, or ValueError."""
     target, tokenizer = load_causal_lm(verifier, flag="--verifier")
     # vLLM compares the two numbers and refuses
     drafter, width = causal_form(model), target.config.get_text_config().vocab_size
@@ -77,13 +73,9 @@ def write_drafter(model: LLaDAModelLM, verifier: str, folder: Path, *, origin: O
 def try_drafter(
     folder: Path, verifier_path: str, prompts_file: str, *, chat: bool, limit: int, **lengths: int
 ) -> None:
-    """Decodes prompts as engines do and as `SpeculativeDecoder` does, and prints what both accept.
+    """Decodes prompts as engines do and as `SpeculativeDecoder` does; ValueError if they accept differently.
 
-    Args:
-        lengths: draft_length and max_new_tokens.
-
-    Raises:
-        ValueError: they accept differently.
+    `lengths`: draft_length and max_new_tokens.
     """
     verifier, tokenizer = load_causal_lm(verifier_path, flag="--verifier", dtype="float32")
     plain, _ = load_causal_lm(str(folder), flag="--output_dir", dtype="float32")

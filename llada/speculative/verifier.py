@@ -24,14 +24,9 @@ class Verifier:
     def __init__(
         self, model: PreTrainedModel, processors: LogitsProcessorList, *, uses_cache: bool = True
     ) -> None:
-        """A verifier.
+        """A verifier; `processors`: everything between its logits and its distribution (temperature, ...).
 
-        Args:
-            model: a decoder-only AutoModelForCausalLM.
-            processors: everything between its logits and its distribution (temperature, top-p, ...).
-
-        Raises:
-            ValueError: a model whose memory of rejected tokens cannot be taken back, such as Mamba.
+        ValueError: a model whose memory of rejected tokens cannot be taken back, such as Mamba.
         """
         config = model.config.get_text_config(decoder=True)
         # a linear-attention or recurrent layer has no keys of single tokens to cut off
