@@ -14,6 +14,8 @@ import time
 import httpx
 import openai
 import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
 
 from conftest import ROOT, load_script
 from llada.data.chat import render_prompt
@@ -79,6 +81,20 @@ def test_openais_client_gets_the_models_answer(server, openai_client):
     assert "".join(texts) == reply.choices[0].message.content
     assert chunks[-1].usage == reply.usage
     assert chunks[-2].choices[0].finish_reason == reply.choices[0].finish_reason
+
+
+def test_lm_evals_chat_model_gets_the_models_answers(server, monkeypatch):
+    """`lm_eval --model local-chat-completions --apply_chat_template`."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    url = f"{server.url}/v1/chat/completions"
+    lm = get_model("local-chat-completions")(base_url=url, model="tiny", num_concurrent=4, max_retries=1)
+    texts = ["hello", "What is 2 + 2?", "two words", "x" * 40]
+    chats = [lm.apply_chat_template([{"role": "user", "content": text}]) for text in texts]
+    settings = {"max_gen_toks": LENGTH, "until": ["\n\n\n\n"], "do_sample": False, "temperature": 0.0}
+    requests = [
+        Instance("generate_until", {}, (chat, dict(settings)), index) for index, chat in enumerate(chats)
+    ]
+    assert lm.generate_until(requests, disable_tqdm=True) == [expected(server, text) for text in texts]
 
 
 def test_completions_take_texts_token_ids_and_a_suffix(server, openai_client):
@@ -422,6 +438,7 @@ def test_a_trace_becomes_a_page_of_its_own(model_dir, tmp_path):
     (one,) = json.loads(data)
     assert one["length"] == 8
     assert sorted(p for step in one["steps"] for p in step["positions"]) == list(range(8))
+    page.unlink()
     trace.write_text('{"id": 1}\n')
     with pytest.raises(ValueError, match=r"steps\.jsonl:1: no 'positions'"):
         replay(["--trace", str(trace), "--tokenizer", str(model_dir), "--output", str(page)])
