@@ -34,14 +34,16 @@ def __getattr__(name: str) -> Any:
 
 
 def _load() -> None:
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     for module in ("cache", "configuration", "generation_config", "generation", "modeling"):
         loaded = import_module(f".{module}_llada", __name__)
         globals().update({name: value for name, value in vars(loaded).items() if name in __all__})
     # exist_ok: remote code of another LLaDA checkpoint in the same process may have taken the name already.
     config, model = globals()["LLaDAConfig"], globals()["LLaDAModelLM"]
-    AutoConfig.register(config.model_type, config, exist_ok=True)
+    for kind in (config.model_type, *import_module(".families_llada", __name__).MODEL_TYPES):
+        CONFIG_MAPPING.register(kind, config, exist_ok=True)
     for auto_class in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):
         auto_class.register(config, model, exist_ok=True)
 

@@ -36,8 +36,9 @@ class LLaDARotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(config: LLaDAConfig, **_: object) -> tuple[Tensor, float]:
-        """Inverse frequencies theta^(-2i / head_dim) of plain rope, and the factor 1 on cosine and sine."""
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        """Inverse frequencies theta^(-2i / d), d what is rotated of a head, and the factor 1 on tables."""
+        width = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
         return 1.0 / config.rope_theta**exponents, 1.0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -58,11 +59,14 @@ class LLaDARotaryEmbedding(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, full_precision: bool) -> Tensor:
-    """Queries or keys [B, H, L, head_dim] turned by their positions; cos, sin: [B or 1, 1, L, head_dim].
+    """Queries or keys [B, H, L, head_dim] turned by their positions; cos, sin: [B or 1, 1, L, rotated].
 
     Halves, not neighbours, form the pairs, as in Llama: (a, b) -> (a cos - b sin, b cos + a sin), the minus
     already in the first half of `sin`. In float32 and cast back, unless told otherwise.
     """
+    if cos.shape[-1] < x.shape[-1]:  # only the first part of each head turns
+        turned = rotate(x[..., : cos.shape[-1]], cos, sin, full_precision=full_precision)
+        return torch.cat((turned, x[..., cos.shape[-1] :]), dim=-1)
     y = x.float() if full_precision else x
     if cos.dtype != y.dtype:
         cos, sin = cos.to(y.dtype), sin.to(y.dtype)

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention_llada import LLaDAAttention, rotate, take_mask_rows, take_rows
 from .cache_llada import WindowCache
 from .configuration_llada import LLaDAConfig
+from .moe_llada import LLaDAMoE
 
 
 class LLaDARMSNorm(nn.Module):
@@ -47,16 +48,25 @@ class LLaDALlamaBlock(GradientCheckpointingLayer):
         self.q_proj = nn.Linear(d_model, config.n_heads * head_dim, bias=qkv_bias)
         self.k_proj = nn.Linear(d_model, config.n_kv_heads * head_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(d_model, config.n_kv_heads * head_dim, bias=qkv_bias)
+        self.q_norm = self.k_norm = None
+        self.norms_whole = config.query_key_norm == "whole"
+        if config.query_key_norm:
+            heads, kv_heads = (config.n_heads, config.n_kv_heads) if self.norms_whole else (1, 1)
+            self.q_norm = LLaDARMSNorm(heads * head_dim, config.rms_norm_eps)
+            self.k_norm = LLaDARMSNorm(kv_heads * head_dim, config.rms_norm_eps)
         self.attention = LLaDAAttention(config, layer_idx)
-        self.attn_out = nn.Linear(d_model, d_model, bias=False)
+        self.attn_out = nn.Linear(config.n_heads * head_dim, d_model, bias=False)
         self.ff_norm = LLaDARMSNorm(d_model, config.rms_norm_eps)
-        self.ff_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.ff_out = nn.Linear(d_ff, d_model, bias=False)
+        # "mitchell": what is added to the residual stream starts smaller, the deeper the block
+        self.attn_out.init_shrink = math.sqrt(2 * (layer_idx + 1))
+        self.moe = LLaDAMoE(config) if config.is_moe(layer_idx) else None
+        if self.moe is None:
+            self.ff_proj = nn.Linear(d_model, d_ff, bias=False)
+            self.up_proj = nn.Linear(d_model, d_ff, bias=False)
+            self.ff_out = nn.Linear(d_ff, d_model, bias=False)
+            self.ff_out.init_shrink = self.attn_out.init_shrink
         self.activation = ACT2FN[config.activation_type]
         self.dropout = nn.Dropout(config.residual_dropout)
-        # "mitchell": what is added to the residual stream starts smaller, the deeper the block
-        self.attn_out.init_shrink = self.ff_out.init_shrink = math.sqrt(2 * (layer_idx + 1))
 
     def forward(
         self,
@@ -69,7 +79,9 @@ class LLaDALlamaBlock(GradientCheckpointingLayer):
         """[B, L, D], or [B, R, D] with `query_positions` [B, R]: every row still gives its key and value."""
         cos, sin = position_embeddings
         normed = self.attn_norm(hidden_states)
-        key = rotate(self._heads(self.k_proj(normed)), cos, sin, full_precision=self.full_precision)
+        key = rotate(
+            self._heads(self.k_proj(normed), self.k_norm), cos, sin, full_precision=self.full_precision
+        )
         value = self._heads(self.v_proj(normed))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -79,14 +91,24 @@ class LLaDALlamaBlock(GradientCheckpointingLayer):
             hidden_states, normed, cos, sin = take_rows(query_positions, *tables)
             cos, sin = cos[:, None], sin[:, None]
             attention_mask = take_mask_rows(attention_mask, query_positions)
-        query = rotate(self._heads(self.q_proj(normed)), cos, sin, full_precision=self.full_precision)
+        query = rotate(
+            self._heads(self.q_proj(normed), self.q_norm), cos, sin, full_precision=self.full_precision
+        )
 
         attended, _ = self.attention(query, key, value, attention_mask)
         added = self.attn_out(attended.flatten(2))
         hidden_states = hidden_states + (self.dropout(added) if self.training else added)
         normed = self.ff_norm(hidden_states)
-        added = self.ff_out(self.activation(self.ff_proj(normed)) * self.up_proj(normed))
+        if self.moe is not None:
+            added = self.moe(normed)
+        else:
+            added = self.ff_out(self.activation(self.ff_proj(normed)) * self.up_proj(normed))
         return hidden_states + (self.dropout(added) if self.training else added)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, L, head_dim]
+    def _heads(self, x: Tensor, norm: LLaDARMSNorm | None = None) -> Tensor:
+        if norm is not None and self.norms_whole:
+            x = norm(x)
+        x = x.unflatten(-1, (-1, self.head_dim))
+        if norm is not None and not self.norms_whole:
+            x = norm(x)
+        return x.transpose(1, 2)  # [B, H, L, head_dim]

@@ -5,12 +5,16 @@ same file), so `LLaDAConfig()` is the 8B model. A file is taken at its word: wha
 is refused, fields that nothing here reads are listed in a warning, and special ids are never filled in.
 """
 
+import dataclasses
 import math
+import re
 import warnings
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+
+from .families_llada import FAMILIES, to_fields
 
 # Published field -> the only values whose code path exists here. Nobody has published a LLaDA that uses
 # another.
@@ -38,12 +42,12 @@ UNBUILT = {
     **dict.fromkeys(("residual_multiplier", "attention_multiplier", "query_pre_attn_scalar"), (None, 1)),
     "use_rmsnorm": (None, True),
     "layer_types": (None, []),
-    "head_dim": (None,),
 }
 # What every file may hold, and switches of others' programs that do not change the function.
 IGNORED = (
-    "auto_map", "model_type", "max_window_layers", "flash_attn_varlen", "debug", "use_deepep", "ep_size",
-    "fuse_cross_entropy", "micro_forward", "skip_checkpoint", "num_labels", "_attn_implementation_autoset",
+    "auto_map", "model_type", "bos_token_id", "max_window_layers", "flash_attn_varlen", "debug", "ep_size",
+    "use_deepep", "fuse_cross_entropy", "micro_forward", "skip_checkpoint", "num_labels",
+    "_attn_implementation_autoset",
 )  # fmt: skip
 AUTO_MAP = {
     "AutoConfig": "configuration_llada.LLaDAConfig",
@@ -51,6 +55,14 @@ AUTO_MAP = {
         ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"), "modeling_llada.LLaDAModelLM"
     ),
 }
+# Fields that LLaDA's own published file does not have.
+EXTENSIONS = (
+    "head_dim", "query_key_norm", "moe_num_experts", "moe_experts_per_token", "moe_hidden_size",
+    "moe_num_shared", "moe_num_dense", "moe_router", "moe_renormalise", "moe_scaling", "moe_num_groups",
+    "moe_groups_per_token", "family", "published",
+)  # fmt: skip
+# In names of keys that would change what a block computes.
+PARTS = re.compile("rout|expert|moe|attention|attn|rope|rotary|norm|window|bias|scal|(delete|split)_token")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
@@ -71,8 +83,15 @@ class LLaDAConfig(PreTrainedConfig):
             than its own.
         attention_block_size: positions per block; only with block_causal.
         rope_parameters: transformers' standard dictionary (`rope_type`, and yarn's or another type's
-            parameters). None means plain rotary positions with `rope_theta`. NTK scaling is nothing but a
-            larger `rope_theta`.
+            parameters, and `partial_rotary_factor`). None means plain rotary positions with `rope_theta`.
+            NTK scaling is nothing but a larger `rope_theta`.
+        head_dim: width of a head; default d_model / n_heads.
+        query_key_norm: queries and keys are normed before they are rotated: True, each head by itself;
+            "whole", all heads as one row (OLMoE).
+        moe_*: layers from `moe_num_dense` on have `moe_num_experts` experts instead of one MLP; see
+            `moe_llada`.
+        family: the published layout that files are read and written in: llada, or a row of
+            `families_llada`; `published`: keys of its file that mean nothing here.
 
     Raises:
         ValueError: a field asks for a code path that does not exist here, or fields contradict each other.
@@ -155,15 +174,29 @@ class LLaDAConfig(PreTrainedConfig):
     attention_block_size: int | None = None
     rope_parameters: dict | None = None
 
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.d_model // self.n_heads
+    head_dim: int | None = None
+    query_key_norm: bool | Literal["whole"] = False
+    moe_num_experts: int = 0
+    moe_experts_per_token: int = 0
+    moe_hidden_size: int | None = None
+    moe_num_shared: int | None = 0
+    moe_num_dense: int = 0
+    moe_router: Literal["softmax", "sigmoid"] = "softmax"
+    moe_renormalise: bool = False
+    moe_scaling: float | int = 1.0
+    moe_num_groups: int = 1
+    moe_groups_per_token: int = 1
+    family: str = "llada"
+    published: dict | None = None
 
     @property
     def end_ids(self) -> list[int]:
         """Ids at which an answer ends: EOS and the end of a chat turn, where there are such tokens."""
         return sorted({self.eos_token_id, self.eot_token_id} - {None})
+
+    def is_moe(self, layer_idx: int) -> bool:
+        """Whether this layer has experts."""
+        return self.moe_num_experts > 0 and layer_idx >= self.moe_num_dense
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.n_kv_heads is None:
@@ -174,20 +207,30 @@ class LLaDAConfig(PreTrainedConfig):
             self.embedding_size = self.vocab_size
         kwargs = self._translate_yarn(kwargs)
         self._settle_rope_theta()
-        if kwargs.get("head_dim") == self.head_dim:
-            kwargs.pop("head_dim")  # here it is derived
         self._refuse_unbuilt(kwargs)
         super().__post_init__(**kwargs)
+        if self.head_dim is None:  # only now: the base class has set what came under transformers' names
+            self.head_dim = self.d_model // self.n_heads
+        if self.family != "llada":
+            self.model_type = self.family  # by which transformers finds the weights' names
         unread = sorted(name for name in kwargs if name in vars(self) and name not in (*IGNORED, *UNBUILT))
+        if self.family != "llada":
+            self._refuse_unknown_parts(unread)
         if unread:
             warnings.warn(f"config.json: nothing here reads {', '.join(unread)}", stacklevel=4)
         self._refuse_what_is_not_here()
 
     @classmethod
+    def get_config_dict(cls, path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The fields in a folder's config.json, of whichever family, and the arguments that are left."""
+        settings, rest = super().get_config_dict(path, **kwargs)
+        return to_fields({"model_type": None, **settings}), rest
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LLaDAConfig":
         """As everywhere in transformers; a special id that the file does not name is None, not ours."""
         unnamed = dict.fromkeys(("mask_token_id", "eos_token_id", "pad_token_id"))
-        return super().from_dict({**unnamed, **config_dict}, **kwargs)
+        return super().from_dict({**unnamed, **to_fields(config_dict)}, **kwargs)
 
     def __setattr__(self, key: str, value: Any) -> None:
         super().__setattr__(key, value)
@@ -198,11 +241,19 @@ class LLaDAConfig(PreTrainedConfig):
             self.rope_theta = value.get("rope_theta", self.rope_theta)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as saved: theta once, by its published name, and no `rope_parameters` for plain rope."""
+        """The fields as saved, in the layout of the family.
+
+        LLaDA's own has theta once, by its published name, and says nothing of what LLaDA does not do.
+        """
         output = super().to_dict()
         parameters = {k: v for k, v in (output.get("rope_parameters") or {}).items() if k != "rope_theta"}
-        is_plain = parameters.get("rope_type", "default") == "default"
-        output["rope_parameters"] = None if is_plain else parameters
+        output["rope_parameters"] = None if parameters in ({}, {"rope_type": "default"}) else parameters
+        defaults = {declared.name: declared.default for declared in dataclasses.fields(self)}
+        defaults["head_dim"] = self.d_model // self.n_heads
+        if self.family == "llada":
+            output = {k: v for k, v in output.items() if k not in EXTENSIONS or v != defaults[k]}
+        else:
+            output = FAMILIES[self.family].to_published(output, defaults)
         output["auto_map"] = AUTO_MAP  # the files beside the weights: see `save_pretrained` of the model
         return output
 
@@ -262,6 +313,11 @@ class LLaDAConfig(PreTrainedConfig):
             if (value := given.get(name)) not in harmless:
                 raise ValueError(f"{name} {value!r} asks for what is not built here")
 
+    def _refuse_unknown_parts(self, unread: list[str]) -> None:
+        for name in unread:  # a later model of the family under the same class name, such as LLaDA2.2
+            if (value := getattr(self, name)) not in (None, False, 0, "", [], {}) and PARTS.search(name):
+                raise ValueError(f"{name} {value!r} asks for what is not built here ({self.family})")
+
     def _refuse_what_is_not_here(self) -> None:
         for name, supported in SUPPORTED.items():
             if (value := getattr(self, name)) not in supported:
@@ -270,12 +326,17 @@ class LLaDAConfig(PreTrainedConfig):
             raise ValueError("bias_for_layer_norm True is not supported; RMS norms here have no bias")
         if (rope_type := self.rope_parameters["rope_type"]) not in ROPE_TYPES:
             raise ValueError(f"rope_parameters: rope_type {rope_type!r} is not one of {ROPE_TYPES}")
-        if self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError("rope_parameters: partial_rotary_factor is not supported; heads rotate whole")
         if not self.rope:
             raise ValueError("rope False is not supported: without rope or yarn the model knows no order")
-        if self.d_model % self.n_heads or self.head_dim % 2:
+        rotated = self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0)
+        if (self.head_dim == self.d_model // self.n_heads and self.d_model % self.n_heads) or rotated % 2:
             raise ValueError(f"d_model {self.d_model} must be n_heads {self.n_heads} times an even number")
+        if self.moe_num_experts and not (self.moe_hidden_size and self.moe_experts_per_token):
+            raise ValueError("moe_num_experts needs moe_hidden_size and moe_experts_per_token")
+        if self.moe_num_experts % self.moe_num_groups:
+            raise ValueError(
+                f"moe_num_experts {self.moe_num_experts} must be a multiple of {self.moe_num_groups} groups"
+            )
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
         if self.embedding_size < self.vocab_size:

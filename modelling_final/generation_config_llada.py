@@ -72,8 +72,10 @@ class LLaDAGenerationConfig(GenerationConfig, GenerateSettings):
 
     @classmethod
     def from_model_config(cls, model_config: PreTrainedConfig | dict) -> "LLaDAGenerationConfig":
-        """The defaults: transformers asks at every construction, and a model's config has none of these."""
-        return cls()
+        """The defaults; a model whose attention goes by blocks answers in the same blocks."""
+        settings = model_config if isinstance(model_config, dict) else vars(model_config)
+        size = settings.get("attention_block_size") or 0
+        return cls(block_length=size if size > 1 else None)  # 1: a causal model, that drafts in parallel
 
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
         """Nothing: transformers' checks warn of beams and do_sample. See `check`."""

@@ -58,6 +58,9 @@ class LLaDAGenerationMixin(GenerationMixin):
         """Reads generation_config.json as transformers does, then makes it a config of ours."""
         super().adjust_generation_fn(generation_config, *args, **kwargs)
         self.generation_config = _own(self.generation_config)
+        if self.generation_config.block_length is None:  # other programs' files have another name for it
+            usual = self.generation_config_class.from_model_config(self.config)
+            self.generation_config.block_length = usual.block_length
 
     def generate(
         self,

@@ -22,6 +22,7 @@ class _Layer:
     """A block as `LLaDALlamaBlock.forward` sees it: its parts are their `forward`s, its numbers plain."""
 
     training = False
+    q_norm = k_norm = moe = None  # a block has them or not
     forward = inspect.unwrap(LLaDALlamaBlock.forward)  # transformers wraps it for recomputing
     _heads = LLaDALlamaBlock._heads
 
@@ -29,7 +30,7 @@ class _Layer:
         for name, part in block.named_children():
             setattr(self, name, part.forward)
         self.layer_idx, self.head_dim = block.layer_idx, block.head_dim
-        self.full_precision = block.full_precision
+        self.full_precision, self.norms_whole = block.full_precision, block.norms_whole
 
 
 class LeanForward:

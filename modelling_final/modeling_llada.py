@@ -28,8 +28,12 @@ from .block_llada import LLaDALlamaBlock, LLaDARMSNorm
 from .cache_llada import WindowCache
 from .configuration_llada import LLaDAConfig
 from .documents_llada import check_borders, document_positions
+from .families_llada import register_weight_names
 from .generation_llada import LLaDAGenerationMixin
 from .loss_llada import LLaDAHead, Score
+from .moe_llada import LLaDAExperts, LLaDARouter
+
+register_weight_names()
 
 
 @dataclass
@@ -88,6 +92,7 @@ class LLaDAPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # transformers looks for the words @use_experts_implementation in this file; they stand in moe_llada.py.
     _can_record_outputs: ClassVar = {
         "hidden_states": LLaDALlamaBlock,
         "attentions": OutputRecorder(LLaDAAttention, index=1),
@@ -102,6 +107,12 @@ class LLaDAPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Draws init_fn "mitchell": N(0, 1/fan_in) within 3 sigma, residual outputs smaller; or "normal"."""
+        if isinstance(module, LLaDARouter | LLaDAExperts):
+            for weight in module.parameters():
+                init.normal_(weight, mean=0.0, std=weight.shape[-1] ** -0.5)
+            if hasattr(module, "expert_bias"):
+                init.zeros_(module.expert_bias)
+            return
         if not isinstance(module, nn.Linear | nn.Embedding):
             super()._init_weights(module)  # norms to one; rotary tables again, where they were made on meta
             return

@@ -6,10 +6,10 @@ Run:
     python scripts/convert_ar.py --model_name_or_path checkpoints/llama --drafter causal --num_layers 4 \\
         --output_dir drafter
 
-Reads what transformers reads: a folder or hub name of type llama (SmolLM, TinyLlama, ...), mistral or qwen2,
-or a GGUF of those, dequantised. Grouped-query attention, q/k/v biases, tied embeddings and rotary scaling
-(linear, llama3, yarn) carry over. What LLaDA has no place for is refused with the reason, above all Qwen3's
-q/k norms.
+Reads what transformers reads: a folder or hub name of type llama (SmolLM, TinyLlama, Llama 3, ...), mistral,
+qwen2, qwen3, qwen3_moe or olmoe, or a GGUF of those, dequantised. Grouped-query attention, heads of any
+width, q/k/v biases, q/k norms, experts, tied embeddings and rotary scaling (linear, llama3, yarn) carry over.
+What has no place here is refused with the reason.
 
 The result loads in every stage. It still thinks autoregressively: train it before sampling. `--logit_shift`
 declares that position i of the network predicts token i+1, as in the source; the model then hands out logits

@@ -88,7 +88,6 @@ def test_null_sizes_are_derived():
         ({"attention_pattern": "block_causal"}, "needs attention_block_size"),
         ({"attention_block_size": 32}, "only has a meaning with attention_pattern"),
         ({"rope_parameters": {"rope_type": "nope"}}, "rope_type 'nope'"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 2e4}}, "rope_theta 10000.0 and"),
         ({"yarn": True}, "rope and yarn are both true"),
         ({"rope": False, "yarn": True, "yarn_extrapolation_factor": 0.5}, "yarn_extrapolation_factor 0.5"),

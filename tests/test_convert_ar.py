@@ -9,14 +9,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
+    GemmaConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from conftest import load_script
@@ -89,6 +95,9 @@ def llama(**changes):
     return LlamaForCausalLM(LlamaConfig(**{**SHAPE, **changes}))
 
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+
+
 def scaled(**rope):
     return {"rope_parameters": {"rope_theta": 10000.0, **rope}}
 
@@ -112,6 +121,13 @@ SOURCES = {
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=None)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
     "qwen2_tied": lambda: Qwen2ForCausalLM(Qwen2Config(**{**SHAPE, "tie_word_embeddings": True})),
+    "llama_wide_heads": lambda: llama(head_dim=16),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16)),
+    "qwen3_tied": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=8, tie_word_embeddings=True)),
+    "moe_qwen3": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**SHAPE, **EXPERTS, head_dim=16, moe_intermediate_size=24, norm_topk_prob=True)
+    ),
+    "moe_olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**SHAPE, **EXPERTS)),
 }
 
 
@@ -122,13 +138,19 @@ def test_a_causal_drafter_is_its_source_in_both_directions(tmp_path, kind):
     model = run(tmp_path, save_source(tmp_path / "ar", source), *flags)
     assert (model.config.embedding_size, model.config.mask_token_id) == (NUM_KNOWN, 99)
     input_ids = torch.randint(NUM_KNOWN - 1, (2, 24), generator=torch.Generator().manual_seed(1))
-    back = causal_layout.causal_form(model)
     with torch.no_grad():
         theirs, ours = source(input_ids).logits[..., :99], model(input_ids).logits
-        again = back(input_ids).logits
     torch.testing.assert_close(ours[:, 1:, :99], theirs[:, :-1], atol=1e-4, rtol=0)
+    if kind.startswith("moe"):
+        with pytest.raises(ValueError, match=r"with experts, .* has no Llama form"):
+            causal_layout.causal_form(model)
+        return
+    back = causal_layout.causal_form(model)
+    with torch.no_grad():
+        again = back(input_ids).logits
     torch.testing.assert_close(again[:, :-1], ours[:, 1:], atol=1e-5, rtol=0)
-    assert (back.config.model_type == "qwen2") == kind.startswith("qwen2") and back.config.pard_token == 99
+    own = back.config.model_type if back.config.model_type != "llama" else ("llama", "mistral")
+    assert kind.startswith(own) and back.config.pard_token == 99
 
 
 def test_a_causal_drafter_takes_a_row_that_no_token_has(tmp_path):
@@ -298,10 +320,12 @@ def refusal(tmp_path, *flags, source=None) -> str:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (Qwen3Config(**SHAPE), "Qwen3 normalises queries and keys"),
+        (GemmaConfig(**SHAPE), "model_type 'gemma' is not one of llama, mistral, qwen2, qwen3, qwen3_moe"),
+        (OlmoeConfig(**SHAPE, clip_qkv=8.0), "clip_qkv 8.0 is not built here"),
+        (Qwen3MoeConfig(**SHAPE, mlp_only_layers=[1]), "layers without experts between others"),
+        (Qwen3Config(**SHAPE, attention_bias=True), "biases, and LLaDA has them on q, k and v only"),
         (LlamaConfig(**SHAPE, attention_bias=True), "biases, and LLaDA has them on q, k and v only"),
         (LlamaConfig(**SHAPE, mlp_bias=True), "biases, and LLaDA has them on q, k and v only"),
-        (LlamaConfig(**SHAPE, head_dim=16), "head_dim 16 is not hidden_size / heads"),
         (
             LlamaConfig(**SHAPE, **scaled(rope_type="dynamic", factor=2.0)),
             "rope_type 'dynamic' is not one of",

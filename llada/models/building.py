@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llada.flags.yaml_files import read_yaml
 from llada.models.checkpoints import RopeScaling, base_and_adapter, load_model
-from llada.models.flags import LINEAR_LAYERS
+from llada.models.flags import EXPERTS, LINEAR_LAYERS
 from llada.models.tokens import HOW_TO_ADD, SPECIAL_TOKENS, load_tokenizer, special_ids
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
@@ -192,26 +192,31 @@ def attach_lora(
     """The model with trainable LoRA adapters on linear layers of its blocks, never on the LM head.
 
     LLaDA calls both the MLP's down-projection and the LM head `ff_out`, so plain names would hit the head
-    too;
-    the pattern made here is anchored to the blocks.
+    too; the pattern made here is anchored to the blocks.
 
     Args:
-        target_modules: names of `LINEAR_LAYERS` (LLaDA's or Llama's spelling), or ["all-linear"].
+        target_modules: names of `LINEAR_LAYERS` (LLaDA's or Llama's spelling) or "all-linear", and `EXPERTS`.
         seed: of the initial A matrices (B starts at zero), so that all ranks have the same.
     """
     by_spelling = {spelling: ours for ours, llama in LINEAR_LAYERS.items() for spelling in (ours, llama)}
-    unknown = [name for name in target_modules if name != "all-linear" and name not in by_spelling]
-    if unknown:
-        raise ValueError(f"--lora_target_modules {unknown}: choose from {list(LINEAR_LAYERS)} or all-linear")
+    known = {*by_spelling, "all-linear", EXPERTS}
+    if unknown := [name for name in target_modules if name not in known]:
+        choices = f"{', '.join(LINEAR_LAYERS)}, all-linear, {EXPERTS}"
+        raise ValueError(f"--lora_target_modules {unknown}: choose from {choices}")
+    if EXPERTS in target_modules and not model.config.moe_num_experts:
+        raise ValueError(f"--lora_target_modules {EXPERTS}: the model has none")
+    if EXPERTS in target_modules and dropout:
+        raise ValueError(f"--lora_target_modules {EXPERTS}: their adapters take no --lora_dropout")
+    names = sorted({by_spelling[name] for name in target_modules if name in by_spelling})
     if "all-linear" in target_modules:
         names = list(LINEAR_LAYERS)
-    else:
-        names = sorted({by_spelling[name] for name in target_modules})
+    experts = ["moe.experts.gate_up_proj", "moe.experts.down_proj"] if EXPERTS in target_modules else None
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=rf".*\bblocks\.\d+\.({'|'.join(map(re.escape, names))})",
+        target_modules=rf".*\bblocks\.\d+\.(moe\.shared\.)?({'|'.join(names)})" if names else [],
+        target_parameters=experts,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):

@@ -5,6 +5,7 @@ its causal form. R rows of a source's embedding, E rows of ours, D width.
 """
 
 import sys
+from collections.abc import Iterable
 
 import torch
 from transformers import (
@@ -13,31 +14,21 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
 )
 
-from llada.models.tokens import CHAT_ROLES, SPECIAL_TOKENS
+from llada.models.tokens import CHAT_ROLES, SPECIAL_TOKENS, end_of_turn
 from modelling_final import LLaDAConfig, LLaDAModelLM
+from modelling_final.families_llada import LLAMA_NAMES
 
-SUPPORTED_TYPES = ("llama", "mistral", "qwen2")
 SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
-OUTER_NAMES = {
-    "model.embed_tokens": "model.transformer.wte",
-    "model.norm": "model.transformer.ln_f",
-    "lm_head": "model.transformer.ff_out",
-}
-BLOCK_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "q_proj",
-    "self_attn.k_proj": "k_proj",
-    "self_attn.v_proj": "v_proj",
-    "self_attn.o_proj": "attn_out",
-    "post_attention_layernorm": "ff_norm",
-    "mlp.gate_proj": "ff_proj",
-    "mlp.up_proj": "up_proj",
-    "mlp.down_proj": "ff_out",
-}
-_OUTER_OF_OURS = {ours: theirs for theirs, ours in OUTER_NAMES.items()}
-_BLOCK_OF_OURS = {ours: theirs for theirs, ours in BLOCK_NAMES.items()}
+# model_type -> fields of LLaDAConfig that this kind always has
+_NORMS = {"query_key_norm": True}
+SUPPORTED_TYPES = {
+    "llama": {}, "mistral": {}, "qwen2": {}, "qwen3": _NORMS, "qwen3_moe": _NORMS,
+    "olmoe": {"query_key_norm": "whole"},
+}  # fmt: skip
+NAMES = (("mlp.experts", "moe.experts"), ("mlp.gate", "moe.router"), *LLAMA_NAMES)
 ROWS_MULTIPLE = 64  # keeps matrix kernels fast
 
 
@@ -45,15 +36,14 @@ def refuse_what_llada_lacks(source: PreTrainedConfig, *, num_layers: int | None 
     """Raises ValueError where the source computes something that LLaDA's blocks cannot."""
     reason = None
     rope = getattr(source, "rope_parameters", None) or {}
-    width = source.hidden_size // source.num_attention_heads
-    if source.model_type.startswith("qwen3"):
-        reason = "Qwen3 normalises queries and keys (q_norm, k_norm), and LLaDA has no such layers"
-    elif source.model_type not in SUPPORTED_TYPES:
+    if source.model_type not in SUPPORTED_TYPES:
         reason = f"model_type {source.model_type!r} is not one of {', '.join(SUPPORTED_TYPES)}"
     elif getattr(source, "mlp_bias", False) or getattr(source, "attention_bias", False):
         reason = "its attn_out or MLP layers have biases, and LLaDA has them on q, k and v only"
-    elif (getattr(source, "head_dim", None) or width) != width:
-        reason = f"head_dim {source.head_dim} is not hidden_size / heads, and LLaDA has no head_dim field"
+    elif getattr(source, "clip_qkv", None):
+        reason = f"clip_qkv {source.clip_qkv} is not built here"
+    elif getattr(source, "mlp_only_layers", None) or getattr(source, "decoder_sparse_step", 1) != 1:
+        reason = "layers without experts between others (mlp_only_layers, decoder_sparse_step)"
     elif rope.get("rope_type", "default") not in SUPPORTED_ROPE:
         reason = f"rope_type {rope['rope_type']!r} is not one of {', '.join(SUPPORTED_ROPE)}"
     elif rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -115,7 +105,7 @@ def convert(
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             new_mask = config.mask_token_id if mask_id is None else None
             weight = with_mean_rows(weight, config.embedding_size, num_known, new_mask)
-        weights[llada_name(name)] = weight
+        weights[_renamed(name, NAMES)] = weight
     model, report = LLaDAModelLM.from_pretrained(
         None, config=config, state_dict=weights, dtype=source.dtype, output_loading_info=True
     )
@@ -159,6 +149,9 @@ def llada_config(
         n_layers=ar.num_hidden_layers,
         mlp_hidden_size=ar.intermediate_size,
         mlp_ratio=ar.intermediate_size / ar.hidden_size,
+        head_dim=getattr(ar, "head_dim", None),
+        **SUPPORTED_TYPES[ar.model_type],
+        **_expert_fields(ar),
         activation_type=ar.hidden_act,
         rms_norm_eps=ar.rms_norm_eps,
         rope_theta=rope.pop("rope_theta"),
@@ -178,8 +171,19 @@ def llada_config(
     )
 
 
+def _expert_fields(source: PreTrainedConfig) -> dict[str, int | bool]:
+    if not getattr(source, "num_experts", None):
+        return {}
+    return {
+        "moe_num_experts": source.num_experts,
+        "moe_experts_per_token": source.num_experts_per_tok,
+        "moe_hidden_size": getattr(source, "moe_intermediate_size", source.intermediate_size),
+        "moe_renormalise": source.norm_topk_prob,
+    }
+
+
 def causal_form(model: LLaDAModelLM) -> PreTrainedModel:
-    """The Llama or Qwen2 that computes what this model computes, with its weights, shared in memory.
+    """The Llama, Qwen2 or Qwen3 that computes what this model computes, with its weights, shared in memory.
 
     Its config names the mask as `pard_token`, as engines with parallel drafting expect it.
 
@@ -195,25 +199,33 @@ def causal_form(model: LLaDAModelLM) -> PreTrainedModel:
         )
     config = causal_config(ours)
     config.pard_token = ours.mask_token_id
-    weights = {causal_name(name): weight for name, weight in model.state_dict().items()}
+    back = [(ours, theirs) for theirs, ours in reversed(NAMES)]
+    weights = {_renamed(name, back): weight for name, weight in model.state_dict().items()}
     if ours.weight_tying:
         weights.pop("lm_head.weight", None)
-    kind = Qwen2ForCausalLM if ours.include_qkv_bias else LlamaForCausalLM
-    found, report = kind.from_pretrained(
+    found, report = _causal_class(ours).from_pretrained(
         None, config=config, state_dict=weights, dtype=model.dtype, output_loading_info=True
     )
     assert not (report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]), report
     return found.eval()
 
 
+def _causal_class(ours: LLaDAConfig) -> type[PreTrainedModel]:
+    if ours.moe_num_experts or ours.query_key_norm == "whole":
+        raise ValueError("a model with experts, or with OLMoE's norms, has no Llama form")
+    if ours.query_key_norm:
+        return Qwen3ForCausalLM
+    return Qwen2ForCausalLM if ours.include_qkv_bias else LlamaForCausalLM
+
+
 def causal_config(ours: LLaDAConfig, *, bos_token_id: int | None = None) -> PreTrainedConfig:
-    """The shape and ids of a LLaDA model as those of a Llama, or with biases on q, k and v of a Qwen2."""
-    kind = Qwen2ForCausalLM if ours.include_qkv_bias else LlamaForCausalLM
-    return kind.config_class(
+    """The shape and ids of a LLaDA model as those of a Llama, Qwen2 or Qwen3."""
+    return _causal_class(ours).config_class(
         hidden_size=ours.d_model,
         num_attention_heads=ours.n_heads,
         num_key_value_heads=ours.n_kv_heads,
         num_hidden_layers=ours.n_layers,
+        head_dim=ours.head_dim,
         intermediate_size=ours.mlp_hidden_size,
         hidden_act=ours.activation_type,
         rms_norm_eps=ours.rms_norm_eps,
@@ -229,32 +241,11 @@ def causal_config(ours: LLaDAConfig, *, bos_token_id: int | None = None) -> PreT
     )  # fmt: skip
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Id of the first special token that the chat template writes after an assistant's answer, if any."""
-    if tokenizer.chat_template is None:
-        return None
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2]
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return next((i for i in tokenizer(tail, add_special_tokens=False).input_ids if i in special), None)
-
-
-def llada_name(name: str) -> str:
-    """The published LLaDA name of a Llama weight."""
-    module, _, kind = name.rpartition(".")
-    if module in OUTER_NAMES:
-        return f"{OUTER_NAMES[module]}.{kind}"
-    layer, _, inner = module.removeprefix("model.layers.").partition(".")
-    return f"model.transformer.blocks.{layer}.{BLOCK_NAMES[inner]}.{kind}"
-
-
-def causal_name(name: str) -> str:
-    """The Llama name of one of our weights."""
-    module, _, kind = name.rpartition(".")
-    if module in _OUTER_OF_OURS:
-        return f"{_OUTER_OF_OURS[module]}.{kind}"
-    layer, _, inner = module.removeprefix("model.transformer.blocks.").partition(".")
-    return f"model.layers.{layer}.{_BLOCK_OF_OURS[inner]}.{kind}"
+def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    name += "."  # whole words: mlp.gate is no mlp.gate_proj
+    for old, new in pairs:
+        name = name.replace(f"{old}.", f"{new}.")
+    return name.removesuffix(".")
 
 
 @torch.no_grad()

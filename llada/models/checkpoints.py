@@ -1,5 +1,6 @@
 """Checkpoint folders: what a path means, loading it, recognising it again."""
 
+import contextlib
 import hashlib
 import json
 import warnings
@@ -10,13 +11,16 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
 
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SPECIAL_IDS = ("mask_token_id", "eos_token_id", "pad_token_id")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 ROPE_SCALING = ("none", "linear", "ntk", "yarn")
 
 
@@ -133,12 +137,6 @@ def load_config(path: str, *, mask_token_id: int | None = None) -> LLaDAConfig:
         raise not_found(path, error) from error
     if not isinstance(settings, dict):
         raise ValueError(f"{where}: config.json holds {type(settings).__name__}, not names with values")
-    kind = settings.get("model_type")
-    if kind != LLaDAConfig.model_type:
-        raise ValueError(
-            f"{where}: model_type {kind!r} is not a LLaDA model; scripts/convert_ar.py makes one from an "
-            "autoregressive checkpoint"
-        )
     try:
         config = LLaDAConfig.from_dict(settings, name_or_path=path)
     except (ValueError, TypeError) as error:
@@ -152,18 +150,32 @@ def load_config(path: str, *, mask_token_id: int | None = None) -> LLaDAConfig:
 
 def _settle_ids(config: LLaDAConfig, path: str, mask_token_id: int | None) -> None:
     """Fills the ids that config.json does not name, from the flag and the tokenizer beside it."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError):
-        tokenizer = None  # there may be none beside the weights; what is then missing is named below
-    for name, given in (("mask_token_id", mask_token_id), ("eos_token_id", None), ("pad_token_id", None)):
+    if mask_token_id is not None:
+        config.mask_token_id = mask_token_id
+    named = _named_ids(path)
+    for name in SPECIAL_IDS:
         if getattr(config, name) is None:
-            setattr(config, name, given if given is not None else getattr(tokenizer, name, None))
+            setattr(config, name, named[name])
     if config.mask_token_id is None:
         missing = "neither config.json nor the tokenizer names a mask token; give --mask_token_id"
         raise ValueError(f"--model_name_or_path {path}: {missing}")
     if config.pad_token_id is None:
         config.pad_token_id = config.eos_token_id
+
+
+def _named_ids(path: str) -> dict[str, int | None]:
+    """Ids of the special tokens that the tokenizer beside a model names."""
+    tokenizer = None
+    # Without a vocabulary transformers makes one up of the special tokens alone, with ids of its own.
+    if any(Path(path, name).is_file() for name in VOCABULARIES):
+        with contextlib.suppress(OSError, ValueError):  # what is then missing is named by the caller
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if tokenizer is not None:
+        return {name: getattr(tokenizer, name) for name in SPECIAL_IDS}
+    settings = get_tokenizer_config(path)
+    ids = {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
+    tokens = {name: settings.get(name.removesuffix("_id")) for name in SPECIAL_IDS}
+    return {name: ids.get(t["content"] if isinstance(t, dict) else t) for name, t in tokens.items()}
 
 
 def not_found(path: str, error: Exception) -> ValueError:
@@ -175,7 +187,7 @@ def not_found(path: str, error: Exception) -> ValueError:
     )
 
 
-def check_weight_files(folder: str, model: nn.Module | None = None) -> int:
+def check_weight_files(folder: str, model: PreTrainedModel | None = None) -> int:
     """Bytes of a folder's safetensors files, after a look at their headers; 0 if it has none.
 
     Args:
@@ -205,7 +217,7 @@ def check_weight_files(folder: str, model: nn.Module | None = None) -> int:
     if whole := [key for key, kind in kinds.items() if not kind.startswith(("F", "BF"))]:
         kind = kinds[min(whole)]
         raise ValueError(f"{where}: {min(whole)} holds {kind}: quantised weights are not read here")
-    expected = {} if model is None else {name: list(p.shape) for name, p in model.named_parameters()}
+    expected = {} if model is None else _saved_shapes(model)
     wrong = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
     if model is not None and names and wrong:
         name = min(wrong)
@@ -214,6 +226,13 @@ def check_weight_files(folder: str, model: nn.Module | None = None) -> int:
             f"{expected.get(name, 'absent')} and is {found.get(name, 'absent')}"
         )
     return size
+
+
+def _saved_shapes(model: PreTrainedModel) -> dict[str, list[int]]:
+    """Names and shapes of the tensors that a model is saved as, in its family's layout."""
+    buffers = {name: value for name, value in model.named_buffers() if name in model.state_dict()}
+    tensors = revert_weight_conversion(model, {**dict(model.named_parameters()), **buffers})
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
 def load_model(

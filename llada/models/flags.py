@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from llada.flags.declaration import flag
 
-# Names of LLaDA's linear layers inside a block, each with the name Llama-style code gives it.
+# Names of LLaDA's linear layers inside a block, each with the name Llama-style code gives it. Those of the
+# MLP are the shared experts' too.
 LINEAR_LAYERS = {
     "q_proj": "q_proj",
     "k_proj": "k_proj",
@@ -14,6 +15,7 @@ LINEAR_LAYERS = {
     "up_proj": "up_proj",
     "ff_out": "down_proj",
 }
+EXPERTS = "experts"  # not among all-linear: an adapter for each of hundreds is as large as a small model
 
 
 @dataclass(kw_only=True)

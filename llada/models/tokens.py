@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from llada.models.checkpoints import load_config, not_found, resolve_checkpoint
 from modelling_final import LLaDAConfig
@@ -17,6 +18,9 @@ SPECIAL_TOKENS = {
     "end_header": "<|end_header_id|>",
     "eot": "<|eot_id|>",
 }
+
+# Classes that only code beside them defines -> transformers' own with the same vocabulary and rules.
+KNOWN_TOKENIZERS = {"DreamTokenizer": "qwen2"}
 
 CHAT_ROLES = ("start_header", "end_header", "eot")  # of those, the ones that LLaDA-8B-Base lacks
 
@@ -90,12 +94,16 @@ def _read(path: str) -> tuple[str, PreTrainedTokenizerBase]:
     if not Path(path, "tokenizer_config.json").is_file():
         path = resolve_checkpoint(path)
     try:
-        return path, AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        settings = get_tokenizer_config(path)
+        known = KNOWN_TOKENIZERS.get(settings.get("tokenizer_class"))
+        tokenizer = AutoTokenizer.from_pretrained(path, tokenizer_type=known, trust_remote_code=False)
     except OSError as error:
         raise not_found(path, error) from error
     except Exception as error:  # of damaged files, whatever the libraries met there
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(f"--tokenizer_name {path}: cannot be read: {reason}") from error
+    tokenizer.init_kwargs.pop("auto_map", None)  # that code does not travel with what is saved here
+    return path, tokenizer
 
 
 def _add_chat(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -126,8 +134,18 @@ def special_ids(config: LLaDAConfig, tokenizer: PreTrainedTokenizerBase) -> Spec
         )
     eot = config.eot_token_id
     if eot is None:
-        eot = tokenizer.get_vocab().get(SPECIAL_TOKENS["eot"])
+        eot = tokenizer.get_vocab().get(SPECIAL_TOKENS["eot"], end_of_turn(tokenizer))
     return SpecialIds(mask=config.mask_token_id, eos=config.eos_token_id, pad=config.pad_token_id, eot=eot)
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Id of the first special token that the chat template writes after an assistant's answer, if any."""
+    if tokenizer.chat_template is None:
+        return None
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return next((i for i in tokenizer(tail, add_special_tokens=False).input_ids if i in special), None)
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, closing: int | None) -> list[int]:

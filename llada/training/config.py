@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada.flags.declaration import flag, said_of
-from llada.models.flags import LINEAR_LAYERS, HubFlags, MaskTokenFlag
+from llada.models.flags import EXPERTS, LINEAR_LAYERS, HubFlags, MaskTokenFlag
 
 if TYPE_CHECKING:
     from llada.run import Run  # imports torch
@@ -48,8 +48,9 @@ class LoraFlags:
     )
     lora_target_modules: list[str] | None = flag(
         None,
-        "Linear layers of the blocks, by LLaDA's name or Llama's; default all-linear.",
-        choices=["all-linear", *dict.fromkeys((*LINEAR_LAYERS, *LINEAR_LAYERS.values()))],
+        "Linear layers of the blocks, by LLaDA's name or Llama's, and `experts`; default all-linear, which "
+        "leaves experts alone.",
+        choices=["all-linear", *dict.fromkeys((*LINEAR_LAYERS, *LINEAR_LAYERS.values())), EXPERTS],
         fixed=True,
     )
 

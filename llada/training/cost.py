@@ -1,18 +1,20 @@
 """What a training step costs, by arithmetic: parameters, bytes per rank by kind, and FLOPs.
 
-Shapes and symbols: B sequences of a micro-batch, L positions, n blocks, D model width, K width of keys and of
-values, F MLP width, V head outputs; P all parameters, T trainable ones; R ranks, S ranks that share one copy
-of the state (1: replicated, R: `--shard full`, the ranks of a node: `--shard hybrid`); e bytes of a number in
---dtype. Gigabytes are 1e9 bytes.
+Shapes and symbols: B sequences of a micro-batch, L positions, n blocks, D model width, Q width of all
+queries, K of keys and of values, F MLP width (of the experts that a token meets, side by side), V head
+outputs; P all parameters, T trainable ones; R ranks, S ranks that share one copy of the state (1: replicated,
+R: `--shard full`, the ranks of a node: `--shard hybrid`); e bytes of a number in --dtype. Gigabytes are 1e9
+bytes.
 
 Memory of a rank, added up as if every part were at its peak at once:
-    weights     4 P / S; LoRA: e P / S for the frozen ones, 4 T / S for the adapters
+    weights     4 P / S; LoRA: e P / S for the frozen ones, 4 T / S for the adapters; experts' by themselves
     gradients   4 T / S; replicated on several ranks another 4 T for the buckets of the all-reduce; sharded
                 with accumulation another 4 T, since they stay whole until a step's last micro-batch (but for
                 --reduce_always)
     AdamW       8 T / S
     working     replicated bfloat16: 2 bytes for each block weight that autocast has cast; sharded: two
-                gathered blocks and the gathered head, and the largest of these once more in float32 to reduce
+                gathered blocks and the gathered head, and the largest of these once more in float32 to
+                reduce; adapters of experts: the adapted matrices of each block whose backward reads them
     activations B L n a, where a is `block_bytes` (what one block keeps of a token for its backward);
                 with --activation_checkpointing full B L (n x + a), x the bytes of a block's input; with
                 selective x includes what is kept beside it: k, q, gate, MLP output and attention
@@ -20,7 +22,7 @@ Memory of a rank, added up as if every part were at its peak at once:
     head        chunk_rows(V) V (4 + 2) for the logits of a chunk, and where the head is trained its gradient
                 in float32 and the product of a chunk: V D (4 + e)
 FLOPs of a token: 6 for each matrix weight of a block (LoRA: 4, since frozen weights need no gradient), the
-same for the head on the masked share of tokens, and 12 n L D for attention that looks both ways. A
+same for the head on the masked share of tokens, and 12 n L Q for attention that looks both ways. A
 recomputed block costs its forward again, which does not count as useful (MFU) work.
 
 Source: arXiv 2204.02311 appendix B (6 per weight); for LLaDA-8B at 4,096 positions, all rows in the head:
@@ -34,7 +36,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from llada.diffusion.batches import MaskedBatch
-from llada.models.building import LINEAR_LAYERS
+from llada.models.flags import EXPERTS, LINEAR_LAYERS
 from llada.training.config import TrainConfig
 from modelling_final import LLaDAConfig
 from modelling_final.loss_llada import chunk_rows
@@ -52,6 +54,8 @@ class Parameters:
     trainable: int
     weight_bytes: int
     blocks: int  # base weights of all blocks, norms included
+    experts: int  # of those, in experts of which a token meets a few
+    expert_bytes: int
     adapted: frozenset[str]  # linear layers of a block whose input is kept for a weight gradient
 
     @property
@@ -63,13 +67,17 @@ def count_parameters(model: nn.Module) -> Parameters:
     """The parameters of a model prepared for training; a model on the meta device will do."""
     named = list(model.named_parameters())
     trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
-    adapted = {layer for layer in LINEAR_LAYERS for name, _ in trainable if f".{layer}." in f".{name}"}
+    experts = [parameter for name, parameter in named if f".{EXPERTS}." in name and "lora_" not in name]
+    layers = (*LINEAR_LAYERS, EXPERTS)
+    adapted = {layer for layer in layers for name, _ in trainable if f".{layer}." in f".{name}"}
     return Parameters(
         # of an adapted model the base alone: its size is what a reader compares
         total=sum(p.numel() for name, p in named if "lora_" not in name),
         trainable=sum(p.numel() for _, p in trainable),
         weight_bytes=sum(p.numel() * p.element_size() for _, p in named),
         blocks=sum(p.numel() for name, p in named if ".blocks." in name and "lora_" not in name),
+        experts=sum(p.numel() for p in experts),
+        expert_bytes=sum(p.numel() * p.element_size() for p in experts),
         adapted=frozenset(adapted),
     )
 
@@ -99,17 +107,21 @@ def block_bytes(shape: LLaDAConfig, config: TrainConfig, parameters: Parameters)
     """(bytes that a block keeps of one token for its backward, bytes of the token at the block's input).
 
     Counted from modelling_final with a fused attention kernel, which keeps q, k, v, its output and one
-    float32 per head, never an L x L matrix.
+    float32 per head, never an L x L matrix. Of a model with experts, a block that has them.
     """
     e = 2 if config.dtype == "bfloat16" else FLOAT32
-    d, f = shape.d_model, shape.mlp_hidden_size
+    d, f, q = shape.d_model, _width_met(shape), shape.n_heads * shape.head_dim
     k = shape.n_kv_heads * shape.head_dim
     autocast = config.shard == "none" and e == 2
     residual = FLOAT32 if config.shard == "none" and not parameters.is_lora else e
     # A norm squares its input in float32 (kept), and its trainable weight needs the normalised rows.
     norm = FLOAT32 * d + (0 if parameters.is_lora else residual * d)
-    attention = e * (2 * d + 2 * k) + FLOAT32 * shape.n_heads
+    attention = e * (2 * q + 2 * k) + FLOAT32 * shape.n_heads
+    if shape.query_key_norm:  # what is normed, once as it is and once in float32
+        attention += (FLOAT32 + (0 if parameters.is_lora else e)) * (q + k)
     mlp = e * 3 * f  # gate, its activation, and what that is multiplied with
+    if shape.moe_num_experts:  # the rows that are sent to experts and those that come back
+        mlp += e * shape.moe_experts_per_token * 2 * d
 
     # Inputs kept for weight gradients: one tensor for all layers that read it, but autocast casts for each.
     inputs = 0
@@ -117,7 +129,7 @@ def block_bytes(shape: LLaDAConfig, config: TrainConfig, parameters: Parameters)
         readers = len(parameters.adapted.intersection(layers))
         inputs += e * width * (readers if autocast else min(readers, 1))
     # The attention's output is kept anyway; LoRA under autocast casts a copy of its own.
-    inputs += e * d if "attn_out" in parameters.adapted and autocast and parameters.is_lora else 0
+    inputs += e * q if "attn_out" in parameters.adapted and autocast and parameters.is_lora else 0
     inputs += e * f if "ff_out" in parameters.adapted else 0
     return 2 * norm + attention + mlp + inputs, residual * d
 
@@ -135,8 +147,10 @@ def memory(
     gradients = FLOAT32 * trainable / sharing
     if (sharing == 1 and ranks.world_size > 1) or (sharing > 1 and accumulates and not config.reduce_always):
         gradients += FLOAT32 * trainable
+    experts = parameters.expert_bytes / sharing
     state = {
-        "weights": parameters.weight_bytes / sharing,
+        "weights": parameters.weight_bytes / sharing - experts,
+        **({"experts": experts} if experts else {}),
         "gradients": gradients,
         "AdamW": ADAMW_BYTES * trainable / sharing,
     }
@@ -169,9 +183,12 @@ def _work_memory(
 
     per_block, at_input = block_bytes(shape, config, parameters)
     if config.activation_checkpointing == "selective":
-        at_input += e * (3 * shape.d_model + shape.n_kv_heads * shape.head_dim + shape.mlp_hidden_size)
+        at_input += e * (shape.d_model + (2 * shape.n_heads + shape.n_kv_heads) * shape.head_dim)
+        at_input += e * _width_met(shape)
         at_input += FLOAT32 * shape.n_heads
     num_kept = shape.n_layers if config.activation_checkpointing == "none" else 1
+    if parameters.is_lora and EXPERTS in parameters.adapted:
+        working += e * parameters.experts * num_kept / shape.n_layers
     activations = tokens * num_kept * per_block
     if config.activation_checkpointing != "none":
         activations += tokens * shape.n_layers * at_input
@@ -204,7 +221,8 @@ def flops_per_token(
         recompute: also count the second forward of the blocks that activation checkpointing runs.
     """
     useful = useful_flops(shape, parameters, num_tokens=1, num_scored=masked_share, num_pairs=length)
-    again = 2 * _matrices(shape) + 4 * shape.n_layers * length * shape.d_model if recompute else 0.0
+    width = shape.n_heads * shape.head_dim
+    again = 2 * _matrices(shape) + 4 * shape.n_layers * length * width if recompute else 0.0
     return useful + again
 
 
@@ -220,7 +238,7 @@ def useful_flops(
     """
     per_weight = 4 if parameters.is_lora else 6
     head = shape.embedding_size * shape.d_model * num_scored
-    attention = 12 * shape.n_layers * shape.d_model * num_pairs
+    attention = 12 * shape.n_layers * shape.n_heads * shape.head_dim * num_pairs
     return per_weight * (_matrices(shape) * num_tokens + head) + attention
 
 
@@ -244,6 +262,16 @@ def flops_counter(model: nn.Module) -> Callable[[MaskedBatch], float]:
 
 
 def _matrices(shape: LLaDAConfig) -> int:
-    """Matrix weights of all blocks."""
-    d, k = shape.d_model, shape.n_kv_heads * shape.head_dim
-    return shape.n_layers * (2 * d * d + 2 * d * k + 3 * d * shape.mlp_hidden_size)
+    """Matrix weights of all blocks, of experts those that a token meets."""
+    d, q, k = shape.d_model, shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
+    num_moe = sum(map(shape.is_moe, range(shape.n_layers)))
+    dense = 3 * d * shape.mlp_hidden_size * (shape.n_layers - num_moe)
+    experts = (3 * _width_met(shape) + shape.moe_num_experts) * d * num_moe
+    return shape.n_layers * (2 * d * q + 2 * d * k) + dense + experts
+
+
+def _width_met(shape: LLaDAConfig) -> int:
+    """Width of the MLP that a token passes; with experts, of those it meets, side by side."""
+    if not shape.moe_num_experts:
+        return shape.mlp_hidden_size
+    return shape.moe_hidden_size * (shape.moe_experts_per_token + (shape.moe_num_shared or 0))

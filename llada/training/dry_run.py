@@ -45,7 +45,7 @@ from modelling_final import LLaDAConfig, LLaDAModelLM
 SAMPLE_RECORDS = 256  # of raw files; enough for lengths within a few per cent
 MFU = 0.4  # a usual share of a GPU's peak
 GAPS, CONTEXT = 1.1, 1e9  # what the allocator and CUDA take on top
-STATE = ("weights", "gradients", "AdamW")  # what --cpu_offload moves
+STATE = ("weights", "experts", "gradients", "AdamW")  # what --cpu_offload moves
 
 
 @dataclass(frozen=True)

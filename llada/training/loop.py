@@ -27,7 +27,7 @@ from llada.run import STEP_SECONDS, Run, at, end_run, naming_ranks, start_run, s
 from llada.training import checkpoint
 from llada.training.config import TrainConfig, learning_rate
 from llada.training.metrics import Metrics
-from llada.training.monitor import EarlyStop, LossWatch, Progress, gather_records
+from llada.training.monitor import EarlyStop, LossWatch, Progress, expert_load, gather_records
 from llada.training.parallel import full_state_dict, parallelize, wrap_blocks
 from llada.training.signals import StopSignal, exit_status, give_signals_back, leave_marker_on_signals
 from llada.training.step import Batch, Loss, Trainer
@@ -274,7 +274,7 @@ class _Session:
             self._metrics.log_spike(step, spike)
         self._metrics.advance(step)
         if step % self._config.log_interval == 0 or step == self._config.max_steps:
-            self._metrics.log(step, values | self.progress.rates())
+            self._metrics.log(step, values | expert_load(self._model) | self.progress.rates())
 
     def _validate_and_save_when_due(self) -> None:
         step, config = self.progress.step, self._config

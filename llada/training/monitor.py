@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from llada.run import gather_over_ranks
+from llada.run import gather_over_ranks, sum_over_ranks
+from modelling_final.moe_llada import take_load
 
 MAX_SKIPPED_IN_A_ROW = 10  # then it is not a batch that is broken, but the weights
 
@@ -94,6 +95,20 @@ def peak_flops(gpu: str, dtype: str) -> float | None:
     """Dense FLOP/s of this GPU, None if unknown; float32 products run as TF32, at half the rate."""
     rate = next((rate for key, rate in PEAK_FLOPS.items() if key in gpu), None)
     return rate / 2 if rate is not None and dtype == "float32" else rate
+
+
+def expert_load(model: torch.nn.Module) -> dict[str, float]:
+    """How evenly all ranks' tokens, padding too, met the experts since the last call; {} without experts.
+
+    `expert_load_max`: the busiest expert's share of a layer's tokens over an even share, mean of all layers
+    (1: even, E / k: all tokens at the same experts). `experts_idle`: share of experts that met no token.
+    """
+    load = take_load(model)
+    if load is None:
+        return {}
+    load = torch.tensor(sum_over_ranks(load.flatten().tolist())).view_as(load)
+    busiest = load.max(dim=1).values * load.shape[1] / load.sum(dim=1)
+    return {"expert_load_max": float(busiest.mean()), "experts_idle": float((load == 0).float().mean())}
 
 
 def peak_memory(device: torch.device) -> int:

@@ -138,6 +138,8 @@ def parallelize(
     if not base.config.weight_tying:  # tied, the embedding is also the head: the root's, gathered throughout
         shard_module(transformer.wte, None)
     for block in transformer.blocks:
+        if block.moe is not None:
+            shard_module(block.moe.router, None)  # a rounded router sends tokens elsewhere
         shard_module(block, getattr(torch, dtype))
     if not base.config.weight_tying:
         # The head's weight is read, its forward is not called: ln_f's is, just before. Used last in the
