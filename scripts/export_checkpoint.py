@@ -106,6 +106,10 @@ def export_drafter(config: Config) -> None:
     if (Path(config.run) / "config.yaml").is_file():
         model, _, origin = trained(config)
         model = model.merge_and_unload() if isinstance(model, PeftModel) else model
+    elif config.step is not None:
+        raise ValueError(
+            f"--step {config.step}: --run {config.run} is no training run, whose states have one"
+        )
     else:
         model, _ = load_for_inference(config.run, chat=False)
     folder, mask_id = Path(config.output_dir), model.config.mask_token_id

@@ -6,7 +6,9 @@ One dataclass field = one flag = one YAML key = one logged name.
 import dataclasses
 import inspect
 import math
+import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -25,6 +27,7 @@ def flag(
     at_most: float | None = None,
     below: float | None = None,
     needs: str = "",
+    mild: bool = False,
     reads: str = "",
     writes: str = "",
     fixed: bool = False,
@@ -39,6 +42,7 @@ def flag(
         needs: the flag without which this one has no effect and is refused: "shard" (set to anything), or
             "report_to=wandb|trackio" (set to one of these), "teacher=None" (absent); or several, parted by
             " or ".
+        mild: without what it needs it is told to have no effect, and not refused: no result depends on it.
         reads: what must be there, a kind of `llada.flags.paths.READ`.
         writes: what the script makes, a kind of `WRITTEN` there; never what it reads, and not what is there.
         fixed: a resumed run must have the same value.
@@ -118,7 +122,17 @@ def check_needs(config: Any) -> None:
             without = re.sub(r"(\w+)=?(\S*)", r"--\1 \2", needs.replace(" or ", " , ")).replace("|", " or ")
             without = " ".join(without.split()).replace(" , --", " or --")
             without = f"beside --{needs[:-5]}" if needs.endswith("=None") else f"without {without}"
-            raise ValueError(f"--{field.name} {shown(value)}: has no effect {without}")
+            text = f"--{field.name} {shown(value)}: has no effect {without}"
+            if not said_of(type(config), field.name).get("mild"):
+                raise ValueError(text)
+            tell(text)
+
+
+@cache
+def tell(text: str) -> None:
+    """Says it on stderr, once: a command line is read before the slow imports and again after them."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 def is_met(config: Any, needs: str, seen: tuple[str, ...] = ()) -> bool:

@@ -4,9 +4,10 @@ They are no fields. Where a script has a flag of such a name itself, that one is
 """
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+from llada.flags.declaration import tell
 
 # Of several new names the first that the script has.
 # fmt: off
@@ -132,8 +133,8 @@ def todays_words(words: Sequence[str], fields: Mapping[str, Any]) -> list[str]:
                 found += _TRANSLATED[name][1]([value] if equals else item[1:])
             except (IndexError, ValueError) as error:
                 raise ValueError(f"--{name} {' '.join(item[1:])}: {error}") from error
-        elif os.environ.get("RANK", "0") == "0":
-            print(f"--{name} has no effect: {_NO_EFFECT[name]}", file=sys.stderr)
+        else:
+            tell(f"--{name} has no effect: {_NO_EFFECT[name]}")
     return found
 
 

@@ -198,8 +198,10 @@ class LoggingFlags:
         "Send metrics there besides metrics.jsonl; with wandb, WANDB_MODE=offline works.",
         choices=["none", "wandb", "tensorboard", "trackio"],
     )
-    wandb_project: str = flag("llada", "Project of the run at wandb or trackio.")
-    run_name: str | None = flag(None, "Name of the run there; default the folder's.")
+    wandb_project: str = flag("llada", "Project of the run.", needs="report_to=wandb|trackio", mild=True)
+    run_name: str | None = flag(
+        None, "Name of the run; default the folder's.", needs="report_to=wandb|trackio", mild=True
+    )
     wandb_run_id: str | None = flag(None, "W&B run to continue.", needs="report_to=wandb")
 
     def check_flags(self) -> None:
@@ -227,7 +229,9 @@ class TrainConfig(OptimizerFlags, LoggingFlags, HubFlags):
     max_steps: int = flag(
         -1, "Optimizer steps; -1 = as many as --num_train_epochs give.", at_least=-1, fixed=True
     )
-    num_train_epochs: float = flag(1.0, "Passes over the data; --max_steps overrides it.", above=0)
+    num_train_epochs: float = flag(
+        1.0, "Passes over the data; --max_steps overrides it.", above=0, needs="max_steps=-1", mild=True
+    )
     batch_size: int | None = flag(
         None, "Sequences per optimizer step, over all ranks and micro-batches; default 4.", at_least=1,
         fixed=True,
