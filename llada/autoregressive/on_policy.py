@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from llada.autoregressive.causal_lm import load_causal_lm
 from llada.autoregressive.teacher_model import Question, TeacherModel
 from llada.autoregressive.teacher_rows import Distributions, Student, TeacherChunks, from_logits
-from llada.autoregressive.teacher_stream import NO_ROWS, AlignedBatch, AlignmentStream
+from llada.autoregressive.teacher_stream import AlignedBatch, AlignmentStream, joined
 from llada.autoregressive.vocabulary import VocabMap
 from llada.data.prompts import Prompt, read_prompts
 from llada.diffusion.masking import generator
@@ -88,7 +88,7 @@ class OwnStates:
 
     def _batch(self, step: int, places: Sequence[int], ids: Sequence[int]) -> AlignedBatch:
         states = self.visit([self.prompts[i] for i in ids], [step * self.batch_size + p for p in places])
-        scored, rows, parts = [NO_ROWS], [], []
+        scored, rows, parts = [], [], []
         for state, found in zip(states, self.guide(states), strict=True):
             if found is None:
                 continue
@@ -106,11 +106,10 @@ class OwnStates:
             rows.append(np.concatenate([state.prompt.token_ids, state.canvas]))
             parts.append((distributions, index))
         input_ids, mask = padded(rows or [np.array([self.pad_id])], self.pad_id)
-        for b, values in enumerate(scored[1:]):
+        for b, values in enumerate(scored):
             values["rows"] = values["rows"] + b * input_ids.shape[1]
-        tensors = {name: torch.from_numpy(np.concatenate([r[name] for r in scored])) for name in NO_ROWS}
         return AlignedBatch(
-            input_ids=input_ids, attention_mask=mask, **tensors, teacher=TeacherChunks(parts),
+            input_ids=input_ids, attention_mask=mask, **joined(scored), teacher=TeacherChunks(parts),
             num_units=float(len(parts)), record_ids=list(ids), num_tokens=sum(map(len, rows)),
         )  # fmt: skip
 

@@ -31,7 +31,6 @@ from llada.data.template import encode_texts, hold_text
 from llada.diffusion.distillation_losses import TeacherRows
 
 KIND = "teacher"
-LONG = ("error", "drop", "truncate")
 _CHUNK = 256  # rows projected at once: bounds memory, large enough for the arithmetic
 
 

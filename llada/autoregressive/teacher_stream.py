@@ -93,15 +93,17 @@ class Windows:
         return np.maximum(rate ** np.arange(self.length), min(self.keep_min, 1.0))
 
 
-NO_ROWS = {
-    "rows": np.empty(0, dtype=np.int64),
-    "targets": np.empty(0, dtype=np.int64),
-    "weights": np.empty(0, dtype=np.float32),
-    "teacher_weights": np.empty(0, dtype=np.float32),
-    "has_teacher": np.empty(0, dtype=bool),
-    "places": np.empty(0, dtype=np.int64),
-}
+_COLUMNS = {
+    "rows": np.int64, "targets": np.int64, "places": np.int64, "has_teacher": bool,
+    "weights": np.float32, "teacher_weights": np.float32,
+}  # fmt: skip
 _NOWHERE = 1 << 30  # where a window begins that no text belongs to
+
+
+def joined(scored: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    """The scored rows of all records as tensors of a batch; also of none."""
+    empty = {name: np.empty(0, dtype) for name, dtype in _COLUMNS.items()}
+    return {name: torch.from_numpy(np.concatenate([r[name] for r in [empty, *scored]])) for name in empty}
 
 
 @dataclass
@@ -215,7 +217,7 @@ class AlignmentStream(MaskedStream):
         # a rank that has run out of records still gets a batch, of no rows
         batch = super()._collate(rows)
         width, items = batch.input_ids.shape[1], [row[0] for row in rows]
-        scored, parts = [NO_ROWS], []
+        scored, parts = [], []
         for b, item in enumerate(items):
             own, known = self._scored(item), self._known(item.record_id)
             is_known = np.isin(own.tokens, known)
@@ -224,21 +226,18 @@ class AlignmentStream(MaskedStream):
                 # the cross-entropy is a mean over the answer, the distance one over what of it has a teacher
                 num_answer = int(self.example_of(item.record_id, 0, 0).maskable.sum())
                 share = num_answer / max(1, len(known))
-            values = {
+            scored.append({
                 "rows": own.positions + b * width,
                 "targets": self.rows[item.record_id]["input_ids"][own.tokens].astype(np.int64),
                 "weights": own.weights,
                 "teacher_weights": (own.weights * share * is_known).astype(np.float32),
-                "has_teacher": is_known,
-                "places": own.places,
-            }
-            scored.append(values)
+                "has_teacher": is_known, "places": own.places,
+            })  # fmt: skip
             if is_known.any():
                 index = np.searchsorted(known, own.tokens[is_known])
                 parts.append((self.table.distributions(item.record_id), index))
-        tensors = {name: torch.from_numpy(np.concatenate([r[name] for r in scored])) for name in NO_ROWS}
         return AlignedBatch(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, **tensors,
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, **joined(scored),
             teacher=TeacherChunks(parts), num_units=batch.num_units, record_ids=batch.record_ids,
             num_tokens=batch.num_tokens, **_shared_columns(items, width),
         )  # fmt: skip

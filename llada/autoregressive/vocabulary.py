@@ -33,8 +33,6 @@ ROLE_SPELLINGS = {
     "end_header": ("<|end_header_id|>", "<end_id>"),
 }
 ROLE_OF_SPELLING = {spelling: role for role, spellings in ROLE_SPELLINGS.items() for spelling in spellings}
-# What a tokenizer calls its own, where no spelling above says more.
-ROLE_ATTRIBUTES = ("bos", "eos")
 
 
 @dataclass(frozen=True)
@@ -231,7 +229,7 @@ def _roles(tokenizer: PreTrainedTokenizerBase, vocabulary: dict[str, int]) -> di
     for spelling, role in ROLE_OF_SPELLING.items():
         if spelling in vocabulary:
             roles.setdefault(role, vocabulary[spelling])
-    for role in ROLE_ATTRIBUTES:
+    for role in ("bos", "eos"):
         i = getattr(tokenizer, f"{role}_token_id")
         # SmolLM2 calls its <|im_end|> eos: that is a known end of turn, and stays one
         if i is not None and i not in roles.values():
