@@ -214,12 +214,16 @@ def main(argv: list[str] | None = None) -> None:
                     raise
                 name = str(error).removeprefix(NOT_FOUND)
                 raise ValueError(_about_unknown_task(name, _task_words(arguments.include_path)[0])) from error
+        notes = {"command.txt": "command: " + shlex.join(["python", "eval/eval_llada.py", *argv])}
         if LLaDADist.latest is not None:
             LLaDADist.latest.worker.dismiss()
-        command = shlex.join(["python", "eval/eval_llada.py", *argv])
-        print(f"command: {command}")
-        if arguments.output_path is not None:
-            Path(arguments.output_path, "command.txt").write_text(command + "\n", encoding="utf-8")
+            notes["likelihoods.md"] = LLaDADist.latest.describe_errors()
+        for name, text in notes.items():
+            if text:
+                print(text)
+            if text and arguments.output_path is not None:
+                text = text.removeprefix("command: ") + "\n"
+                Path(arguments.output_path, name).write_text(text, encoding="utf-8")
     end_run()
 
 

@@ -94,7 +94,12 @@ def test_results_and_every_generation_are_saved(finished):
     answers = [record for record in found if "raw" in record]
     assert len(answers) == 3
     assert all(record["prompt"].startswith("Question:") and record["raw"] for record in answers)
-    assert len([record for record in found if "standard_error" in record]) == 16  # 4 questions, 4 choices
+    likelihoods = [record["result"] for record in found if "num_forwards" in record]
+    assert len(likelihoods) == 16  # 4 questions, 4 choices
+    assert all(value < 0 and error >= 0 for value, error in likelihoods)
+    *_, line = (finished / "likelihoods.md").read_text().splitlines()
+    largest = max(error for _, error in likelihoods)
+    assert line.startswith("|mmlu_local|16|") and line.endswith(f"|{largest:.3f}|")
     assert list(finished.glob("*/samples_mmlu_local_*.jsonl"))
 
 
@@ -166,9 +171,9 @@ def test_two_ranks_give_the_same_numbers(finished, checkpoint, tmp_path):
     assert one.keys() == two.keys()
     for key, record in one.items():
         result = two[key]["result"]
-        assert result == (
-            pytest.approx(record["result"], abs=1e-5) if type(result) is float else record["result"]
-        )
+        is_likelihood = isinstance(result, list)
+        expected = pytest.approx(record["result"], abs=1e-5) if is_likelihood else record["result"]
+        assert result == expected
     assert len(list(tmp_path.glob("requests/*/rank-*.jsonl"))) == 2
 
 
@@ -193,7 +198,7 @@ def lm(checkpoint):
 def test_long_contexts_lose_their_start_and_are_counted(lm, caplog):
     model = lm(max_length=16, gen_length=4, is_check_greedy=False)
     asked = []
-    model.worker.compute = lambda kind, items: [asked.append(item) or 0.0 for item in items.values()]
+    model.worker.compute = lambda kind, items: [asked.append(item) or (0.0, 0.0) for item in items.values()]
     long = "x" * 30 + "end"
     with caplog.at_level(logging.WARNING):
         model.loglikelihood([Instance("loglikelihood", {}, (long, " yes"), 0)], disable_tqdm=True)
@@ -211,7 +216,7 @@ def test_long_contexts_lose_their_start_and_are_counted(lm, caplog):
 def test_rolling_likelihood_scores_every_token_once(lm):
     model = lm(max_length=9, likelihood="l2r", is_check_greedy=False)
     asked = []
-    model.worker.compute = lambda kind, items: [asked.append(item) or -1.0 for item in items.values()]
+    model.worker.compute = lambda kind, items: [asked.append(item) or (-1.0, 0.0) for item in items.values()]
     text = "abcdefghijklmnopqrstuvwxyz"
     (total,) = model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
     assert "".join(model.tokenizer.decode(request.answer) for request in asked) == text

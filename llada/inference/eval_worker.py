@@ -94,7 +94,7 @@ class EvalRank:
         """Rank 0: the results of all items, in their order; those in the log are not computed again.
 
         Args:
-            kind: "score" or "greedy" (items are `Request`s), or "answer" (`Generation`s).
+            kind: "likelihood" or "greedy" (items are `Request`s), or "answer" (`Generation`s).
             items: by key of the log.
         """
         todo = {key: item for key, item in items.items() if key not in self.log}
@@ -117,7 +117,7 @@ class EvalRank:
         """Computes this rank's part of the items; rank 0 then has the results of all in its log."""
         rank, world_size = self.run.rank, self.run.world_size
         own = _deal(items, world_size)[rank]
-        run = {"score": self._scores, "greedy": self._greedy, "answer": self._answers}[kind]
+        run = {"likelihood": self._scores, "greedy": self._greedy, "answer": self._answers}[kind]
         bar = tqdm(run(own), desc=kind, unit="req", total=len(own), disable=rank != 0, mininterval=1)
         results = {}
         for key, result, details in bar:
@@ -129,15 +129,15 @@ class EvalRank:
             for part in parts or []:
                 self.log.learn(part)
 
-    def _scores(self, items: dict[str, Request]) -> Iterator[tuple[str, float, dict[str, Any]]]:
+    def _scores(self, items: dict[str, Request]) -> Iterator[tuple[str, list[float | None], dict[str, Any]]]:
         keys = list(items)
         for index, score in iter_scores(self.model, list(items.values()), self._likelihood):
+            error = None if math.isnan(score.standard_error) else score.standard_error
             details = {
                 "answer": self.tokenizer.decode(items[keys[index]].answer),
-                "standard_error": None if math.isnan(score.standard_error) else score.standard_error,
                 "num_forwards": score.num_forwards,
             }
-            yield keys[index], score.log_likelihood, details
+            yield keys[index], [score.log_likelihood, error], details
 
     def _greedy(self, items: dict[str, Request]) -> Iterator[tuple[str, bool, dict[str, Any]]]:
         keys = list(items)

@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from math import fsum
 from typing import Any, ClassVar
 
 from jinja2 import TemplateError
@@ -47,6 +48,8 @@ class LLaDADist(TemplateLM):
         self.tokenizer = worker.tokenizer
         self.max_length = worker.args.max_length or worker.model.config.max_sequence_length
         self._num_truncated = 0
+        self.errors: dict[str, list[float | None]] = {}  # task -> standard error of each likelihood
+        self._errors: list[float | None] = []  # of the latest call
         self._warned: set[str] = set()
         LLaDADist.latest = self
 
@@ -138,6 +141,22 @@ class LLaDADist(TemplateLM):
 
     # Likelihoods
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """lm_eval's, and what is known of the noise of each task's likelihoods."""
+        values = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        for request, error in zip(requests, self._errors, strict=True):
+            self.errors.setdefault(request.task_name or "", []).append(error)
+        return values
+
+    def describe_errors(self) -> str:
+        """The likelihoods' Monte-Carlo standard errors as a Markdown table, or ""."""
+        lines = ["|task|likelihoods|standard error in nats, mean|largest|", "|---|---|---|---|"]
+        for task, errors in self.errors.items():
+            known = [error for error in errors if error is not None]
+            mean, largest = (f"{fsum(known) / len(known):.3f}", f"{max(known):.3f}") if known else ("-", "-")
+            lines.append(f"|{task}|{len(errors)}|{mean}|{largest}|")
+        return "\n".join(lines) if self.errors else ""
+
     def _loglikelihood_tokens(
         self,
         requests: list[tuple[tuple[str, str], list[int], list[int]]],
@@ -149,7 +168,8 @@ class LLaDADist(TemplateLM):
             draw = hashlib.sha256(json.dumps(context).encode()).hexdigest()
             items.append(Request(self._fit(context, len(answer)), tuple(answer), draw))
         self._report_truncated(len(items))
-        values = self._compute("score", items)
+        found = self._compute("likelihood", items)
+        values, self._errors = [value for value, _ in found], [error for _, error in found]
         greedy = self._compute("greedy", items) if self.args.is_check_greedy else [False] * len(items)
         return list(zip(values, greedy, strict=True))
 

@@ -32,7 +32,7 @@ class Config:
 
     output: str = flag("docs/proofs.md", help="Page to write.", writes="store")
     only: list[str] = flag([], help="Proofs to run, by name; default all.")
-    input: list[str] = flag([], help="Files of published generations (d1's) to grade again.")
+    input: list[str] = flag([], help="Published generations (d1's) to grade again.", reads="path")
 
 
 if __name__ == "__main__":
@@ -91,6 +91,17 @@ def read_variance(output: str) -> list[tuple[str, Found]]:
     return rows
 
 
+def read_estimators(output: str) -> list[tuple[str, Found]]:
+    """Squared errors of bench_coverage.py's estimators over that of VRPO's independent masks."""
+    found = {each["estimator"]: each for each in json.loads(output)["found"]}
+    rows = []
+    for name in ("stratified", "complementary"):
+        ratio = (found[name]["rms_error"] / found["iid"]["rms_error"]) ** 2
+        covered = f"printed error x 1.96 covers {found[name]['covered_196']:.0%}"
+        rows.append((name, (f"{ratio:.2f} of iid", covered, ratio < 1 and found[name]["covered_196"] > 0.85)))
+    return rows
+
+
 def read_kills(output: str) -> list[tuple[str, Found]]:
     """The last line of kill_test.py."""
     line = output.strip().splitlines()[-1]
@@ -119,6 +130,8 @@ PROOFS = [
     Proof("variance", "exact counts of masked tokens lower the variance of the loss", "-",
           "python scripts/benchmarks/bench_variance.py --data data/samples/pretrain.jsonl --length 32"
           " --num_records 16 --gradient_draws 0 --output {json}", read_variance),
+    Proof("estimators", "our masks for DPO, KTO and GRPO are less noisy than VRPO's, and errors say how noisy",
+          "iid: 1", "python scripts/benchmarks/bench_coverage.py --num_masks 8 --output {json}", read_estimators),
     Proof("kills", "a killed run ends as if nothing had happened", "-",
           "python scripts/benchmarks/kill_test.py --kills 5 --output_dir {folder}", read_kills),
 ]  # fmt: skip
