@@ -130,8 +130,8 @@ PROOFS = [
     Proof("variance", "exact counts of masked tokens lower the variance of the loss", "-",
           "python scripts/benchmarks/bench_variance.py --data data/samples/pretrain.jsonl --length 32"
           " --num_records 16 --gradient_draws 0 --output {json}", read_variance),
-    Proof("estimators", "our masks for DPO, KTO and GRPO are less noisy than VRPO's, and errors say how noisy",
-          "iid: 1", "python scripts/benchmarks/bench_coverage.py --num_masks 8 --output {json}", read_estimators),
+    Proof("estimators", "masks of policies are less noisy than VRPO's, and errors say how noisy", "iid: 1",
+          "python scripts/benchmarks/bench_coverage.py --num_masks 8 --output {json}", read_estimators),
     Proof("kills", "a killed run ends as if nothing had happened", "-",
           "python scripts/benchmarks/kill_test.py --kills 5 --output_dir {folder}", read_kills),
 ]  # fmt: skip
