@@ -8,6 +8,7 @@ documents, so that the number of borders can be kept the same from batch to batc
 """
 
 from collections.abc import Callable
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -70,10 +71,13 @@ def document_attention(
         from torch.nn.attention.varlen import varlen_attn  # only here: older versions of torch lack it
 
         borders = documents.borders.to(torch.int32)
-        attended = varlen_attn(
-            query, key, value, borders, borders, length, length, scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )  # fmt: skip
+        options = {"scale": scaling}
+        if (repeats := query.shape[1] // key.shape[1]) > 1:
+            if "enable_gqa" in signature(varlen_attn).parameters:
+                options["enable_gqa"] = True
+            else:  # before torch 2.12
+                key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+        attended = varlen_attn(query, key, value, borders, borders, length, length, **options)
     else:
         attended = _one_by_one(query, key, value, documents.borders, scaling=scaling, dropout=dropout)
     return attended.unflatten(0, (batch, length))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -230,6 +230,15 @@ class LLaDAModel(LLaDAPreTrainedModel):
         return position_ids
 
 
+def _kept(hidden: Tensor, keep: int | Tensor) -> Tensor:
+    """The rows that transformers' `logits_to_keep` names: the last n, the same of all, or each sequence's."""
+    if isinstance(keep, int):
+        return hidden[:, -keep:]
+    if keep.ndim < 2:
+        return hidden[:, keep]
+    return hidden[keep] if keep.dtype == torch.bool else hidden.take_along_dim(keep[..., None], dim=1)
+
+
 class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
     """LLaDA with its LM head: a mask predictor p(x_0 | x_t)."""
 
@@ -327,7 +336,7 @@ class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
         if rows is not None:
             hidden = hidden.flatten(0, 1).index_select(0, rows)
         elif keeps:
-            hidden = slice_logits_to_keep(hidden, logits_to_keep)
+            hidden = _kept(hidden, logits_to_keep)
         if targets is None and score is None:
             logits = self.get_output_embeddings()(hidden)
         else:

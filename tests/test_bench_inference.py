@@ -2,9 +2,6 @@
 hand."""
 
 import json
-import os
-import shlex
-import subprocess
 
 import pytest
 import torch
@@ -218,29 +215,6 @@ def test_a_peer_beside_the_floor(tmp_path):
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert [row["arm"] for row in rows] == ["exact", "peer-llada"]
     assert rows[1]["floor tokens/s"] <= rows[0]["floor tokens/s"]  # it prunes nothing
-
-
-def test_the_gpu_lines_are_valid_commands(paths_unchecked):
-    environment = {
-        **os.environ,
-        "DRY_RUN": "1",
-        "PYTHON": "python",
-        "PEER_PATH": "a folder",
-        "BANDWIDTH": "4.8",
-    }
-    done = subprocess.run(
-        ["bash", str(ROOT / "scripts/benchmarks/bench_gpu_inference.sh")],
-        env=environment, stdout=subprocess.PIPE,
-        text=True, check=True,
-    )  # fmt: skip
-    lines = [shlex.split(line) for line in done.stdout.splitlines()]
-    assert len(lines) == 3
-    for python, script, *flags in lines:
-        assert (python, script) == ("python", "scripts/benchmarks/bench_inference.py")
-        config = bench.parse(bench.Config, flags)
-        assert config.peer_path == ["a folder"] and config.bandwidth == 4.8 and config.device == "cuda"
-        config.device = "cpu"
-        bench.check(config)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 
 from conftest import ROOT, load_script
 from llada.diffusion.masking import generator
+from llada.flags.parser import parse
 from reference_losses import noise
 
 bench_step = load_script("scripts/benchmarks/bench_step.py")
@@ -183,16 +185,43 @@ def test_bootstrap_range_holds_the_ratio_of_two_known_variances():
     assert low < ratio < high and ratio == pytest.approx(0.25, abs=0.03) and high - low < 0.06
 
 
-def test_the_gpu_launcher_prints_commands_that_parse(paths_unchecked):
-    environment = {**os.environ, "DRY_RUN": "1", "PEER_PATH": "a folder/dllm", "PYTHON": "python"}
+@pytest.mark.parametrize("parts", [(), ("more",), ("grpo", "step-1b")])
+@pytest.mark.parametrize("shapes", [{}, {"MICRO": "1"}])
+def test_the_gpu_script_prints_commands_that_parse(parts, shapes, paths_unchecked):
+    folders = {"DLLM": "a folder/dllm", "FAST_DLLM": "a folder", "BANDWIDTH": "4.8"}
+    environment = {
+        **os.environ,
+        **folders,
+        **shapes,
+        "DRY_RUN": "1",
+        "PYTHON": "python",
+        "OUTPUT": os.devnull,
+    }
     printed = subprocess.run(
-        ["bash", str(ROOT / "scripts/benchmarks/bench_gpu_step.sh")],
-        env=environment, stdout=subprocess.PIPE, text=True,
-        check=True,
+        ["bash", str(ROOT / "scripts/benchmarks/gpu.sh"), *parts],
+        env=environment, stdout=subprocess.PIPE, text=True, check=True,
     ).stdout  # fmt: skip
     commands = [shlex.split(line) for line in printed.splitlines()]
-    assert len(commands) == 4
+    assert len(commands) == {(): 6, ("more",): 5}.get(parts, 2)
     for program, path, *flags in commands:
-        config = bench_step.parse(bench_step.Config, flags)
-        assert program == "python" and (ROOT / path).is_file()
-        assert config.compile and config.memory and config.peer_path == "a folder/dllm"
+        script = load_script(path)
+        config = parse(script.Config, flags)
+        assert program == "python" and (config.device == "cpu") == bool(shapes)
+        if path.endswith("bench_step.py"):
+            assert config.peer_path == "a folder/dllm" and config.compile == config.memory == (not shapes)
+        if path.endswith("bench_inference.py"):
+            assert config.peer_path == ["a folder"] and (shapes or config.bandwidth == 4.8)
+            config.device = "cpu"
+            script.check(config)
+
+
+def test_a_grpo_step_on_one_sharded_rank(capsys):
+    flags = ["--sharded", "--repeats", "1", "--gen_length", "8", "--prompt_length", "8", "--num_prompts", "1"]
+    load_script("scripts/benchmarks/bench_grpo.py").main(flags)
+    assert re.search(r"GRPO whole: .*\nGRPO sharded: ", capsys.readouterr().out)
+
+
+def test_packed_documents_give_what_padded_rows_give(capsys):
+    flags = ["--what", "packed", "--packed_length", "16", "--repeats", "1"]
+    load_script("scripts/benchmarks/bench_forward.py").main(flags)
+    assert float(capsys.readouterr().out.split("difference ")[1]) < 1e-4

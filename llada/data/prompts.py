@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 from transformers import PreTrainedTokenizerBase
 
 from llada.data.chat import notes_of, render_prompt
@@ -125,6 +124,8 @@ def prompt_file(path: str, folder: Path, run: Run) -> str:
     file = folder / f"{name.replace('/', '--')}.jsonl"
     with first_rank_first(run):
         if run.is_main and not file.exists():
+            import datasets  # only here: prompts of other kinds do without
+
             try:
                 rows = datasets.load_dataset(name, config or None, split="train")
             except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

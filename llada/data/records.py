@@ -12,10 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from llada.data.files import OnBytes, input_files, kind_of, open_data, parts_of
 
 _CHUNK = 1 << 20  # characters read at once; a longer value is read until it is whole
@@ -336,6 +332,9 @@ def _read_text(file: Path, text_documents: str, on_bytes: OnBytes | None) -> Ite
 
 
 def _read_parquet(file: Path, on_bytes: OnBytes | None) -> Iterator[Located]:
+    import pyarrow as pa  # only for these files: a bare GPU machine does without
+    import pyarrow.parquet as pq
+
     try:
         table = pq.ParquetFile(file)
     except pa.ArrowInvalid as error:
@@ -348,6 +347,8 @@ def _read_parquet(file: Path, on_bytes: OnBytes | None) -> Iterator[Located]:
 def _read_dataset(folder: Path, on_bytes: OnBytes | None) -> Iterator[Located]:
     if not parts_of(folder):  # datasets 5.2 cannot load a data set of no rows
         return
+    import datasets
+
     rows = datasets.load_from_disk(str(folder))
     batches = (table.to_pylist() for table in rows.with_format("arrow").iter(batch_size=_BATCH))
     yield from _numbered(folder, batches, len(rows), on_bytes)

@@ -110,7 +110,7 @@ def parallelize(
     if shard == "none":
         model.to(run.device)
         return DistributedDataParallel(model) if run.world_size > 1 else model
-    if run.world_size == 1:
+    if not dist.is_initialized():
         raise ValueError(f"--shard {shard} needs several processes: start the script with torchrun")
     sizes, names = (run.world_size,), None
     if shard == "hybrid":

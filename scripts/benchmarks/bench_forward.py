@@ -4,6 +4,8 @@
     full       --rows rows without a cache, logits of all of them
     likelihood 4 answers of 24 tokens after 60, --num_masks masks each; ours beside the published program,
                which runs batches of 32 and forms all logits
+    packed     documents of 1/8 to 1 of --packed_length tokens in one row, attention inside each, beside the
+               same in padded rows
     draw       tokens and confidences of --draw_rows rows at vocabulary --draw_vocab: seconds, and the peak of
                memory above the logits in multiples of them
 
@@ -28,7 +30,7 @@ from typing import Any
 
 from llada.flags.parser import check_command_line, flag, parse, run_main
 
-WHAT = ("dual", "full", "likelihood", "draw")
+WHAT = ("dual", "full", "likelihood", "packed", "draw")
 
 
 @dataclass(kw_only=True)
@@ -43,11 +45,13 @@ class Config:
     block_length: int = flag(32, help="dual: rows of the window.", at_least=1)
     rows: int = flag(128, help="full: rows.", at_least=1)
     num_masks: int = flag(128, help="likelihood: masks of an answer, a multiple of 32.", at_least=32)
+    packed_length: int = flag(256, help="packed: tokens of the longest document.", at_least=8)
     draw_rows: int = flag(64, help="draw: rows.", at_least=1)
     draw_vocab: int = flag(126_464, help="draw: vocabulary.", at_least=1)
     repeats: int = flag(100, help="Turns of each arm.", at_least=1)
     threads: int = flag(1, help="CPU threads.", at_least=1)
     device: str = flag("cpu", help="cpu or cuda.")
+    dtype: str = flag("float32", help="Of the weights.", choices=["float32", "bfloat16"])
 
 
 if __name__ == "__main__":
@@ -86,7 +90,7 @@ def make_model(package: ModuleType, config: Config) -> torch.nn.Module:
     ids = {"mask_token_id": last, "eos_token_id": last - 1, "pad_token_id": last - 1}
     torch.manual_seed(0)
     model = package.LLaDAModelLM._from_config(package.LLaDAConfig(**fields, **sizes, **ids))
-    return model.eval().to(config.device)
+    return model.eval().to(config.device, getattr(torch, config.dtype))
 
 
 def forwards(package: ModuleType, config: Config) -> dict[str, Run]:
@@ -140,6 +144,23 @@ def likelihoods(config: Config) -> dict[str, Run]:
     return {
         "ours": lambda: torch.tensor([s.log_likelihood for s in score_answers(model, requests, settings)]),
         "published": lambda: torch.tensor([published(row) for row in ids]),
+    }
+
+
+def packed(config: Config) -> dict[str, Run]:
+    """name -> the last hidden states of eight documents, in one row or a row each."""
+    model = make_model(modelling_final, config).model
+    lengths = [config.packed_length * n // 8 for n in (8, 1, 5, 3, 6, 2, 4, 7)]
+    ids = torch.randint(0, config.vocab_size - 2, (sum(lengths),), generator=torch.Generator().manual_seed(4))
+    parts = ids.split(lengths)
+    borders = torch.tensor([0, *lengths]).cumsum(0).to(config.device)
+    row, rows = ids[None].to(config.device), torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+    mask = torch.arange(rows.shape[1]) < torch.tensor(lengths)[:, None]
+    padded = {"input_ids": rows.to(config.device), "attention_mask": mask.to(config.device)}
+    keep = mask.to(config.device)
+    return {
+        "ours": lambda: model(input_ids=row, document_borders=borders).last_hidden_state[0],
+        "padded": lambda: model(**padded).last_hidden_state[keep],
     }
 
 
@@ -203,6 +224,8 @@ def main(argv: list[str] | None = None) -> None:
     for what in config.what:
         if what == "likelihood":
             arms = likelihoods(config)
+        elif what == "packed":
+            arms = packed(config)
         elif what == "draw":
             arms = {name: drawing(package, config) for name, package in packages.items()}
         else:
@@ -212,8 +235,8 @@ def main(argv: list[str] | None = None) -> None:
         for name in arms.keys() - {"ours"}:
             pairs = zip(seconds[name], seconds["ours"], strict=True)
             line += f", {statistics.median(other / ours for other, ours in pairs):.2f}x"
-        if "before" in arms:
-            line += f", difference {float((arms['ours']() - arms['before']()).abs().max()):.1e}"
+        if arms.keys() & {"before", "padded"}:
+            line += f", difference {float((arms['ours']() - list(arms.values())[1]()).abs().max()):.1e}"
         if what == "draw":
             size = 4 * config.draw_rows * config.draw_vocab
             peaks = (f"{name} {peak_bytes(run, config.device) / size:.2f}" for name, run in arms.items())

@@ -18,7 +18,7 @@ process of its own.
 Run:
     python scripts/benchmarks/bench_step.py --shape cpu --threads 2 --ablations --memory
     python scripts/benchmarks/bench_step.py --shape cpu-v126k --threads 2 --repeats 5
-    bash scripts/benchmarks/bench_gpu_step.sh   # the 1B and 8B-LoRA shapes on a GPU
+    bash scripts/benchmarks/gpu.sh   # the 1B and 8B-LoRA shapes on a GPU
 """
 
 import json

@@ -97,6 +97,8 @@ def time_lengths(
     for _ in range(repeats):
         for pair, arm in arms.items():
             time_arm(arm, [prompts], results[pair], calls, model.device)
+            rate = batch_size * gen_length / results[pair].seconds[-1]
+            print(f"  {num_prompt}/{gen_length} {pair[0]} x{pair[1]}: {rate:.1f} tokens/s", flush=True)
 
     rows, num_tokens = [], batch_size * gen_length
     for (name, k), result in results.items():

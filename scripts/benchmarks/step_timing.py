@@ -165,9 +165,14 @@ def compare(bench: Bench, arms: list[Arm], batch: NoisedBatch) -> dict[str, dict
 
 def time_arms(bench: Bench, arms: list[Arm], batch: NoisedBatch, repeats: int) -> dict[str, list[float]]:
     """Seconds per step of every arm; the arms take turns."""
-    rounds = [[bench.seconds(arm, batch) for arm in arms] for _ in range(repeats)]
+    rounds = [[_told(arm.name, bench.seconds(arm, batch)) for arm in arms] for _ in range(repeats)]
     bench.free()
     return dict(zip([arm.name for arm in arms], map(list, zip(*rounds, strict=True)), strict=True))
+
+
+def _told(name: str, seconds: float) -> float:
+    print(f"  {name:13} {seconds:.4f} s", flush=True)  # what there is if the machine is taken away
+    return seconds
 
 
 def matmul_rate(bench: Bench, dtype: str) -> float:
