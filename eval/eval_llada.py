@@ -2,9 +2,8 @@
 
 Every flag of lm_eval's command line works (`--help`); `--model_args` takes the names of `ModelArgs` in
 llada/inference/. `--preset NAME` fills in a published setting of eval/presets.yaml and prints the scores to
-expect; what is given beside it wins. Requests are sharded over the ranks. With `--output_path` the results,
-the command and every raw generation are saved there, and a killed run that is started again continues where
-it stopped. `--compare FOLDER FOLDER` sets two such outputs beside each other, question by question.
+expect. Requests are sharded over the ranks; with `--output_path` a killed run continues. `--compare FOLDER
+FOLDER` sets two outputs beside each other, question by question. Everything else: docs/evaluation.md.
 
 Run:
     python eval/eval_llada.py --tasks gsm8k --model llada_dist --num_fewshot 5 --apply_chat_template \\
@@ -15,8 +14,6 @@ Run:
         --model_args model_path=CHECKPOINT,gen_length=256 --output_path runs/eval
     python eval/eval_llada.py --config configs/debug/eval_llada.yaml
     python eval/eval_llada.py --compare runs/eval-sft runs/eval-grpo
-
-Tasks that run offline, presets and what the numbers mean: docs/evaluation.md.
 """
 
 import argparse
@@ -58,11 +55,7 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """lm_eval's arguments, with those of --config and --preset filled in where the command line has none.
-
-    Raises:
-        ValueError: an unknown preset or YAML key, or no model_path.
-    """
+    """lm_eval's arguments, with those of --config and --preset filled in where the command line has none."""
     ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     ours.add_argument("--preset")
     ours.add_argument("--compare", nargs=2, metavar=("FOLDER", "FOLDER"))
@@ -93,10 +86,8 @@ def _task_names(arguments: argparse.Namespace) -> list[str]:
 
 
 def _check_tasks(arguments: argparse.Namespace) -> None:
-    """ValueError for a task whose name is no word of any task file.
-
-    lm_eval itself parses fourteen thousand files before it says so, and needs torch for it.
-    """
+    """ValueError for a task whose name is no word of any task file."""
+    # lm_eval itself parses fourteen thousand files before it says so, and needs torch for it
     files, words = _task_words(arguments.include_path)
     for name in _task_names(arguments):
         if name not in words and "*" not in name and not Path(name).exists():
@@ -134,11 +125,7 @@ def _fill(arguments: argparse.Namespace, values: dict[str, Any], where: str) -> 
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """lm_eval's arguments of a published setting; says which scores to expect.
-
-    Raises:
-        ValueError: no such preset.
-    """
+    """lm_eval's arguments of a published setting, or ValueError; says which scores to expect."""
     presets = yaml.safe_load(PRESETS.read_text(encoding="utf-8"))
     del presets["_shared"]
     if name not in presets:

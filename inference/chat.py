@@ -66,7 +66,6 @@ COMMANDS = {
     "/quit": "leave (or Ctrl-D)",
 }
 
-
 SETTINGS = [field.name for field in fields(SamplerFlags)]
 
 
@@ -188,6 +187,7 @@ class Chat:
                 raise ValueError(f"it is: {known[name]}")
             if name == "/quit":
                 return False
+            # a command is the method of its name
             getattr(self, "_" + name[1:])(*([rest] if rest else []))
         except ValueError as error:
             self.say(f"error: {error}")

@@ -138,11 +138,8 @@ def choose(
         counts = Counter(final for final in finals if final)
         return max(range(len(finals)), key=lambda i: counts[finals[i]])
     if config.best_of == "likelihood":
-        requests = [
-            Request(tuple(prompt.token_ids), tuple(answer), f"{prompt.index}")
-            for answer in answers
-            if answer  # an empty answer has no tokens to score and loses against any other
-        ]
+        # an empty answer has no tokens to score and loses against any other
+        requests = [Request(tuple(prompt.token_ids), tuple(a), f"{prompt.index}") for a in answers if a]
         settings = LikelihoodSettings("elbo", MaskSettings(32), config.seed, config.batch_size)
         scores = iter(score_answers(model, requests, settings))
         means = [next(scores).log_likelihood / len(a) if a else -float("inf") for a in answers]

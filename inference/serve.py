@@ -60,7 +60,9 @@ def make_service(config: Config) -> Service:
         name=config.served_model_name or config.model_name_or_path,
         max_batch_size=config.max_batch_size,
         max_queue=config.max_queue,
-        api_key=os.environ.get("LLADA_API_KEY"),
+        api_key=os.environ.get(
+            "LLADA_API_KEY"
+        ),  # not a flag: a command line can be read by every user of the machine
     )
 
 

@@ -1,8 +1,8 @@
 """Questions to one model of an OpenAI-compatible server (vLLM, llama.cpp, Ollama, OpenAI).
 
-The official `openai` package speaks to the server: connections, keys, its errors, and retries of failed
-requests, with the server's Retry-After. Here is what it does not do: a reply that does not fit is asked for
-again, answers are kept on disk so that each is paid for once, and a run stops when most questions fail.
+The official `openai` package does connections, keys, errors, and retries with the server's Retry-After. Here
+is what it does not do: a reply that does not fit is asked for again, answers are kept on disk so that each is
+paid for once, and a run stops when most questions fail.
 """
 
 import hashlib
@@ -39,28 +39,19 @@ class NoAnswer(RuntimeError):
 
 @dataclass(kw_only=True)
 class ChatClient:
-    """Questions to one model of one server; several threads may ask.
+    """Questions to one model of one server; several threads may ask."""
 
-    Attributes:
-        base_url: up to and including /v1.
-        api_key_env: environment variable with the key, where the server wants one.
-        structured: ask the server to keep to the schema (response_format json_schema).
-        timeout: seconds for an answer.
-        max_retries: further tries of a question, whatever went wrong with the last.
-        cache_path: SQLite file of answers, or None; several processes may share it.
-        url_flag, model_flag: by which a user set them; named in errors.
-    """
-
-    base_url: str
+    base_url: str  # up to and including /v1
     model: str
-    api_key_env: str = "OPENAI_API_KEY"
+    api_key_env: str = "OPENAI_API_KEY"  # environment variable with the key, where the server wants one
     temperature: float = 0.0
     max_tokens: int = 1024
     seed: int = 0
-    structured: bool = True
-    timeout: float = 120.0
-    max_retries: int = 3
-    cache_path: str | None = None
+    structured: bool = True  # ask the server to keep to the schema (response_format json_schema)
+    timeout: float = 120.0  # seconds for an answer
+    max_retries: int = 3  # further tries of a question, whatever went wrong with the last
+    cache_path: str | None = None  # SQLite file of answers; several processes may share it
+    # by which a user set them; named in errors
     url_flag: str = "--judge_base_url"
     model_flag: str = "--judge_model"
 
@@ -115,9 +106,8 @@ class ChatClient:
             schema: JSON schema that the server is asked to keep to.
             read: gives the result, or raises ValueError with what is wrong with the reply.
 
-        Raises:
-            ValueError: the server refuses such calls altogether (unknown model, no permission).
-            ServerFailure: more than half of the last calls failed.
+        ValueError: the server refuses such calls altogether (unknown model, no permission). ServerFailure:
+        more than half of the last calls failed.
         """
         key = self._key(messages, schema)
         if (text := self._remembered(key)) is not None:
@@ -146,12 +136,10 @@ class ChatClient:
         """What `read` makes of the first choice of a chat completion, as the server sent it.
 
         Args:
-            read: gives the result, or raises ValueError with what is wrong with the choice.
+            read: as of `ask`, of the choice.
             options: further fields of the request, as the API names them.
 
-        Raises:
-            ValueError: the server refuses such calls altogether.
-            NoAnswer: no fitting reply in 1 + max_retries tries.
+        ValueError: the server refuses such calls altogether. NoAnswer: no fitting reply in all tries.
         """
         asked, tries, reason = messages, 0, ""
         # failed requests and replies that do not fit are paid from one budget, else their product would be
@@ -193,6 +181,7 @@ class ChatClient:
             return response.text, response.retries_taken
         except openai.APIStatusError as error:
             reason = f"HTTP {error.status_code}: {error.response.text[:300]}"
+            # these three pass by themselves; any other refusal of a client comes again
             if error.status_code < 500 and error.status_code not in (408, 409, 429):
                 raise ValueError(
                     f"{self.url_flag} {self.base_url}, {self.model_flag} {self.model}: {reason}"
@@ -219,10 +208,10 @@ class ChatClient:
             self._counts[name] += amount
 
     def _key(self, messages: Messages, schema: dict[str, Any]) -> str:
+        # all that decides an answer; 2 is the version of this key
         settings = [self.model, self.temperature, self.max_tokens, self.seed, self.structured]
-        return hashlib.sha256(
-            json.dumps([2, *settings, messages, schema], sort_keys=True).encode()
-        ).hexdigest()
+        known = [2, *settings, messages, schema]
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
     def _remembered(self, key: str) -> str | None:
         if self._cache is None:

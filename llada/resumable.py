@@ -26,14 +26,11 @@ class ResumableJob:
     def __init__(
         self, folder: str | Path | None, settings: Mapping[str, Any], *, rank: int = 0, world_size: int = 1
     ) -> None:
-        """Opens the job, or begins it.
+        """Opens the job, or begins it; ValueError if the folder holds items of other settings.
 
         Args:
             folder: None keeps everything in memory.
             settings: all that decides a result besides the item; JSON values.
-
-        Raises:
-            ValueError: the folder holds items of other settings.
         """
         self.folder = None if folder is None else Path(folder)
         self._rank, self._world_size = rank, world_size
@@ -70,7 +67,7 @@ class ResumableJob:
                 try:
                     entry = json.loads(line)
                     self._results[entry["key"]] = entry["result"]
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError):  # a kill can cut a line
                     num_broken += 1
         if num_broken:
             log.warning("%s: %d broken lines of a killed run are computed again", self.folder, num_broken)

@@ -6,25 +6,15 @@ Run:
     python scripts/convert_ar.py --model_name_or_path checkpoints/llama --drafter causal --num_layers 4 \\
         --output_dir drafter
 
-Reads what transformers reads: a folder or hub name of type llama (SmolLM, TinyLlama, Llama 3, ...), mistral,
-qwen2, qwen3, qwen3_moe or olmoe, or a GGUF of those, dequantised. Grouped-query attention, heads of any
-width, q/k/v biases, q/k norms, experts, tied embeddings and rotary scaling (linear, llama3, yarn) carry over.
-What has no place here is refused with the reason.
+Reads a folder or hub name of type llama, mistral, qwen2, qwen3, qwen3_moe or olmoe, or a GGUF of those,
+dequantised. What has no place here is refused with the reason. The result loads in every stage, but still
+thinks autoregressively: train it before sampling. `--logit_shift` declares that position i of the network
+predicts token i+1, as in the source (Dream's way to adapt); without it training moves the prediction (LLaDA's
+way). `--drafter causal` keeps the causal mask too: a parallel drafter (PARD), see docs/speculative.md.
 
-The result loads in every stage. It still thinks autoregressively: train it before sampling. `--logit_shift`
-declares that position i of the network predicts token i+1, as in the source; the model then hands out logits
-moved to their own token (Dream's way to adapt). Without it training moves the prediction (LLaDA's way).
-
-`--drafter causal` keeps the causal mask too: with every block one token long and shifted logits the model is
-its source still, with a mask token: a parallel drafter (PARD, arXiv 2504.18583). Train it with train_kl.py
---positions windows; scripts/export_checkpoint.py --format pard writes it back for vLLM and TensorRT-LLM.
-
-Tokens: the mask token takes the first row after the tokenizer's own; the embedding grows, to a multiple of 64
-rows, where it has no spare one. New rows of the embedding and of an untied head are the mean of the source's
-rows. EOS, padding and chat template stay; end of turn is what the template writes after an answer.
-
-Memory: about one copy of the weights, which are renamed, not copied; a GGUF's dequantised tensors come on
-top while it is read.
+The mask token takes the first row after the tokenizer's own; the embedding grows, to a multiple of 64 rows,
+where it has no spare one, by rows that are the mean of the others. EOS, padding and chat template stay.
+Memory: about one copy of the weights; a GGUF's dequantised tensors come on top while it is read.
 """
 
 from dataclasses import dataclass
@@ -123,6 +113,7 @@ def causal_gap(source: PreTrainedModel, model: LLaDAModelLM, *, num_tokens: int)
     num_rows = min(source.get_input_embeddings().num_embeddings, model.config.mask_token_id)
     drawn = torch.Generator().manual_seed(0)
     input_ids = torch.randint(num_rows, (1, num_tokens), generator=drawn)  # [B, L]
+    # [B, 1, L, L]: ours looks both ways, the source does not
     is_visible = torch.ones(1, 1, num_tokens, num_tokens, dtype=torch.bool).tril()
     theirs = source(input_ids, use_cache=False).logits[..., :num_rows]
     ours = model(input_ids, attention_mask=is_visible).logits[..., :num_rows]

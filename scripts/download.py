@@ -5,13 +5,8 @@ Run:
     python scripts/download.py --model Qwen/Qwen2.5-0.5B --output_dir checkpoints/qwen2.5-0.5b --revision main
 
 `--model` is `base`, `instruct` or `1.5` (the published LLaDA checkpoints, about 16 GB each), or any
-`org/name`. Files arrive in `OUTPUT_DIR.partial`, with a progress bar, and that folder becomes OUTPUT_DIR
-only when every file is there with the size the hub states; so OUTPUT_DIR is complete or absent. After an
-interruption run the same command again: finished files are kept. `OUTPUT_DIR/download.json` says what was
-fetched; a second run of the same command sees it and returns at once.
-
-If the hub cannot be reached, or has no such repository, the script says so in one line and exits with
-status 1.
+`org/name`. Files arrive in `OUTPUT_DIR.partial`; OUTPUT_DIR is complete or absent. After an interruption run
+the same command again: finished files are kept. `OUTPUT_DIR/download.json` says what was fetched.
 """
 
 import json
@@ -73,11 +68,9 @@ def repository(model: str) -> str:
 
 
 def listing(repo_id: str, revision: str) -> tuple[str, dict[str, int]]:
-    """What the hub holds: the commit, and the size in bytes of every file that is wanted.
-
-    Asking first is what makes "complete" checkable: offline, `snapshot_download` hands back a half-filled
-    folder with only a warning.
-    """
+    """What the hub holds: the commit, and the size in bytes of every file that is wanted."""
+    # Asked first, so that "complete" can be checked: offline, `snapshot_download` hands back a half-filled
+    # folder with only a warning.
     info = huggingface_hub.HfApi().repo_info(repo_id, revision=revision, files_metadata=True)
     wanted = {
         file.rfilename: file.size or 0
@@ -92,7 +85,10 @@ def fetch(repo_id: str, revision: str, folder: Path) -> str:
     commit, wanted = listing(repo_id, revision)
     print(f"{repo_id} at {commit[:12]}: {len(wanted)} files, {sum(wanted.values()) / 1e9:.2f} GB", flush=True)
     huggingface_hub.snapshot_download(
-        repo_id, revision=commit, local_dir=folder, ignore_patterns=UNREAD_FORMATS
+        repo_id,
+        revision=commit,
+        local_dir=folder,
+        ignore_patterns=UNREAD_FORMATS,  # the commit, not the branch: it may move during the download
     )
     bad = [
         name

@@ -1,13 +1,12 @@
 """Writes a plain checkpoint folder from a saved training state, at any time, also while the run goes on.
 
-What comes out is what the run's final/ would be at that step: `from_pretrained`, generation, evaluation and
-the next stage read it. With LoRA it is an adapter folder (scripts/merge_lora.py folds it in). States of
-any number of ranks and of sharded models are read; nothing in the run's folder is changed.
+What comes out is what the run's final/ would be at that step, with LoRA an adapter folder. States of any
+number of ranks and of sharded models are read; nothing in the run's folder is changed.
 
 --format pard writes a causal drafter (convert_ar.py --drafter causal) as the Llama or Qwen2 that it is, with
-the verifier's tokenizer, for vLLM and TensorRT-LLM, and prints how to serve it. Then it loads that folder
-with plain transformers and decodes --prompts_file with the verifier, in a loop as engines have it and in that
-of speculative_decode.py: acceptance must be the same in both. --run may be a checkpoint too.
+the verifier's tokenizer, for vLLM and TensorRT-LLM, and prints how to serve it. Then it decodes
+--prompts_file with plain transformers and with speculative_decode.py's loop: acceptance must be the same in
+both. --run may be a checkpoint too.
 
 Run:
     python scripts/export_checkpoint.py --run runs/pretrain --output_dir models/at_latest
@@ -88,6 +87,7 @@ def trained(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, O
         saved = sorted(path.name for path in run.glob("step-*") if (path / "meta.json").is_file())
         raise ValueError(f"--run {run}: no such state there; it has {', '.join(saved) or 'none'}")
     settings = read_yaml(run / "config.yaml")
+    # as in the run's first step: what config.yaml leaves out was not given
     flags = SimpleNamespace(**{"model_name_or_path": None, "tokenizer_name": None} | settings)
     model = build_model(flags)
     load_weights(state, model)

@@ -1,8 +1,6 @@
 """Makes the quickstart's data: puzzles with verifiers, as text, as conversations, and as held-out prompts.
 
 Puzzles come from reasoning-gym: 4x4 sudoku, and the distance of each cell of a 4x4 matrix to its nearest 0.
-A puzzle belongs to one of two parts by a keyed hash of what identifies it (the solution grid, the matrix), so
-a held-out puzzle has never been seen in any form.
 
 Run:
     python scripts/make_quickstart_data.py --output_dir runs/quickstart/data
@@ -85,15 +83,14 @@ TASKS = [
 
 
 def puzzles(task: Task, *, heldout: bool, count: int, seed: int) -> Iterator[Puzzle]:
-    """Distinct puzzles of one part, in an order that depends on the seed only; fewer than `count` if it runs
-    dry.
-    """
+    """Distinct puzzles of one part, in an order that depends on the seed only; perhaps fewer than `count`."""
     size = 4 * count + 1000
     source = reasoning_gym.create_dataset(task.name, seed=seed, size=size, **task.options)
     seen: set[str] = set()
     for index in range(size):
         puzzle = source[index]
         question = task.question(puzzle)
+        # by what identifies a puzzle, whatever the seed: a held-out one has never been seen in any form
         is_heldout = generator(0, task.name, task.identity(puzzle)).random() < HELDOUT_SHARE
         if is_heldout == heldout and question not in seen:
             seen.add(question)
@@ -110,12 +107,8 @@ def as_text(task: Task, puzzle: Puzzle) -> dict[str, str]:
 def as_conversation(task: Task, puzzle: Puzzle) -> dict[str, list[dict[str, str]]]:
     """An SFT record: question, short thought, answer."""
     answer = f"<think>{task.thought}</think>\n{puzzle['answer'].strip()}"
-    return {
-        "messages": [
-            {"role": "user", "content": task.question(puzzle)},
-            {"role": "assistant", "content": answer},
-        ]
-    }
+    turns = [("user", task.question(puzzle)), ("assistant", answer)]
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 def as_prompt(task: Task, puzzle: Puzzle, index: int) -> dict[str, Any]:
@@ -132,10 +125,8 @@ def as_prompt(task: Task, puzzle: Puzzle, index: int) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     """Writes the files."""
     config = parse(Config, argv, description=__doc__)
-    files: dict[str, list[dict[str, Any]]] = {
-        name: []
-        for name in ("pretrain", "pretrain_validation", "sft", "sft_validation", "heldout", "prompts")
-    }
+    names = ("pretrain", "pretrain_validation", "sft", "sft_validation", "heldout", "prompts")
+    files: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for task in TASKS:
         train = list(puzzles(task, heldout=False, count=config.num_train, seed=config.seed))
         heldout = list(puzzles(task, heldout=True, count=config.num_heldout, seed=config.seed + 1))

@@ -4,10 +4,9 @@ Run:
     python scripts/merge_lora.py --base_model checkpoints/8b --adapter_path runs/sft/final --output_path out
     python scripts/merge_lora.py --model_name checkpoints/8b --lora_weights runs/sft/final --output_dir out
 
-Both spellings of the flags mean the same; without a base, the one named in the adapter is used. peft merges:
-LoRA with all its variants, IA3 and what else it can fold in. Updates are computed in float32 and weights
-stored in the base's dtype. An adapter made for another base, or with weights missing, is refused by the name
-of the first. The tokenizer is the adapter's where it has one.
+Both spellings mean the same; without a base, the one named in the adapter is used. peft merges whatever it
+can fold in, in float32, stored in the base's dtype. An adapter made for another base, or with weights
+missing, is refused. The tokenizer is the adapter's where it has one.
 """
 
 from dataclasses import dataclass

@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     figure, panels = plt.subplots(
         1, len(names), figsize=(5 * len(names), 3.5), squeeze=False, constrained_layout=True
     )
+    # a folder's name where it tells the runs apart
     short = [Path(run).name for run in config.runs]
     labels = short if len(set(short)) == len(short) else config.runs
     for panel, name in zip(panels[0], names, strict=True):

@@ -2,10 +2,10 @@
 
 The config file holds one section per stage, in the order in which they run; a section's keys are the flags of
 the stage's script. A stage may run several times, as NAME:VARIANT. A section without `model_name_or_path`
-gets the checkpoint of the last of pretraining and SFT before it. `{output_dir}` in a value stands for the
-top-level `output_dir`. A finished stage is not run twice (its mark in `<output_dir>/logs` holds its command);
-a failed one stops the line and shows the end of its log. A section `heldout`, or heldout:NAME, holds flags of
-generate.py for held-out prompts, and `after`, the stages whose checkpoints answer them.
+gets the checkpoint of the last of pretraining and SFT before it; `{output_dir}` in a value stands for the
+top-level `output_dir`. A finished stage is not run twice, a failed one stops the line. A section `heldout`,
+or heldout:NAME, holds flags of generate.py for held-out prompts, and `after`, the stages whose checkpoints
+answer them.
 
 Run:
     python scripts/train_pipeline.py --config configs/quickstart.yaml --stage all
@@ -196,15 +196,14 @@ def as_arguments(flags: Mapping[str, Any]) -> list[str]:
 def run_once(name: str, command: list[str], logs: Path, marker: Path | None = None) -> float:
     """Runs a command unless it has finished before; its seconds. Stops the program if it fails or is stopped.
 
-    Args:
-        marker: what a training leaves when a signal stops it; it then ends with status 0.
+    `marker` is what a training leaves when a signal stops it; it then ends with status 0.
     """
     logs.mkdir(parents=True, exist_ok=True)
     mark = logs / f"{name}.done"
     text = shlex.join(command)
     if mark.is_file():
         done = json.loads(mark.read_text())
-        if done["command"] == text:
+        if done["command"] == text:  # the same flags: a changed config runs again
             print(f"== {name}: finished before, in {done['seconds']} s", flush=True)
             return done["seconds"]
     print(f"== {name}: {text}", flush=True)
@@ -215,7 +214,7 @@ def run_once(name: str, command: list[str], logs: Path, marker: Path | None = No
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process,
         passing_on_signals(process) as received,
     ):
-        while chunk := process.stdout.read1(65536):
+        while chunk := process.stdout.read1(65536):  # what there is, not a full buffer: progress bars move
             file.write(chunk)
             file.flush()
             sys.stdout.buffer.write(chunk)
@@ -236,12 +235,10 @@ def run_once(name: str, command: list[str], logs: Path, marker: Path | None = No
 
 @contextmanager
 def passing_on_signals(process: subprocess.Popen) -> Iterator[list[int]]:
-    """Within its body stop signals are noted and go to the process, which saves; else we would end before it.
-
-    It may also get them from whoever signals the whole group; `fit` takes both for one.
-    """
+    """Within its body stop signals are noted and go to the process, which saves; else we would end first."""
     received: list[int] = []
 
+    # The process may also get them from whoever signals the whole group; `fit` takes both for one.
     def pass_on(number: int, _: object) -> None:
         received.append(number)
         process.send_signal(number)
@@ -273,8 +270,7 @@ def stage_rows(
 ) -> list[tuple[str, ...]]:
     """The table's lines about a finished stage: what its own results files say, or that it ran.
 
-    Args:
-        earlier: the lines above; an earlier variant of the stage shows what was before.
+    `earlier` are the lines above; an earlier variant of the stage shows what was before.
     """
     folder = output_of(flags)
     found: list[tuple[str, str, str]] = []  # metric, before, after

@@ -1,9 +1,7 @@
 """Train a byte-level BPE tokenizer with LLaDA's special tokens on your own text.
 
-Every one of the 256 bytes is in the alphabet and nothing is normalised, so any UTF-8 text is encoded without
-an unknown token and decoded back unchanged. Digits are split one by one, each with the space before it if
-there is one (numbers of any length share twenty tokens). `<think>` is ordinary text. The special tokens take
-the last ids, as in LLaDA's own tokenizer; padding is EOS.
+Any UTF-8 text is encoded without an unknown token and decoded back unchanged. Digits are split one by one.
+`<think>` is ordinary text. The special tokens take the last ids, as in LLaDA's own tokenizer; padding is EOS.
 
 Run:
     python scripts/train_tokenizer.py --data data/samples/pretrain.jsonl data/samples/sft.jsonl \\
@@ -50,12 +48,8 @@ NUM_BYTES = 256
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most `vocab_size` tokens; the same texts give the same tokenizer.
-
-    Few or short texts run out of pairs to merge: the tokenizer is then smaller than asked for, never larger.
-
-    Raises: ValueError when `vocab_size` cannot hold the 256 bytes and the special tokens.
-    """
+    """A byte-level BPE tokenizer of at most `vocab_size` tokens; the same texts give the same tokenizer."""
+    # texts that run out of pairs to merge give a smaller one, never a larger
     specials = list(SPECIAL_TOKENS.values())
     smallest = NUM_BYTES + len(specials)
     if vocab_size < smallest:
@@ -64,16 +58,14 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
             f"need at least {smallest}"
         )
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r" ?\d"), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    # each digit with the space before it if there is one: numbers of any length share twenty tokens
+    digits = pre_tokenizers.Split(Regex(r" ?\d"), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(specials),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # every byte, seen or not
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)

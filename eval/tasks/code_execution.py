@@ -31,7 +31,6 @@ def extract_function(resps: list[list[str]], docs: list[dict[str, Any]]) -> list
 def _program(text: str, doc: dict[str, Any]) -> str:
     program = program_of(text, doc["entry_point"])
     if f"def {doc['entry_point']}" not in program:
-        return (
-            doc["prompt"] + [*code_blocks(text), text][0]
-        )  # the body alone, indented, goes under the signature
+        # the body alone, indented, goes under the signature
+        return doc["prompt"] + [*code_blocks(text), text][0]
     return ("\n" + doc["prompt"]).split("\ndef ")[0] + "\n" + program

@@ -22,11 +22,7 @@ VARIABLE = "LLADA_EVAL_DATA"
 
 
 def data_file(names: list[str], data_dir: str | None) -> Path:
-    """The first of the files or folders `names` that exists.
-
-    Raises:
-        ValueError: the folder is not given, or has none of them.
-    """
+    """The first of the files or folders `names` that exists; ValueError if none does."""
     folder = data_dir or os.environ.get(VARIABLE)
     if not folder:
         raise ValueError(
@@ -64,15 +60,10 @@ def humaneval(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
 def mmlu(*, data_dir: str | None = None, subject: str | None = None, **_: Any) -> DatasetDict:
     """One split, all, of question, choices, answer (0 to 3), subject, and split (dev or test).
 
-    lm_eval tells a few-shot sampler which question it is for only when both come from the same split;
-    without that the examples could not be of the question's subject.
-
-    Args:
-        subject: keep only this one (--metadata subject=anatomy).
-
-    Raises:
-        ValueError: no such subject, or a row that is not a question.
+    `subject` keeps only this one (--metadata subject=anatomy).
     """
+    # lm_eval tells a few-shot sampler which question it is for only when both come from one split; without
+    # that the examples could not be of the question's subject
     records = []
     for split in ("dev", "test"):
         rows = _mmlu_records(data_file([f"mmlu/{split}", f"mmlu/{split}.jsonl"], data_dir), split)

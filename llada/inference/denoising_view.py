@@ -85,6 +85,7 @@ class DenoisingView:
         """(text, style) of every position of the canvas."""
         cells: list[tuple[str, str]] = []
         start = 0
+        # the None behind the last position closes the last run
         for i, token_id in enumerate([*self.canvas, None]):
             if token_id is not None and token_id not in self.end_ids:
                 continue

@@ -1,4 +1,4 @@
-"""The names that `eval_llada.py --model_args` takes. Nothing slow is imported: see llada/flags.py."""
+"""The names that `eval_llada.py --model_args` takes. Nothing slow is imported: see llada/flags/parser.py."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar

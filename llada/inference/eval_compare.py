@@ -41,11 +41,7 @@ def _latest_samples(folder: str) -> dict[tuple[str, str], float]:
 
 
 def compare(first: str, second: str) -> Iterator[Comparison]:
-    """Every metric that two output folders share, with the paired difference.
-
-    Raises:
-        ValueError: a folder without samples, or no question in both.
-    """
+    """Every metric that two output folders share, with the paired difference; ValueError if there is none."""
     one, other = _latest_samples(first), _latest_samples(second)
     shared = sorted(one.keys() & other.keys())
     if not shared:

@@ -35,16 +35,13 @@ NO_EFFECT = ("batch_size", "generate_batch_size", "device", "record_dir", "mask_
 
 
 class Generation(NamedTuple):
-    """A prompt to answer: its text, its token ids, stop strings, the answer's length, the sampler's settings.
-
-    The settings' canvas may be longer than the answer, to hold whole blocks.
-    """
+    """A prompt to answer. The settings' canvas may be longer than the answer, to hold whole blocks."""
 
     text: str
     token_ids: tuple[int, ...]
-    until: tuple[str, ...]
-    length: int
-    settings: dict[str, Any]
+    until: tuple[str, ...]  # stop strings
+    length: int  # tokens of the answer
+    settings: dict[str, Any]  # of the sampler
 
 
 class EvalRank:
@@ -167,7 +164,8 @@ class EvalRank:
             [list(prompt.token_ids) for prompt in batch.values()],
             generation_config=self.sampler(settings),
             return_dict_in_generate=True,
-            # the key names the request, so its draws are the same in any batch and on any rank
+            # The key names the request, so its draws are the same in any batch and on any rank; 60 bits of
+            # it fit an int64.
             record_ids=[int(key[:15], 16) for key in batch],
         )
         answers = output.sequences[:, -settings["gen_length"] :].tolist()

@@ -1,8 +1,4 @@
-"""`llada_dist`: a LLaDA checkpoint as a model of lm_eval; importing this file registers the name.
-
-lm_eval's requests are texts; here they become token ids for eval_worker.py, which computes them on all
-ranks.
-"""
+"""`llada_dist`: a LLaDA checkpoint as a model of lm_eval; importing this file registers the name."""
 
 import hashlib
 import json
@@ -34,12 +30,9 @@ DEFAULT_TOKENS = 256  # lm_eval's own default
 
 @register_model("llada_dist")
 class LLaDADist(TemplateLM):
-    """A LLaDA checkpoint behind lm_eval's model interface.
+    """A LLaDA checkpoint behind lm_eval's model interface; only rank 0 has an object of this class."""
 
-    lm_eval sees one process whatever the number of ranks (its own sharding draws other few-shot examples on
-    other numbers of ranks); only rank 0 has an object of this class.
-    """
-
+    # One process for lm_eval, whatever the ranks: its own sharding draws other few-shot examples.
     latest: ClassVar["LLaDADist | None"] = None  # lm_eval builds the model itself and does not hand it out
 
     def __init__(self, worker: EvalRank) -> None:
@@ -173,19 +166,18 @@ class LLaDADist(TemplateLM):
         greedy = self._compute("greedy", items) if self.args.is_check_greedy else [False] * len(items)
         return list(zip(values, greedy, strict=True))
 
-    def _compute(self, kind: str, items: Sequence[Request]) -> list[Any]:
-        keys = [self.log.key(kind, item) for item in items]
+    def _compute(self, kind: str, items: Sequence[Any], keys: list[str] | None = None) -> list[Any]:
+        """The results of the items; those of one key are computed once."""
+        keys = keys or [self.log.key(kind, item) for item in items]
         results = self.worker.compute(kind, dict(zip(keys, items, strict=True)))
         found = dict(zip(dict.fromkeys(keys), results, strict=True))
         return [found[key] for key in keys]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of whole texts, in disjoint windows that follow each other.
-
-        A window is max_length - 1 tokens after one token of context, as in lm_eval's own models.
-        """
+        """The log-likelihood of whole texts, in disjoint windows that follow each other."""
         pieces, owners = [], []
         for owner, (text,) in enumerate(request.args for request in requests):
+            # one token of context before each window, as in lm_eval's own models
             windows = get_rolling_token_windows(
                 self.tok_encode(text, add_special_tokens=False),
                 prefix_token=self.prefix_token_id,
@@ -222,18 +214,12 @@ class LLaDADist(TemplateLM):
             keys.append(self.log.key("answer", [prompt, repeat]))
             prompts.append(prompt)
         self._report_truncated(len(prompts))
-        results = self.worker.compute("answer", dict(zip(keys, prompts, strict=True)))
-        found = dict(zip(dict.fromkeys(keys), results, strict=True))
-        return [found[key] for key in keys]
+        return self._compute("answer", prompts, keys)
 
     def _settings(
         self, task_settings: dict[str, Any], num_context: int = 0
     ) -> tuple[int, tuple[str, ...], dict[str, Any]]:
-        """(tokens of the answer, its stop strings, the sampler's settings): --model_args, then the task.
-
-        What a task says is read by lm_eval's own rules. A canvas holds whole blocks: what lies behind the
-        answer's tokens is cut off again.
-        """
+        """(tokens of the answer, its stop strings, the sampler's settings): --model_args, then the task."""
         args, asked = self.args, normalize_gen_kwargs(task_settings, DEFAULT_TOKENS)
         if ignored := sorted(set(asked) - TASK_SETTINGS):
             self._warn_once(f"the task's generation_kwargs {', '.join(ignored)} mean nothing to this sampler")
@@ -245,7 +231,7 @@ class LLaDADist(TemplateLM):
                 f"the task's max_length {whole} leaves no room behind {num_context} prompt tokens"
             )
         block = args.block_length or length
-        canvas = length + -length % block
+        canvas = length + -length % block  # whole blocks; what lies behind the answer is cut off again
         steps = min(args.steps or canvas, canvas)
         steps += -steps % (canvas // block)  # as many in every block
         if steps not in (args.steps, canvas):

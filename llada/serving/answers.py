@@ -18,7 +18,7 @@ class Candidate:
     ask: Ask
     sent: str = ""
     reason: str | None = None
-    num_tokens: int = 0
+    num_tokens: int = 0  # sent or to be sent, as `usage` counts them
 
     def text_of(self, token_ids: list[int], *, is_final: bool, has_ended: bool = False) -> str:
         """The text of an answer's beginning, as far as it may be shown; sets `reason` where it ends."""
@@ -32,6 +32,7 @@ class Candidate:
             self.reason = "stop" if has_ended and len(token_ids) <= self.ask.max_tokens else "length"
             return text
         text = text.rstrip("\ufffd")  # a character whose other bytes are still masks
+        # what may be the beginning of a stop string waits for the tokens behind it
         held = max(
             (n for stop in self.ask.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
         )

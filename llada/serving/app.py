@@ -8,7 +8,6 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +51,6 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-
-
-def _pass_on(
-    put: Callable[[tuple], None], job: int, block_length: int, candidate: int, entry: dict[str, Any], row: Row
-) -> None:
-    put(("step", job, candidate, entry, row.beginning(block_length)))
 
 
 @dataclass
@@ -119,9 +112,6 @@ class Service:
             except ApiError as error:
                 headers = {"Retry-After": "1"} if error.status == 429 else None
                 response = JSONResponse(error.body(), status_code=error.status, headers=headers)
-            except QueueIsFull:
-                error = ApiError(429, "the queue is full, try again later", code="queue_full")
-                response = JSONResponse(error.body(), status_code=429, headers={"Retry-After": "1"})
             except Exception:
                 log.exception("a request failed")
                 response = JSONResponse(
@@ -141,6 +131,7 @@ class Service:
     def _check_key(self, request: Request) -> None:
         if self._api_key is None:
             return
+        # in constant time: the time of a comparison must not tell how much of a key is right
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if not hmac.compare_digest(given.encode(), self._api_key.encode()):
             raise ApiError(401, "wrong or missing API key", code="invalid_api_key")
@@ -274,16 +265,21 @@ class Service:
             settings = self._fit(ask, len(prompt) + len(suffix))
             if suffix:  # a hole is filled to its end
                 settings = settings.changed(early_stop=False, logits_eos_inf=True)
-            steps = None
-            if ask.body.stream:
-                steps = partial(_pass_on, put, i, settings.block_of(settings.gen_length))
+            block = settings.block_of(settings.gen_length)
+
+            def on_step(
+                candidate: int, entry: dict[str, Any], row: Row, i: int = i, block: int = block
+            ) -> None:
+                put(("step", i, candidate, entry, row.beginning(block)))
+
             pending.jobs.append(
                 Job(
                     prompt_ids=prompt,
                     suffix_ids=suffix,
                     settings=settings,
+                    # without a seed each request is a draw of its own
                     record_id=i if ask.is_seeded else secrets.randbits(48),
-                    on_step=steps,
+                    on_step=on_step if ask.body.stream else None,
                     on_done=lambda result, i=i: put(("done", i, result)),
                 )
             )
@@ -293,7 +289,7 @@ class Service:
             except QueueIsFull:
                 for other in pending.jobs:
                     other.is_cancelled = True
-                raise
+                raise ApiError(429, "the queue is full, try again later", code="queue_full") from None
         return pending
 
     def _fit(self, ask: Ask, num_given: int) -> LLaDAGenerationConfig:
@@ -371,15 +367,12 @@ class Service:
     def _step_chunk(self, reply: Reply, index: int, entry: dict[str, Any]) -> dict[str, Any]:
         """A chunk without text that carries one denoising step; for other clients it is an empty delta."""
         texts = [self._spell(token_id) for token_id in entry["token_ids"]]
-        step = {
-            name: entry[name]
-            for name in ("block", "step", "positions", "token_ids", "confidences", "remasked")
-        }
+        names = ("block", "step", "positions", "token_ids", "confidences", "remasked")
+        step = {name: entry[name] for name in names}
         return reply.chunk(index, "") | {"llada": {"index": index, **step, "texts": texts}}
 
     def _spell(self, token_id: int) -> str:
         if token_id not in self._spelled:
-            self._spelled[token_id] = (
-                spell(self.tokenizer, [token_id])[0] or "\u00b7"
-            )  # a part of a character
+            # "·": a part of a character
+            self._spelled[token_id] = spell(self.tokenizer, [token_id])[0] or "\u00b7"
         return self._spelled[token_id]

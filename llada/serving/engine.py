@@ -58,21 +58,14 @@ class Row:
 
 @dataclass(eq=False)
 class Job:
-    """One request.
-
-    Attributes:
-        suffix_ids: tokens behind the answer, for infill; with them the answer fills its length.
-        settings: gen_length is this job's own; all else must be equal within a batch.
-        record_id: with the settings' seed, the key of its random draws.
-        on_step: called in the engine's thread with (candidate, trace entry, row), or None.
-        on_done: called once in the engine's thread, with the candidates' token ids, each with whether it
-            ended by itself, or with the exception that ended the batch.
-    """
+    """One request."""
 
     prompt_ids: list[int]
-    suffix_ids: list[int]
-    settings: LLaDAGenerationConfig
-    record_id: int
+    suffix_ids: list[int]  # behind the answer, for infill; with them the answer fills its length
+    settings: LLaDAGenerationConfig  # gen_length is this job's own; all else must be equal within a batch
+    record_id: int  # with the settings' seed, the key of its random draws
+    # Both are called in the engine's thread: on_step with (candidate, trace entry, row), on_done once, with
+    # the candidates' token ids, each with whether it ended by itself, or with what ended the batch.
     on_step: Callable[[int, dict[str, Any], Row], None] | None
     on_done: Callable[[list[tuple[list[int], bool]] | Exception], None]
     is_cancelled: bool = False
@@ -116,11 +109,7 @@ class Engine:
         return self._thread.is_alive() and not self._is_closing
 
     def submit(self, job: Job) -> None:
-        """Queues a job.
-
-        Raises:
-            QueueIsFull: `max_queue` jobs wait already.
-        """
+        """Queues a job. QueueIsFull: `max_queue` jobs wait already."""
         with self._changed:
             if self._is_closing or len(self._waiting) >= self.max_queue:
                 raise QueueIsFull
@@ -163,6 +152,7 @@ class Engine:
             for job in self._waiting:
                 if job.is_cancelled:
                     continue
+                # a job larger than a batch goes alone
                 fits = num_rows + job.num_rows <= self.max_batch_size or not batch
                 if fits and (not batch or job.batch_key() == batch[0].batch_key()):
                     batch.append(job)
@@ -176,6 +166,7 @@ class Engine:
         num = batch[0].num_rows
         for job in batch:
             job.rows = [Row([None] * job.settings.gen_length, self.end_ids) for _ in range(num)]
+        # with remasking or without early stop, tokens behind a first end may still move it
         ends_early = batch[0].settings.early_stop and batch[0].settings.remdm == "none"
 
         def on_step(entry: dict[str, Any]) -> None:

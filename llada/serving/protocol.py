@@ -92,23 +92,19 @@ class CompletionBody(Body):
 
 @dataclass
 class Ask:
-    """A request, checked.
-
-    Attributes:
-        settings: of the sampler, for an answer of `max_tokens` tokens rounded up to whole blocks.
-        is_seeded: whether the client gave a seed, so that the same request has the same answer again.
-    """
+    """A request, checked."""
 
     body: ChatBody | CompletionBody
-    settings: LLaDAGenerationConfig
+    settings: LLaDAGenerationConfig  # of the sampler, for `max_tokens` tokens rounded up to whole blocks
     max_tokens: int
     stops: list[str] = field(default_factory=list)
-    is_seeded: bool = False
+    is_seeded: bool = False  # the client gave a seed: the same request has the same answer again
 
 
 def read_json(raw: bytes) -> dict[str, Any]:
     """The JSON object of a request. ApiError 400 if there is none."""
     try:
+        # NaN becomes a float, which the fields refuse by name
         value = json.loads(raw, parse_constant=lambda name: float(name))
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -123,19 +119,16 @@ def read_json(raw: bytes) -> dict[str, Any]:
 def read_ask(
     raw: bytes, body_class: type[ChatBody] | type[CompletionBody], defaults: LLaDAGenerationConfig
 ) -> Ask:
-    """A request body with the server's defaults filled in.
+    """A request body with the server's defaults filled in; ApiError 400, naming the field.
 
-    Args:
-        body_class: which endpoint's fields there are; the sampler's settings may stand beside them.
-
-    Raises:
-        ApiError: 400, naming the field.
+    `body_class` says which endpoint's fields there are; the sampler's settings may stand beside them.
     """
     values = read_json(raw)
     for name in INDIFFERENT & values.keys():
         values.pop(name)
     for name in NEUTRAL.keys() & values.keys():
         value = values.pop(name)
+        # in Python True == 1, in JSON it is another value
         if not any(
             value == neutral and type(value) in (type(neutral), int, float) for neutral in NEUTRAL[name]
         ):
@@ -183,8 +176,7 @@ MAX_LENGTH = 1 << 20
 def fit_length(settings: LLaDAGenerationConfig, max_tokens: int) -> LLaDAGenerationConfig:
     """The settings with room for `max_tokens` tokens, in whole blocks; steps stay in proportion.
 
-    Raises:
-        ValueError: the steps cannot be shared out over the blocks.
+    ValueError: the steps cannot be shared out over the blocks.
     """
     block = None if settings.method == "fixed_length" else settings.block_length
     length = max_tokens if block is None else -(-max_tokens // block) * block
@@ -212,22 +204,16 @@ class Reply:
         self.created = int(time.time())
 
     def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-        }
+        frame = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return {**frame, "choices": choices}
 
     def whole(self, texts: list[str], reasons: list[str], usage: dict[str, int]) -> dict[str, Any]:
         choices = []
         for i, (text, reason) in enumerate(zip(texts, reasons, strict=True)):
             content = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
             choices.append({"index": i, **content, "logprobs": None, "finish_reason": reason})
-        return self._frame("chat.completion" if self.is_chat else "text_completion", choices) | {
-            "usage": usage
-        }
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        return self._frame(kind, choices) | {"usage": usage}
 
     def chunk(
         self, index: int, text: str, reason: str | None = None, *, first: bool = False
@@ -241,9 +227,8 @@ class Reply:
         return self._frame("chat.completion.chunk" if self.is_chat else "text_completion", [choice])
 
     def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
-        return self._frame("chat.completion.chunk" if self.is_chat else "text_completion", []) | {
-            "usage": usage
-        }
+        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
+        return self._frame(kind, []) | {"usage": usage}
 
 
 def usage_of(num_prompt: int, num_completion: int) -> dict[str, int]:
