@@ -50,23 +50,26 @@ def finish(process: BaseProcess, log: Path, status: int = 0) -> None:
 
 
 def start_ranks(
-    world_size: int, script: str, flags: list[object], folder: Path
+    world_size: int, script: str, flags: list[object], folder: Path, *, num_nodes: int = 1
 ) -> list[tuple[BaseProcess, Path]]:
     """The script started on so many ranks, as torchrun would; their processes and logs, in `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     logs = [folder / f"rank{rank}.log" for rank in range(world_size)]
-    common = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
+    local = world_size // num_nodes
+    common = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": local, "MASTER_ADDR": "127.0.0.1"}
     return [
-        (start(script, flags, log, RANK=rank, LOCAL_RANK=rank, MASTER_PORT=port, **common), log)
+        (start(script, flags, log, RANK=rank, LOCAL_RANK=rank % local, MASTER_PORT=port, **common), log)
         for rank, log in enumerate(logs)
     ]
 
 
-def run_ranks(world_size: int, script: str, flags: list[object], folder: Path) -> list[Path]:
+def run_ranks(
+    world_size: int, script: str, flags: list[object], folder: Path, *, num_nodes: int = 1
+) -> list[Path]:
     """Runs the script on so many ranks to its end; their logs."""
-    started = start_ranks(world_size, script, flags, folder)
+    started = start_ranks(world_size, script, flags, folder, num_nodes=num_nodes)
     for process, log in started:
         finish(process, log)
     return [log for _, log in started]

@@ -21,6 +21,23 @@ RUNS = [
     for name, stage in TRAINED.items()
     for variant, flags in {"": (), **stage.variants}.items()
 ]
+# Beside these, for many ranks: which decoding runs as many forwards on each of them, who has no prompt, ...
+MORE = {
+    "pretraining": {"tied": ("--config_name", "tied.yaml")},
+    "sft": {"packed": ("--packing",)},
+    "grpo": {
+        "lora, kl": ("--lora_r", "2", "--beta", "0.1"),
+        "factor": ("--parallel_decoding", "factor"),
+        "remdm": ("--remdm", "cap"),
+        "few prompts": ("--eval_limit", "1", "--beta", "0.1"),
+    },
+}
+VARIANTS = {name: {"": (), **stage.variants, **MORE.get(name, {})} for name, stage in TRAINED.items()}
+CASES = [
+    pytest.param(name, variant, id=", ".join(filter(None, [name, variant])))
+    for name, variants in VARIANTS.items()
+    for variant in variants
+]
 # Debug configs that start from scratch do so at this size: what is tried here does not depend on it.
 TINY = "{d_model: 16, n_layers: 2, n_heads: 2, n_kv_heads: 2, mlp_hidden_size: 24, rope_theta: 1e4}"
 # Of metrics.jsonl; all others are results, but that a reward of 0 may have either sign.
@@ -46,6 +63,7 @@ def workplace(tmp_path_factory, worker_id_or_none) -> Path:
             for name in ("data", "configs", "eval"):
                 (folder / name).symlink_to(ROOT / name)
             (folder / "size.yaml").write_text(TINY)
+            (folder / "tied.yaml").write_text(TINY.replace("}", ", weight_tying: true}"))
     return folder
 
 
@@ -160,25 +178,68 @@ def test_killed_and_resumed_equals_uninterrupted(name, variant, inputs, tmp_path
         assert (killed / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.fixture
+def ranks_run(inputs, workplace):
+    """ranks_run(name, variant, num_ranks, shard, dtype): two steps of a stage, made once; its folder."""
+
+    def run(name: str, variant: str, num_ranks: int, shard: str, dtype: str) -> Path:
+        inputs(name)
+        folder = workplace / f"ranks/{name} {variant}/{num_ranks} {shard} {dtype}"
+        # a large epsilon: Adam's first steps would blow up rounding in gradients that are nearly zero
+        more = ["--max_steps", 2, "--log_interval", 1, "--adam_epsilon", 1e-2, "--dtype", dtype]
+        more += ["--batch_size", 32] if name == "grpo" else []  # as many prompts as four ranks
+        more += ["--micro_batch_size", 1] if num_ranks > 1 else []
+        more += ["--shard", shard] if name != "teacher" else []  # a teacher is trained whole
+        with FileLock(f"{workplace}.ranks.lock"):  # two tests at once would share the cores
+            if not (folder / "DONE").exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                flags = flags_of(name, folder, *more, *VARIANTS[name][variant])
+                nodes = 2 if shard == "hybrid" else 1
+                run_ranks(num_ranks, STAGES[name].script, flags, folder, num_nodes=nodes)
+        return folder
+
+    return run
+
+
+def compare(folder: Path, expected: Path, *, tolerance: float) -> None:
+    """Losses are equal to the tolerance, all other results and the weights to 1e-4."""
+    for ours, theirs in zip(results(folder), results(expected), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+        losses = [{k: v for k, v in entry.items() if k.endswith("loss")} for entry in (ours, theirs)]
+        assert losses[0] == pytest.approx(losses[1], rel=tolerance, abs=tolerance)
+    ours, theirs = weights(folder), weights(expected)
+    for key in theirs:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "variant"), CASES)
+def test_two_ranks_equal_one_process(name, variant, ranks_run):
+    one = ranks_run(name, variant, 1, "none", "float32")
+    for shard in ("none", "full") if variant == "" else ("full",):
+        if name != "teacher" or shard == "none":
+            compare(ranks_run(name, variant, 2, shard, "float32"), one, tolerance=1e-6)
+
+
+@pytest.mark.parametrize(("name", "variant"), [("sft", ""), ("grpo", "lora, kl")])
+def test_sharding_rounds_no_more_than_bfloat16_does(name, variant, ranks_run):
+    replicated = ranks_run(name, variant, 2, "none", "bfloat16")
+    compare(ranks_run(name, variant, 2, "full", "bfloat16"), replicated, tolerance=1e-4)
+
+
+@pytest.mark.ranks4
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("name", "variant", "shard"),
     [
-        pytest.param(*run.values, shard, id=f"{run.id}, {shard}")
-        for run in RUNS
-        for shard in ("none", "full")
-        if run.values[0] != "teacher" or shard == "none"  # a teacher is trained whole
+        pytest.param(*case.values, shard, id=f"{case.id}, {shard}")
+        for case in CASES
+        for shard in ("none", "full", "hybrid")
+        if case.values[0] != "teacher" or shard == "none"
     ],
 )
-def test_two_ranks_equal_one_process(name, variant, shard, inputs, tmp_path):
-    inputs(name)
-    script = STAGES[name].script
-    # a large epsilon: Adam's first steps would blow up rounding in gradients that are nearly zero
-    more = [*variant, "--max_steps", 4, "--log_interval", 1, "--adam_epsilon", 1e-2]
-    load_script(script).main(flags_of(name, tmp_path / "one", *more))
-    two = [*more, "--micro_batch_size", 1, "--shard", shard]
-    run_ranks(2, script, flags_of(name, tmp_path / "two", *two), tmp_path)
-    for one, other in zip(results(tmp_path / "one"), results(tmp_path / "two"), strict=True):
-        assert other == pytest.approx(one, rel=1e-4, abs=1e-5)
-    one, other = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for key in one:
-        torch.testing.assert_close(other[key], one[key], rtol=1e-4, atol=1e-5)
+def test_four_ranks(name, variant, shard, dtype, ranks_run):
+    found = ranks_run(name, variant, 4, shard, dtype)
+    if dtype == "float32":
+        compare(found, ranks_run(name, variant, 1, "none", dtype), tolerance=1e-6)
+    else:
+        compare(found, ranks_run(name, variant, 4, "none", dtype), tolerance=1e-4)
