@@ -172,8 +172,11 @@ def _check_files(config: TrainConfig, shape: PretrainedConfig) -> str:
     if getattr(config, "config_name", None) is not None:
         return f"{config.config_name}, new weights"
     base, _ = base_and_adapter(config.model_name_or_path)
-    with torch.device("meta"):
-        model = LLaDAModelLM(load_config(base)) if isinstance(shape, LLaDAConfig) else None
+    model = None
+    if isinstance(shape, LLaDAConfig):
+        with torch.device("meta"):
+            mask_token_id = getattr(config, "mask_token_id", None)
+            model = LLaDAModelLM(load_config(base, mask_token_id=mask_token_id))
     size = check_weight_files(base, model)
     if not size and Path(base).is_dir() and not list(Path(base).glob("*.bin")):
         raise ValueError(f"--model_name_or_path {base}: no weights there, only a configuration")
