@@ -54,6 +54,6 @@ ORDERS: dict[str, Order | None] = {
     "margin": margin,
     "entropy": entropy,
 }
-LOOKS_AT_DRAW = "low_confidence"  # the one whose choice of positions depends on what was drawn there
+LOOKS_AT_DRAW = {"low_confidence"}  # whose choice of positions depends on what was drawn there
 # Under these orders a rule for many tokens a step has a probability to read.
 PROBABILITIES: dict[str, Order] = {"low_confidence": confidence, "max_probability": max_probability}

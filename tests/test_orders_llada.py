@@ -19,7 +19,14 @@ MASK = 39
 ROOT = Path(__file__).resolve().parent.parent
 
 SCORED = [name for name, score in ORDERS.items() if score is not None]
-BLIND = [name for name in SCORED if name != LOOKS_AT_DRAW]
+BLIND = [name for name in SCORED if name not in LOOKS_AT_DRAW]
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_an_order_says_whether_it_looks_at_the_draw(name):
+    logits = torch.tensor([[[0.0, 1.0, 3.0]]])
+    scores = [float(ORDERS[name](logits, torch.tensor([[token]]))) for token in range(3)]
+    assert (len(set(scores)) > 1) == (name in LOOKS_AT_DRAW)
 
 
 def test_scores_by_hand():

@@ -60,6 +60,8 @@ def check_settings(settings: LLaDAGenerationConfig, *, order: bool = True) -> No
         raise ValueError(
             "--likelihood trajectory: --temperature 0 has no likelihood; sample, for example at 1"
         )
+    if settings.remasking in LOOKS_AT_DRAW - {"low_confidence"}:  # whose share is a formula of its own
+        raise ValueError(f"--likelihood trajectory: --remasking {settings.remasking} has no likelihood here")
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def replay(
         visible = start + width if settings.method == "semi_autoregressive_origin" else length
         masked = start + np.flatnonzero(answer[start : start + width] == mask_id)
         chosen = np.asarray(entry["positions"], dtype=np.int64)
-        if settings.remasking != LOOKS_AT_DRAW:  # whose turn it was does not depend on what was drawn
+        if settings.remasking not in LOOKS_AT_DRAW:  # whose turn it was does not depend on what was drawn
             masked = chosen
         tokens = answer.copy()
         tokens[chosen] = entry["token_ids"]
@@ -194,7 +196,7 @@ def batch_log_probs(
         batch,
         temperature=settings.temperature,
         mask_id=mask_id,
-        order=order and settings.remasking == LOOKS_AT_DRAW,
+        order=order and settings.remasking in LOOKS_AT_DRAW,
     )
 
 
