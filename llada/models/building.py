@@ -28,11 +28,7 @@ def load_for_inference(
     device: torch.device | str | None = None,
     mask_token_id: int | None = None,
 ) -> tuple[LLaDAModelLM, PreTrainedTokenizerBase]:
-    """A model that answers, in eval mode, and its tokenizer; arguments as for `load_model`.
-
-    Args:
-        chat: the tokenizer is asked for a chat template.
-    """
+    """A model that answers, in eval mode, and its tokenizer; arguments as for `load_model`."""
     tokenizer = load_tokenizer(path, chat=chat, mask_token_id=mask_token_id)
     model = load_model(
         path,
@@ -56,9 +52,7 @@ def run_tokenizer(flags: Any, *, chat: bool) -> PreTrainedTokenizerBase:
 def start_model(flags: Any, *, has_values: bool = True) -> LLaDAModelLM | PeftModel:
     """What a run starts from: new weights, a checkpoint, or one with the adapter that training continues.
 
-    Args:
-        flags: a stage's Config, or the flags in a run's config.yaml; those a stage has not may be absent.
-        has_values: False builds it on the meta device.
+    `flags`: a stage's Config, or those in a run's config.yaml. Without `has_values` it is on the meta device.
     """
     if getattr(flags, "config_name", None) is not None:
         tokenizer = load_tokenizer(flags.tokenizer_name)
@@ -103,11 +97,7 @@ def build_model(flags: Any, *, has_values: bool = True) -> LLaDAModelLM | PeftMo
 
 
 def adopt_adapter(flags: Any) -> None:
-    """Where training continues an adapter, makes the LoRA flags say what that one has, in place.
-
-    Raises:
-        ValueError: a flag was given that contradicts the adapter.
-    """
+    """Where training continues an adapter, makes the LoRA flags say what that one has, or ValueError."""
     if getattr(flags, "config_name", None) is not None:
         return
     path = base_and_adapter(flags.model_name_or_path, getattr(flags, "sft_adapter_path", None))[1]
@@ -145,7 +135,6 @@ def new_config(config_name: str, tokenizer: PreTrainedTokenizerBase, *, max_leng
 
     Args:
         config_name: a size in configs/models (for example `1m`), or a YAML/JSON file of LLaDAConfig fields.
-        tokenizer: decides the vocabulary and the special ids; must have a mask token.
         max_length: context in tokens, unless the size names its own `max_sequence_length`.
     """
     sizes = sorted(file.stem for file in (ROOT / "configs/models").glob("*.yaml"))
@@ -191,11 +180,8 @@ def attach_lora(
 ) -> PeftModel:
     """The model with trainable LoRA adapters on linear layers of its blocks, never on the LM head.
 
-    LLaDA calls both the MLP's down-projection and the LM head `ff_out`, so plain names would hit the head
-    too; the pattern made here is anchored to the blocks.
-
     Args:
-        target_modules: names of `LINEAR_LAYERS` (LLaDA's or Llama's spelling) or "all-linear", and `EXPERTS`.
+        target_modules: names of `LINEAR_LAYERS` (LLaDA's or Llama's spelling), or ["all-linear"].
         seed: of the initial A matrices (B starts at zero), so that all ranks have the same.
     """
     by_spelling = {spelling: ours for ours, llama in LINEAR_LAYERS.items() for spelling in (ours, llama)}

@@ -77,8 +77,7 @@ def convert(
         mask_token: a token that serves as mask; default the tokenizer's own, or a new one.
         mask_id: the row of the mask, where the source was trained with one.
 
-    Raises:
-        ValueError: no EOS, no such mask token, or no row for one in a causal drafter.
+    ValueError: no EOS, no such mask token, or no row for one in a causal drafter.
     """
     known = tokenizer.get_vocab()
     num_known = max(known.values()) + 1
@@ -250,10 +249,8 @@ def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
 
 @torch.no_grad()
 def with_mean_rows(weight: torch.Tensor, num_rows: int, num_known: int, mask_id: int | None) -> torch.Tensor:
-    """[R, D] -> [E, D]: the mask's row, and every row past R, is the mean of the rows of the source's tokens.
-
-    As a head row the mean gives the average logit: the new token is neither favoured nor ruled out.
-    """
+    """[R, D] -> [E, D]: the mask's row, and every row past R, is the mean of the source's rows of tokens."""
+    # as a head row the mean gives the average logit: the new token is neither favoured nor ruled out
     mean = weight[:num_known].mean(0, dtype=torch.float32).to(weight.dtype)
     if num_rows > weight.shape[0]:
         weight = torch.cat([weight, mean.expand(num_rows - weight.shape[0], -1)])

@@ -70,15 +70,14 @@ NO_SCALING = RopeScaling("none", 1.0, 0)
 
 
 def resolve_checkpoint(path: str, *, flag: str = "--model_name_or_path") -> str:
-    """The folder (or hub name) that a user means by `path`.
+    """The folder (or hub name) that a user means by `path`; ValueError, naming `flag`, if there is none.
 
-    A checkpoint folder is itself; a run's output folder means its `final` (else `best`) checkpoint; the
-    predecessors' `.../best_model.pt` and `.../best_sft_model.pt` mean the `best` (else `final`) folder
-    beside it. ValueError, naming `flag`, where the path looks local and there is no checkpoint.
+    A checkpoint folder is itself; a run's output folder means its `final` (else `best`) checkpoint.
     """
     folder = Path(path)
     if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         return str(folder)
+    # what the predecessors' commands name: `best`, else `final`, beside it
     if folder.name in ("best_model.pt", "best_sft_model.pt") and not folder.exists():
         candidates = [folder.parent / "best", folder.parent / "final"]
     else:
@@ -252,16 +251,12 @@ def load_model(
     Args:
         path: checkpoint folder, run folder, hub name, or an adapter folder (its base is then loaded too).
         dtype: of the parameters: float32, bfloat16, float16, or auto (as saved).
-        adapter_path: peft adapter to put on the model.
-        attn_implementation: transformers' name of an attention kernel; default sdpa.
-        device: where to put it; default CPU.
         merge_adapter: fold the adapter into the weights (for inference); else return a trainable PeftModel.
         rope: how to stretch the positions.
         mask_token_id: see `load_config`.
         has_values: False builds it on the meta device, from the configuration alone.
 
-    Raises:
-        ValueError: no such checkpoint, or weights or adapter are not exactly what the configuration asks for.
+    ValueError: no such checkpoint, or weights or adapter are not exactly what the configuration asks for.
     """
     path, adapter_path = base_and_adapter(path, adapter_path)
     config = load_config(path, mask_token_id=mask_token_id)
@@ -356,10 +351,7 @@ _NOISE = ("transformers_version", "peft_version", "base_model_name_or_path", "au
 def describe_checkpoint(*paths: str | Path | None) -> str:
     """A hash of the weights and settings of these checkpoints, the same on any machine; None is skipped.
 
-    Of weights, pieces spread over each file, so it is always cheap; of an adapter, its base too.
-
-    Args:
-        paths: folders, run folders, hub names, or single files (GGUF).
+    `paths`: folders, run folders, hub names, or single files (GGUF); of an adapter, its base counts too.
     """
     digest = hashlib.sha256()
     for path in filter(None, paths):
@@ -379,6 +371,7 @@ def describe_checkpoint(*paths: str | Path | None) -> str:
                 if size <= _PIECES * _PIECE_BYTES:
                     digest.update(stream.read())
                     continue
+                # pieces spread over the file: always cheap, and every matrix is met
                 for place in range(_PIECES):
                     stream.seek(place * (size - _PIECE_BYTES) // (_PIECES - 1))
                     digest.update(stream.read(_PIECE_BYTES))

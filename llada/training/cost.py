@@ -104,11 +104,7 @@ class Ranks:
 
 
 def block_bytes(shape: LLaDAConfig, config: TrainConfig, parameters: Parameters) -> tuple[int, int]:
-    """(bytes that a block keeps of one token for its backward, bytes of the token at the block's input).
-
-    Counted from modelling_final with a fused attention kernel, which keeps q, k, v, its output and one
-    float32 per head, never an L x L matrix. Of a model with experts, a block that has them.
-    """
+    """(bytes that a block keeps of one token for its backward, bytes of the token at the block's input)."""
     e = 2 if config.dtype == "bfloat16" else FLOAT32
     d, f, q = shape.d_model, _width_met(shape), shape.n_heads * shape.head_dim
     k = shape.n_kv_heads * shape.head_dim
@@ -139,8 +135,7 @@ def memory(
 ) -> dict[str, float]:
     """Bytes of a rank by kind, for micro-batches of `length` positions; the kinds of the module's docstring.
 
-    The CUDA context and the allocator's gaps, about 1 GB and a tenth, come on top. Of a model of another kind
-    than LLaDA only the state is known.
+    CUDA's context and the allocator's gaps come on top. Of another model than LLaDA only the state is known.
     """
     trainable, sharing = parameters.trainable, ranks.sharing
     accumulates = config.batch_size > config.micro_batch_size * ranks.world_size
