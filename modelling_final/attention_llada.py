@@ -140,8 +140,7 @@ def make_attention_mask(
         cache: tells how many keys there are, and where the rows stand among them.
         document_borders: [D + 1], see `documents_llada`; rows see the keys of their own document only.
 
-    Raises:
-        ValueError: a mask of another shape, or one that the configured kernel would ignore or misread.
+    ValueError: a mask of another shape, or one that the configured kernel would ignore or misread.
     """
     batch, num_rows = inputs_embeds.shape[:2]
     num_keys = key_positions.shape[1]
@@ -196,12 +195,10 @@ def _own_mask(
     span: tuple[int, int, int, int],
     device: torch.device,
 ) -> Tensor | None:
-    """[B, 1, L or 1, K] bool, what `sees` says without padding; span: (B, first row, end of rows, K).
-
-    transformers' builder asks a rule through vmap, which takes longer than the rest of a small model's
-    forward; looks at the padding's values, for which a GPU has to be waited for; and repeats padding for
-    every row, which then every layer keeps for its backward.
-    """
+    """[B, 1, L or 1, K] bool, what `sees` says without padding; span: (B, first row, end of rows, K)."""
+    # Not by transformers' builder: it asks a rule through vmap, which takes longer than the rest of a small
+    # model's forward; looks at the padding's values, for which a GPU has to be waited for; and repeats
+    # padding for every row, which then every layer keeps for its backward.
     padding = None
     if attention_mask is not None and not (attention_mask.device.type == "cpu" and attention_mask.all()):
         padding = attention_mask[:, None, None, :].bool()

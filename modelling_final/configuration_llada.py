@@ -68,33 +68,13 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 @strict
 class LLaDAConfig(PreTrainedConfig):
-    """Configuration of a LLaDA model: the published fields under their published names.
+    """Configuration of a LLaDA model: the published fields under their published names, then ours.
 
     A null `n_kv_heads`, `mlp_hidden_size` or `embedding_size` means n_heads (1 with `multi_query_attention`),
     mlp_ratio * d_model and vocab_size; the number is filled in at construction. `flash_attention`,
     `precision` and `init_device` are kept for the record only: transformers' `attn_implementation`, `dtype`
-    and device decide.
-
-    Ours:
-        eot_token_id: end of a chat turn, or None where the model has no such token.
-        logit_shift: the network's output at i predicts token i+1 (models adapted from AR ones, such as
-            Dream). The model undoes the shift itself: its logits at i always belong to token i.
-        attention_pattern: "full", or "block_causal": position i sees every key whose block is not later
-            than its own.
-        attention_block_size: positions per block; only with block_causal.
-        rope_parameters: transformers' standard dictionary (`rope_type`, and yarn's or another type's
-            parameters, and `partial_rotary_factor`). None means plain rotary positions with `rope_theta`.
-            NTK scaling is nothing but a larger `rope_theta`.
-        head_dim: width of a head; default d_model / n_heads.
-        query_key_norm: queries and keys are normed before they are rotated: True, each head by itself;
-            "whole", all heads as one row (OLMoE).
-        moe_*: layers from `moe_num_dense` on have `moe_num_experts` experts instead of one MLP; see
-            `moe_llada`.
-        family: the published layout that files are read and written in: llada, or a row of
-            `families_llada`; `published`: keys of its file that mean nothing here.
-
-    Raises:
-        ValueError: a field asks for a code path that does not exist here, or fields contradict each other.
+    and device decide. ValueError: a field asks for a code path that does not exist here, or fields contradict
+    each other.
     """
 
     model_type = "llada"
@@ -168,14 +148,24 @@ class LLaDAConfig(PreTrainedConfig):
     vocab_size: int = 126464
     weight_tying: bool = False
 
+    # end of a chat turn, or None where the model has no such token
     eot_token_id: int | None = None
+    # The network's output at i predicts token i+1 (models adapted from AR ones, such as Dream). The model
+    # undoes the shift itself: its logits at i always belong to token i.
     logit_shift: bool = False
+    # block_causal: position i sees every key whose block is not later than its own
     attention_pattern: Literal["full", "block_causal"] = "full"
+    # positions per block
     attention_block_size: int | None = None
+    # transformers' standard dictionary, also with `partial_rotary_factor`. None: plain rotary positions with
+    # `rope_theta`; NTK scaling is nothing but a larger one.
     rope_parameters: dict | None = None
 
+    # width of a head; default d_model / n_heads
     head_dim: int | None = None
+    # queries and keys are normed before they are rotated: each head by itself, or "whole" as one row
     query_key_norm: bool | Literal["whole"] = False
+    # layers from `moe_num_dense` on have experts instead of one MLP; see `moe_llada`
     moe_num_experts: int = 0
     moe_experts_per_token: int = 0
     moe_hidden_size: int | None = None
@@ -186,6 +176,8 @@ class LLaDAConfig(PreTrainedConfig):
     moe_scaling: float | int = 1.0
     moe_num_groups: int = 1
     moe_groups_per_token: int = 1
+    # The published layout that files are read and written in: llada, or a row of `families_llada`;
+    # `published`: keys of its file that mean nothing here.
     family: str = "llada"
     published: dict | None = None
 

@@ -96,20 +96,20 @@ def _fused_qkv() -> list[WeightConverter]:
 
 @dataclass(frozen=True)
 class Family:
-    """One row.
-
-    fields: published key -> field of ours. fixed: fields that the architecture decides. defaults: fields that
-    older files of the family leave out. off: published keys -> the values under which they are built here.
-    names: published -> our weight names. experts, fused_qkv: whether weights are stacked or split on the way.
-    """
+    """One row."""
 
     name: str
     architecture: str
     model_types: tuple[str, ...]
+    # published key -> field of ours
     fields: Mapping[str, str] = field(default_factory=lambda: LLAMA_FIELDS)
+    # fields that the architecture decides
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    # fields that older files of the family leave out
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    # published keys -> the values under which they are built here
     off: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    # published -> our weight names
     names: tuple[tuple[str, str], ...] = LLAMA_NAMES
     experts: bool = False
     fused_qkv: bool = False
@@ -142,8 +142,7 @@ class Family:
     def to_published(self, ours: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
         """The config.json of a model of the family; what the layout has no name for keeps ours.
 
-        Args:
-            ours: fields of a `LLaDAConfig`; defaults: of its class.
+        `ours`: fields of a `LLaDAConfig`, `defaults`: those of its class.
         """
         output = {"model_type": self.model_types[0], **(ours.get("published") or {})}
         published = {name: key for key, name in self.fields.items()}
@@ -231,11 +230,7 @@ MODEL_TYPES = sorted({kind for row in FAMILIES.values() for kind in row.model_ty
 
 
 def to_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `LLaDAConfig` from a config.json: LLaDA's own are these already.
-
-    Raises:
-        ValueError: another architecture, or a path that is not built.
-    """
+    """Fields of `LLaDAConfig` from a config.json, or ValueError: LLaDA's own are these already."""
     kind, architectures = config.get("model_type", "llada"), config.get("architectures") or ()
     if "family" in config:
         return config  # from here

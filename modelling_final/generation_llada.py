@@ -71,12 +71,9 @@ class LLaDAGenerationMixin(GenerationMixin):
         return_dict_in_generate: bool | None = None,
         **arguments: Any,
     ) -> Tensor | LLaDAGenerateOutput:
-        """As everywhere in transformers: [N, P + G] prompts and answers.
+        """As everywhere in transformers: [N, P + G] prompts and answers; or all that `generate` below gives.
 
-        With `return_dict_in_generate`, all that `generate` in this file gives.
-
-        Args:
-            inputs: or `input_ids`: [B, P], or B lists of token ids; see `generate`, also for the others.
+        `inputs`, or `input_ids`: [B, P], or B lists of token ids.
         """
         if (inputs is None) == (input_ids is None):
             raise ValueError("generate() needs the prompts: give input_ids")

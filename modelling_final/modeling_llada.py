@@ -61,13 +61,10 @@ class Inputs(TypedDict, total=False):
 
 
 def given(inputs: Inputs) -> Inputs:
-    """Those that are not None; transformers looks at the config for what to capture if a name is not there.
-
-    Raises:
-        TypeError: a name that does not exist.
-    """
+    """Those that are not None; TypeError for a name that does not exist."""
     if unknown := inputs.keys() - Inputs.__annotations__.keys():
         raise TypeError(f"forward() got an unexpected keyword argument {min(unknown)!r}")
+    # transformers looks at the config for what to capture if a name is not there
     return {name: value for name, value in inputs.items() if value is not None}
 
 

@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 
 from llada.autoregressive.causal_lm import prompt_ids
 from llada.autoregressive.teacher_rows import Student, TeacherAnswer, align_answer, from_logits
-from llada.autoregressive.vocabulary import OTHER, VocabMap
+from llada.autoregressive.vocabulary import OTHER, VocabMap, text_of
 from llada.data.chat import render_prompt
 from llada.data.messages import Message
 from llada.data.template import encode_texts
@@ -108,7 +108,7 @@ class TeacherModel:
     def _of_student(self, question: Question, answer: list[int]) -> _Spoken | None:
         table, text = self.student.table, None
         if not self.vocabulary.is_identity:
-            text = _text(table.decode(answer))
+            text = text_of(table.decode(answer))
             if text is None or any(table.texts[i] is None for i in answer[:-1]):
                 return None  # half a character, or a special token within the answer
         is_closed = table.texts[answer[-1]] is None
@@ -154,7 +154,7 @@ class TeacherModel:
             ids, is_closed = generated
             if not ids or any(table.texts[i] is None for i in ids):
                 return None  # nothing, or a special token within the answer
-            text = _text(table.decode(ids))
+            text = text_of(table.decode(ids))
         # the teacher's own ids, not its text tokenised again, which can give other ones
         if self.vocabulary.is_identity and ids is not None:
             answer_ids = ids + (self.student.closing_ids() if is_closed else [])
@@ -214,11 +214,3 @@ def _by_length(lengths: Mapping[int, int], batch_size: int) -> Iterator[list[int
     """Batches of places, those of like length together: little padding in each."""
     order = sorted(lengths, key=lengths.__getitem__)
     return (order[start : start + batch_size] for start in range(0, len(order), batch_size))
-
-
-def _text(data: bytes) -> str | None:
-    """The text of these bytes; None if they are none."""
-    try:
-        return data.decode() or None
-    except UnicodeDecodeError:
-        return None

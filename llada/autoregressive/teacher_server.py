@@ -12,19 +12,14 @@ from typing import Any
 import numpy as np
 
 from llada.autoregressive.teacher_rows import Student, TeacherAnswer, align_answer, from_candidates
-from llada.autoregressive.vocabulary import OTHER, ROLE_OF_SPELLING, TokenBytes
+from llada.autoregressive.vocabulary import OTHER, ROLE_OF_SPELLING, TokenBytes, text_of
 from llada.chat_client import ChatClient, NoAnswer
 from llada.data.chat import render_prompt
 from llada.data.messages import Message
 
 
 class ServerTeacher:
-    """A model on a server.
-
-    Args:
-        client: how to reach it, and the settings of its answers.
-        top_k: log-probabilities asked for at each position (OpenAI allows 20).
-    """
+    """A model on a server, asked for `top_k` log-probabilities at each position (OpenAI allows 20)."""
 
     def __init__(self, client: ChatClient, *, top_k: int) -> None:
         self.client, self.top_k = client, top_k
@@ -32,8 +27,7 @@ class ServerTeacher:
     def answer(self, messages: Sequence[Message], student: Student, where: str) -> TeacherAnswer | None:
         """The server's answer as a row of the student; None if it wrote nothing.
 
-        Raises:
-            ValueError: the server refuses, is not there, or does not give log-probabilities.
+        ValueError: the server refuses, is not there, or does not give log-probabilities.
         """
         try:
             choice = self.client.complete(messages, dict, logprobs=True, top_logprobs=self.top_k)
@@ -52,10 +46,10 @@ class ServerTeacher:
             )
         tokens = [_written(entry, student.table) for entry in content]
         is_closed = choice.get("finish_reason") == "stop"
-        while tokens and not _is_text(b"".join(text or b"" for text in tokens)):
+        text = None
+        while tokens and (text := text_of(b"".join(part or b"" for part in tokens))) is None:
             tokens.pop()  # cut within a character
-        text = b"".join(text or b"" for text in tokens).decode()
-        if not text:
+        if text is None:
             return None
         answer_ids = student.encode_answer(text, is_closed=is_closed, where=where)
         index = align_answer(answer_ids, tokens, student, drops_first_space=False, where=where)
@@ -91,11 +85,3 @@ def _written(entry: dict[str, Any], table: TokenBytes) -> bytes | None:
     if token in ROLE_OF_SPELLING or token in table.id_of_special:
         return None
     return bytes(entry["bytes"]) if entry.get("bytes") else token.encode()
-
-
-def _is_text(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True

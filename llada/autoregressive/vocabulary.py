@@ -210,6 +210,14 @@ def align_texts(
     return np.array([index_of.get(place, OTHER) for place in _places(target, max(-shift, 0))], dtype=np.int64)
 
 
+def text_of(data: bytes) -> str | None:
+    """The text of these bytes; None if there is none, or only a part of its last character."""
+    try:
+        return data.decode() or None
+    except UnicodeDecodeError:
+        return None
+
+
 def _starts(texts: Iterable[bytes | None]) -> np.ndarray:
     return np.cumsum([0, *(len(text or b"") for text in texts)])
 
