@@ -342,7 +342,9 @@ def finish(pipeline: Pipeline, rows: list[tuple[str, ...]]) -> None:
     if runs:
         curves = pipeline.output_dir / "loss_curves.png"
         script = str(ROOT / "scripts/plot_metrics.py")
-        subprocess.run([sys.executable, script, "--runs", *runs, "--output", str(curves)], check=True)
+        command = [sys.executable, script, "--runs", *runs, "--output", str(curves), "--overwrite"]
+        if status := subprocess.run(command).returncode:  # it has said why
+            raise SystemExit(status)
 
 
 if __name__ == "__main__":

@@ -134,6 +134,23 @@ def test_a_failed_stage_stops_the_line_and_shows_its_log(tmp_path, capfd):
     assert not (tmp_path / "stage.done").exists()
 
 
+def test_the_curves_are_those_of_the_stages_of_the_last_command(tmp_path, capfd):
+    config, times = tmp_path / "config.yaml", []
+    stages = [f"{name}: {{output_dir: {tmp_path}/{name}}}" for name in ("pretraining", "sft")]
+    config.write_text("\n".join([f"output_dir: {tmp_path}", "model: {name_or_path: x}", *stages]))
+    for name in ("pretraining", "sft"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+        arguments = pipeline.parse_arguments(["--config", str(config), "--stage", name])
+        pipeline.finish(pipeline.Pipeline(arguments), [])
+        times.append((tmp_path / "loss_curves.png").stat().st_mtime_ns)
+    assert times[0] < times[1]
+    (tmp_path / "sft/metrics.jsonl").unlink()
+    with pytest.raises(SystemExit) as stop:
+        pipeline.finish(pipeline.Pipeline(arguments), [])
+    assert stop.value.code == 2 and "no metrics.jsonl there" in capfd.readouterr().err
+
+
 def test_accuracy_counts_solved_puzzles_of_each_task(tmp_path):
     record = {"id": "a", "task": "chain_sum", "answer": "5", "metadata": {}}
     prompts, completions = tmp_path / "p.jsonl", tmp_path / "c.jsonl"
