@@ -116,7 +116,7 @@ from llada.policies.rollouts import RolloutStream, sums_of_known
 from llada.policies.stage import PolicyStage
 from llada.policies.term_builder import TermBuilder
 from llada.rewards.scoring import Reward
-from llada.run import Run, described_run, means_over_ranks
+from llada.run import Run, autocast, described_run, means_over_ranks
 from llada.training.dry_run import Rows
 from llada.training.monitor import EarlyStop
 
@@ -164,7 +164,8 @@ def make_validation(
     )
 
     def validate(_: torch.nn.Module) -> dict[str, float]:
-        completions = greedy.answer(mine, seed=config.seed, num_generations=1)
+        with autocast(run.device, config.dtype):
+            completions = greedy.answer(mine, seed=config.seed, num_generations=1)
         columns = {"eval_reward": [c.reward for c in completions]}
         for reward in sampler.rewards:
             columns[f"eval_rewards/{reward.name}/mean"] = [c.rewards[reward.name] for c in completions]

@@ -190,7 +190,13 @@ def ranks_run(inputs, workplace):
         more += ["--batch_size", 32] if name == "grpo" else []  # as many prompts as four ranks
         more += ["--micro_batch_size", 1] if num_ranks > 1 else []
         more += ["--shard", shard] if name != "teacher" else []  # a teacher is trained whole
+        if (name, dtype) == ("kto", "bfloat16"):  # its reference values are those of a precision
+            more += ["--train_data_path", "bref_bfloat16.jsonl", "--eval_data_path", "bref_bfloat16.jsonl"]
         with FileLock(f"{workplace}.ranks.lock"):  # two tests at once would share the cores
+            if (name, dtype) == ("kto", "bfloat16") and not Path("bref_bfloat16.jsonl").exists():
+                changed = ["--dtype", dtype, "--output_file", "bref_bfloat16.jsonl"]
+                flags = ["--config", STAGES["precompute_bref"].debug_config, *changed]
+                load_script(STAGES["precompute_bref"].script).main(flags)
             if not (folder / "DONE").exists():
                 folder.mkdir(parents=True, exist_ok=True)
                 flags = flags_of(name, folder, *more, *VARIANTS[name][variant])
