@@ -86,7 +86,7 @@ class Item(Prompt):
     verifier_ids: list[int] = field(default_factory=list)
 
 
-def read_items(config: Config, pair: "Pair") -> Iterator[Item]:
+def read_items(config: Config, pair: "DrafterAndVerifier") -> Iterator[Item]:
     """The prompts in both models' tokens; ValueError names file and line, also of one without room."""
     prompts = read_asked_prompts(config, pair.drafter_tokenizer)
     for prompt in prompts:
@@ -193,7 +193,7 @@ def show(figures: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Pair:
+class DrafterAndVerifier:
     """The two models at work, and their tokenizers."""
 
     decoder: SpeculativeDecoder
@@ -203,7 +203,7 @@ class Pair:
     ends: list[int]  # the verifier's tokens that end an answer
 
 
-def load(config: Config, device: torch.device) -> Pair:
+def load(config: Config, device: torch.device) -> DrafterAndVerifier:
     """Both models; ValueError for what cannot be loaded or does not go together."""
     drafter, drafter_tokenizer = load_drafter(**config.to_load(), chat=config.is_instruct, device=device)
     verifier, verifier_tokenizer = load_causal_lm(
@@ -217,10 +217,10 @@ def load(config: Config, device: torch.device) -> Pair:
     bridge = Bridge(config.bridge, drafter.config, drafter_tokenizer, verifier_tokenizer, num_outputs=width)
     decoder = SpeculativeDecoder(drafter, verifier, bridge, config)
     ends = end_ids(verifier, verifier_tokenizer, bridge.vocabulary.target.closing)
-    return Pair(decoder, bridge, drafter_tokenizer, verifier_tokenizer, ends)
+    return DrafterAndVerifier(decoder, bridge, drafter_tokenizer, verifier_tokenizer, ends)
 
 
-def warm_up(pair: Pair, item: Item, config: Config) -> None:
+def warm_up(pair: DrafterAndVerifier, item: Item, config: Config) -> None:
     """Decodes a few tokens both ways: what is only slow the first time belongs to neither side."""
     num_tokens = min(8, config.max_new_tokens)
     limits = {"record_id": 0, "max_new_tokens": num_tokens, "is_done": ends_with(pair.ends)}

@@ -126,7 +126,7 @@ from llada.policies.kto_reference import (
 from llada.policies.reference_model import Reference, make_reference
 from llada.policies.stage import PolicyStage
 from llada.run import Run, Sums, autocast, means_over_ranks, sum_over_ranks
-from llada.training.dry_run import Rows
+from llada.training.dry_run import DataSize
 
 
 def read(path: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> BrefFile:
@@ -273,11 +273,11 @@ def usable(file: BrefFile, config: Config) -> list[BrefRecord]:
     return subsample(file.records, config.n_D, config.n_U, config.sample_seed)[: config.max_samples]
 
 
-def record_rows(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> Rows:
+def record_rows(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> DataSize:
     """What a dry run needs to know of a file."""
     tokens = [record.tokens for record in usable(read(path, config, tokenizer), config)]
     answers = sum(len(found.answer) for found in tokens)
-    return Rows(len(tokens), sum(map(len, tokens)), answers, is_exact=True)
+    return DataSize(len(tokens), sum(map(len, tokens)), answers, is_exact=True)
 
 
 def main(argv: list[str] | None = None) -> None:

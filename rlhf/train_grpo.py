@@ -117,7 +117,7 @@ from llada.policies.stage import PolicyStage
 from llada.policies.term_builder import TermBuilder
 from llada.rewards.scoring import Reward
 from llada.run import Run, autocast, described_run, means_over_ranks
-from llada.training.dry_run import Rows
+from llada.training.dry_run import DataSize
 from llada.training.monitor import EarlyStop
 
 
@@ -141,14 +141,14 @@ def prompts_in(
     return found
 
 
-def completion_rows(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> Rows:
+def completion_rows(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> DataSize:
     """What a dry run needs to know of a file; a row is a completion."""
     with TemporaryDirectory() as folder:
         path = prompt_file(path, Path(folder), described_run("cpu"))
         prompts, _ = prompts_in(config, path, tokenizer, limit=config.max_samples)
     tokens = sum(len(prompt.token_ids) for prompt in prompts)
     answers = len(prompts) * config.gen_length
-    return Rows(len(prompts), tokens + answers, answers, is_exact=True).times(config.num_generations)
+    return DataSize(len(prompts), tokens + answers, answers, is_exact=True).times(config.num_generations)
 
 
 def make_validation(

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,18 @@ def test_an_import_that_climbs_is_named(tmp_path, monkeypatch):
 def test_the_common_module_has_few_rooms():
     entries = {path.name for path in (ROOT / "llada").iterdir()} - {"__pycache__"}
     assert len(entries) <= 15, f"llada/ has {len(entries)} entries: {sorted(entries)}"
+
+
+def test_no_two_classes_have_one_name():
+    folders = [ROOT / "llada", ROOT / "modelling_final", *(script.parent for script in SCRIPTS)]
+    found = Counter(
+        node.name
+        for path in {path for folder in folders for path in folder.rglob("*.py")}
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    )
+    del found["Config"]  # of each script
+    assert [name for name, number in found.items() if number > 1] == []
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)

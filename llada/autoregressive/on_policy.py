@@ -37,7 +37,7 @@ from modelling_final.generation_llada import generate
 
 
 @dataclass(frozen=True)
-class State:
+class VisitedState:
     """A state of a trajectory, and the answer that came of it."""
 
     prompt: Prompt
@@ -47,7 +47,7 @@ class State:
 
 
 SAMPLER_FLAGS = ("gen_length", "block_length", "steps", "remasking", "seed")
-Guide = Callable[[Sequence[State]], list[tuple[np.ndarray, Distributions] | None]]
+Guide = Callable[[Sequence[VisitedState]], list[tuple[np.ndarray, Distributions] | None]]
 """The teacher at each state: (places in the answer, their distributions); None: it has nothing to say."""
 
 
@@ -113,7 +113,7 @@ class OwnStates:
             num_units=float(len(parts)), record_ids=list(ids), num_tokens=sum(map(len, rows)),
         )  # fmt: skip
 
-    def visit(self, prompts: Sequence[Prompt], keys: Sequence[int]) -> list[State]:
+    def visit(self, prompts: Sequence[Prompt], keys: Sequence[int]) -> list[VisitedState]:
         """One state of each trajectory that the student takes from these prompts.
 
         Args:
@@ -139,7 +139,7 @@ class OwnStates:
             block = self.settings.block_length or length
             in_block = np.arange(length) // block == trace[stop]["block"]  # later ones are not looked at yet
             is_scored = ((canvas == self.mask_id) & in_block)[: len(answer)]
-            states.append(State(prompts[row // num], canvas, answer, is_scored))
+            states.append(VisitedState(prompts[row // num], canvas, answer, is_scored))
         return states
 
 
@@ -177,7 +177,7 @@ class AutoregressiveGuide:
 
     teacher: TeacherModel
 
-    def __call__(self, states: Sequence[State]) -> list[tuple[np.ndarray, Distributions] | None]:
+    def __call__(self, states: Sequence[VisitedState]) -> list[tuple[np.ndarray, Distributions] | None]:
         questions = [Question(state.prompt.where, state.prompt.prompt, None) for state in states]
         answers = self.teacher.judge(questions, [state.answer for state in states])
         return [None if found is None else (found.positions, found.distributions) for found in answers]
@@ -189,12 +189,12 @@ class OwnGuide:
 
     model: torch.nn.Module
     vocabulary: VocabMap  # of the student's tokenizer onto itself
-    verify: Callable[[Sequence[State]], np.ndarray]  # [N] bool, whether the answer is right
+    verify: Callable[[Sequence[VisitedState]], np.ndarray]  # [N] bool, whether the answer is right
     top_k: int
     pad_id: int
 
-    def __call__(self, states: Sequence[State]) -> list[tuple[np.ndarray, Distributions] | None]:
-        right: dict[int, list[State]] = {}
+    def __call__(self, states: Sequence[VisitedState]) -> list[tuple[np.ndarray, Distributions] | None]:
+        right: dict[int, list[VisitedState]] = {}
         for state, is_right in zip(states, self.verify(states), strict=True):
             if is_right:
                 right.setdefault(state.prompt.index, []).append(state)
@@ -212,7 +212,7 @@ class OwnGuide:
         return found
 
     @staticmethod
-    def _of_another(state: State, right: list[State]) -> list[int] | None:
+    def _of_another(state: VisitedState, right: list[VisitedState]) -> list[int] | None:
         """A right answer to the same prompt, by another trajectory if there is one."""
         others = [other for other in right if other is not state]
         return (others or right)[0].answer if right else None
@@ -221,7 +221,7 @@ class OwnGuide:
 def verified_by(rewards: list[Reward], decode: Callable[[list[int]], str]) -> Callable[..., np.ndarray]:
     """Whether the answers of states earn more than 0.5."""
 
-    def verify(states: Sequence[State]) -> np.ndarray:
+    def verify(states: Sequence[VisitedState]) -> np.ndarray:
         # rewards read completions as messages, as in GRPO
         texts = [[{"role": "assistant", "content": decode(state.answer)}] for state in states]
         prompts, records = ([getattr(s.prompt, name) for s in states] for name in ("prompt", "record"))

@@ -34,7 +34,7 @@ from llada.policies.config import PairConfig
 from llada.policies.reference_model import Reference, make_reference, precompute_reference
 from llada.policies.stage import PolicyStage
 from llada.run import Sums, autocast, sum_over_ranks
-from llada.training.dry_run import Rows
+from llada.training.dry_run import DataSize
 
 Pairs = list[tuple[Tokens, Tokens]]
 
@@ -136,11 +136,11 @@ def read_pairs(
     return load_pairs(paths, encoding, config.reader(), max_samples=limit)
 
 
-def pair_rows(config: PairConfig, path: str, tokenizer: PreTrainedTokenizerBase) -> Rows:
+def pair_rows(config: PairConfig, path: str, tokenizer: PreTrainedTokenizerBase) -> DataSize:
     """What a dry run needs to know of a file; a row is a pair."""
     pairs, _ = read_pairs(config, tokenizer, [path])
     answers = sum(len(tokens.answer) for pair in pairs for tokens in pair)
-    return Rows(len(pairs), sum(len(tokens) for pair in pairs for tokens in pair), answers, is_exact=True)
+    return DataSize(len(pairs), sum(len(tokens) for pair in pairs for tokens in pair), answers, is_exact=True)
 
 
 def train_on_pairs(config: PairConfig, loss: PairLoss, *, reference: str = "none") -> None:

@@ -27,7 +27,7 @@ class PolicyStage:
     def start(
         cls,
         config: PolicyConfig,
-        rows_of: preflight.RowsOf,
+        rows_of: preflight.DataSizeOf,
         *,
         train: Sequence[str],
         held_out: Sequence[str] | None,

@@ -47,7 +47,7 @@ class Candidate:
         return new
 
 
-class Metrics:
+class ServerMetrics:
     """What /metrics tells, in a registry of its own."""
 
     def __init__(self, engine: Engine) -> None:

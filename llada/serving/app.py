@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from llada.data.chat import render_prompt
 from llada.data.reading import to_prompt
 from llada.inference.denoising_view import spell
-from llada.serving.answers import Candidate, Metrics
+from llada.serving.answers import Candidate, ServerMetrics
 from llada.serving.engine import Engine, Job, QueueIsFull, Row
 from llada.serving.protocol import (
     SETTINGS,
@@ -79,7 +79,7 @@ class Service:
         self.tokenizer, self.settings, self.name, self._api_key = tokenizer, settings, name, api_key
         self.context = model.config.max_sequence_length
         self.engine = Engine(model, max_batch_size=max_batch_size, max_queue=max_queue)
-        self.metrics = Metrics(self.engine)
+        self.metrics = ServerMetrics(self.engine)
         self.started = int(time.time())
         self._spelled: dict[int, str] = {}
 

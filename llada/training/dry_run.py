@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llada.data.files import files_of
 from llada.data.prepared import is_usable
-from llada.data.rows import Rows as DataRows
+from llada.data.rows import Rows
 from llada.data.shards import read_manifest
 from llada.models.building import run_tokenizer
 from llada.models.checkpoints import base_and_adapter, check_weight_files, load_config
@@ -49,7 +49,7 @@ STATE = ("weights", "experts", "gradients", "AdamW")  # what --cpu_offload moves
 
 
 @dataclass(frozen=True)
-class Rows:
+class DataSize:
     """How much data there is; estimated from its first records where `is_exact` is False."""
 
     num_rows: float
@@ -57,19 +57,19 @@ class Rows:
     num_maskable: float
     is_exact: bool
 
-    def times(self, factor: float) -> "Rows":
-        return Rows(factor * self.num_rows, factor * self.num_tokens, factor * self.num_maskable, False)
+    def times(self, factor: float) -> "DataSize":
+        return DataSize(factor * self.num_rows, factor * self.num_tokens, factor * self.num_maskable, False)
 
 
-RowsOf = Callable[[str, PreTrainedTokenizerBase], Rows]
+DataSizeOf = Callable[[str, PreTrainedTokenizerBase], DataSize]
 """(path, tokenizer) -> its rows; ValueError where the stage could not read it."""
 
 
-def data_rows(path: str, tokenizer: PreTrainedTokenizerBase, *, kind: DataRows) -> Rows:
+def data_rows(path: str, tokenizer: PreTrainedTokenizerBase, *, kind: Rows) -> DataSize:
     """The rows that a stage gets from `path`: counted where it is prepared, else estimated."""
     if is_usable(path, kind, tokenizer):
         counts = read_manifest(path)["statistics"]
-        return Rows(counts["rows"], counts["tokens"], counts.get("answer_tokens", counts["tokens"]), True)
+        return DataSize(counts["rows"], counts["tokens"], counts.get("answer_tokens", counts["tokens"]), True)
     used = 0
 
     def on_bytes(count: int) -> None:
@@ -82,7 +82,7 @@ def data_rows(path: str, tokenizer: PreTrainedTokenizerBase, *, kind: DataRows) 
     counts["rows"] = len(kind.join([columns])["input_ids"])
     if not counts["rows"]:
         raise ValueError(f"{path}: no usable row in its first {len(items)} records; counts: {dict(counts)}")
-    found = Rows(counts["rows"], counts["tokens"], counts.get("answer_tokens", counts["tokens"]), True)
+    found = DataSize(counts["rows"], counts["tokens"], counts.get("answer_tokens", counts["tokens"]), True)
     num_read = len(items)
     while next(records, None) is not None:
         if used:  # bytes are told for whole lines or batches, when the record after them is asked for
@@ -92,7 +92,7 @@ def data_rows(path: str, tokenizer: PreTrainedTokenizerBase, *, kind: DataRows) 
     return found
 
 
-def _mixture(parts: list[Rows], weights: Sequence[float] | None) -> Rows:
+def _mixture(parts: list[DataSize], weights: Sequence[float] | None) -> DataSize:
     """All parts once, or as `llada.data.prepared.interleave` mixes them: until each has been seen in full."""
     if weights:
         if len(weights) != len(parts):
@@ -101,12 +101,12 @@ def _mixture(parts: list[Rows], weights: Sequence[float] | None) -> Rows:
         total = max(part.num_rows / share for part, share in zip(parts, shares, strict=True))
         parts = [p.times(total * share / p.num_rows) for p, share in zip(parts, shares, strict=True)]
     sums = [sum(getattr(part, name) for part in parts) for name in ("num_rows", "num_tokens", "num_maskable")]
-    return Rows(*sums, is_exact=all(part.is_exact for part in parts))
+    return DataSize(*sums, is_exact=all(part.is_exact for part in parts))
 
 
 def report(
     config: TrainConfig,
-    rows_of: RowsOf,
+    rows_of: DataSizeOf,
     *,
     train: Sequence[str],
     held_out: str | Sequence[str] | None = None,
@@ -184,13 +184,13 @@ def _check_files(config: TrainConfig, shape: PretrainedConfig) -> str:
     return f"{config.model_name_or_path}, {note}"
 
 
-def _describe_rows(rows: Rows) -> str:
+def _describe_rows(rows: DataSize) -> str:
     about = "" if rows.is_exact else "about "
     share = rows.num_maskable / max(1, rows.num_tokens)
     return f"{about}{rows.num_rows:,.0f} rows, {rows.num_tokens:,.0f} tokens, {share:.0%} of them maskable"
 
 
-def _describe_steps(config: TrainConfig, rows: Rows, ranks: Ranks) -> list[tuple[str, str]]:
+def _describe_steps(config: TrainConfig, rows: DataSize, ranks: Ranks) -> list[tuple[str, str]]:
     epochs = config.max_steps * config.batch_size / rows.num_rows
     tokens = config.batch_size * rows.num_tokens / rows.num_rows
     at_once = config.micro_batch_size * ranks.world_size
@@ -207,7 +207,7 @@ def _describe_steps(config: TrainConfig, rows: Rows, ranks: Ranks) -> list[tuple
 
 
 def _describe_cost(
-    config: TrainConfig, shape: LLaDAConfig, parameters: Parameters, rows: Rows, ranks: Ranks
+    config: TrainConfig, shape: LLaDAConfig, parameters: Parameters, rows: DataSize, ranks: Ranks
 ) -> list[tuple[str, str]]:
     tokens = config.batch_size * rows.num_tokens / rows.num_rows
     settings = {

@@ -100,7 +100,7 @@ def cost(flags: Flags) -> float:
 
 
 @dataclass
-class Bench:
+class RecipeBench:
     """The runs of the benchmark, and what comes of them."""
 
     config: Config
@@ -216,7 +216,7 @@ def difference(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
 def main(argv: list[str] | None = None) -> None:
     """Runs what is not there yet, and makes the table of what is."""
     config = parse(Config, argv, description=__doc__)
-    bench = Bench(config)
+    bench = RecipeBench(config)
     lines = []
     for checkpoint in config.checkpoints:
         for block in config.blocks or bench.sections["blocks"]:

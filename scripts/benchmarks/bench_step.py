@@ -67,7 +67,7 @@ class Config:
     seed: int = flag(0, help="Of weights, tokens and masks.", at_least=0)
     memory_of: str | None = flag(None, help="Only print this arm's peak memory; --memory runs this.")
 
-    def resolve(self) -> "Shape":
+    def resolve(self) -> "StepShape":
         """Checks the flags and gives the shape they ask for."""
         if not self.mask_ratio or not all(0 < ratio <= 1 for ratio in self.mask_ratio):
             raise ValueError(f"--mask_ratio {self.mask_ratio}: every ratio must be in (0, 1]")
@@ -97,17 +97,17 @@ from reference_losses import (
     published_loss,
     unchunked_loss,
 )
-from step_shapes import SHAPES, Shape, bare, build_model
-from step_timing import Arm, Bench, compare, matmul_rate, time_arms, trunk_loss
+from step_shapes import SHAPES, StepShape, bare, build_model
+from step_timing import Arm, StepBench, compare, matmul_rate, time_arms, trunk_loss
 
 
-def make_bench(config: Config, shape: Shape) -> Bench:
+def make_bench(config: Config, shape: StepShape) -> StepBench:
     """The weights that the flags ask for."""
     model = build_model(
         shape, dtype=config.dtype, device=config.device, seed=config.seed,
         gradient_checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
-    return Bench(model, shape, clock=config.clock, with_compiled=config.compile)
+    return StepBench(model, shape, clock=config.clock, with_compiled=config.compile)
 
 
 def make_arms(config: Config, mask_id: int) -> list[Arm]:
@@ -130,7 +130,7 @@ def make_arms(config: Config, mask_id: int) -> list[Arm]:
 
 
 def memory_above_trunk(
-    bench: Bench, arms: list[Arm], batch: NoisedBatch, flags: list[str]
+    bench: StepBench, arms: list[Arm], batch: NoisedBatch, flags: list[str]
 ) -> dict[str, dict[str, float]]:
     """Bytes per arm: `loss`, by which head and loss raise the trunk's peak, and `step`, the whole peak."""
     peaks = {}
@@ -185,7 +185,9 @@ def print_table(rows: dict[str, dict], memory: dict[str, dict[str, float]]) -> N
         print(flush=True)
 
 
-def measure(bench: Bench, arms: list[Arm], config: Config, *, mask_ratio: float, flags: list[str]) -> dict:
+def measure(
+    bench: StepBench, arms: list[Arm], config: Config, *, mask_ratio: float, flags: list[str]
+) -> dict:
     """Everything at one mask ratio, printed and returned."""
     batch = bench.batch(mask_ratio, config.seed)
     print(f"\nmask ratio {mask_ratio}", flush=True)

@@ -11,7 +11,7 @@ from modelling_final import LLaDAConfig, LLaDAModelLM
 
 
 @dataclass(frozen=True)
-class Shape:
+class StepShape:
     """A model and a batch: fields of LLaDAConfig (or a size in configs/models), V, B, L and the LoRA rank."""
 
     model: dict[str, int] | str
@@ -25,16 +25,16 @@ _SMALL = {"d_model": 384, "n_layers": 6, "n_heads": 6, "n_kv_heads": 6, "mlp_hid
 _MICRO = {"d_model": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden_size": 48}
 _LLADA_VOCABULARY = LLaDAConfig().embedding_size
 SHAPES = {
-    "cpu": Shape(_SMALL, vocab_size=32_000, batch_size=8, length=256),
-    "cpu-v126k": Shape(_SMALL, vocab_size=_LLADA_VOCABULARY, batch_size=8, length=256),
-    "1b": Shape("1b", vocab_size=_LLADA_VOCABULARY, batch_size=1, length=4096),
-    "8b-lora": Shape("8b", vocab_size=_LLADA_VOCABULARY, batch_size=1, length=2048, lora_r=16),
-    "micro": Shape(_MICRO, vocab_size=200, batch_size=4, length=24),
+    "cpu": StepShape(_SMALL, vocab_size=32_000, batch_size=8, length=256),
+    "cpu-v126k": StepShape(_SMALL, vocab_size=_LLADA_VOCABULARY, batch_size=8, length=256),
+    "1b": StepShape("1b", vocab_size=_LLADA_VOCABULARY, batch_size=1, length=4096),
+    "8b-lora": StepShape("8b", vocab_size=_LLADA_VOCABULARY, batch_size=1, length=2048, lora_r=16),
+    "micro": StepShape(_MICRO, vocab_size=200, batch_size=4, length=24),
 }
 
 
 def build_model(
-    shape: Shape, *, dtype: str, device: str, seed: int, gradient_checkpointing: bool
+    shape: StepShape, *, dtype: str, device: str, seed: int, gradient_checkpointing: bool
 ) -> torch.nn.Module:
     """The model with random weights on the device: float32, or in `dtype` under adapters."""
     fields, last = shape.model, shape.vocab_size - 1

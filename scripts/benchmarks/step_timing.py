@@ -16,7 +16,7 @@ from llada.models.checkpoints import DTYPES
 from llada.run import autocast
 from llada.training.monitor import peak_resident
 from reference_losses import Loss, NoisedBatch, noise
-from step_shapes import Shape, bare
+from step_shapes import StepShape, bare
 
 _TOLERANCE = {"float32": 1e-5, "bfloat16": 0.1}  # of loss and gradient, relative
 
@@ -37,7 +37,7 @@ def trunk_loss(model: torch.nn.Module, batch: NoisedBatch) -> Tensor:
     return bare(model).model(input_ids=batch.x_t).last_hidden_state.float().square().mean()
 
 
-class Bench:
+class StepBench:
     """One set of weights and of AdamW moments, which every arm uses.
 
     Attributes:
@@ -45,7 +45,7 @@ class Bench:
         now: the clock: seconds of the wall, or of this process.
     """
 
-    def __init__(self, model: torch.nn.Module, shape: Shape, *, clock: str, with_compiled: bool) -> None:
+    def __init__(self, model: torch.nn.Module, shape: StepShape, *, clock: str, with_compiled: bool) -> None:
         self.shape = shape
         self.now = time.perf_counter if clock == "wall" else time.process_time
         self.model = self._compiled = model
@@ -123,7 +123,7 @@ class Bench:
             torch.cuda.empty_cache()
 
 
-def compare(bench: Bench, arms: list[Arm], batch: NoisedBatch) -> dict[str, dict[str, float]]:
+def compare(bench: StepBench, arms: list[Arm], batch: NoisedBatch) -> dict[str, dict[str, float]]:
     """Warms every arm up with a step, and gives its relative errors of loss and gradient against the first.
 
     `worst_tensor` is the largest error of a single parameter, among those whose gradient counts (above 1e-4
@@ -163,7 +163,7 @@ def compare(bench: Bench, arms: list[Arm], batch: NoisedBatch) -> dict[str, dict
     return errors
 
 
-def time_arms(bench: Bench, arms: list[Arm], batch: NoisedBatch, repeats: int) -> dict[str, list[float]]:
+def time_arms(bench: StepBench, arms: list[Arm], batch: NoisedBatch, repeats: int) -> dict[str, list[float]]:
     """Seconds per step of every arm; the arms take turns."""
     rounds = [[_told(arm.name, bench.seconds(arm, batch)) for arm in arms] for _ in range(repeats)]
     bench.free()
@@ -175,7 +175,7 @@ def _told(name: str, seconds: float) -> float:
     return seconds
 
 
-def matmul_rate(bench: Bench, dtype: str) -> float:
+def matmul_rate(bench: StepBench, dtype: str) -> float:
     """FLOP/s of a large square matrix product, the best of several: what the machine can do."""
     size = 8192 if bench.on_gpu else 2048
     a, b = (torch.randn(size, size, device=bench.device, dtype=DTYPES[dtype]) for _ in range(2))
