@@ -10,7 +10,8 @@ Reads a folder or hub name of type llama, mistral, qwen2, qwen3, qwen3_moe or ol
 dequantised. What has no place here is refused with the reason. The result loads in every stage, but still
 thinks autoregressively: train it before sampling. `--logit_shift` declares that position i of the network
 predicts token i+1, as in the source (Dream's way to adapt); without it training moves the prediction (LLaDA's
-way). `--drafter causal` keeps the causal mask too: a parallel drafter (PARD), see docs/speculative.md.
+way). `--drafter causal` keeps the causal mask too: a parallel drafter (PARD), see docs/speculative.md. With
+`--attention_block_size N` a token sees its own block of N and those before, instead of the whole text.
 
 The mask token takes the first row after the tokenizer's own; the embedding grows, to a multiple of 64 rows,
 where it has no spare one, by rows that are the mean of the others. EOS, padding and chat template stay.
@@ -45,6 +46,12 @@ class Config:
         None,
         help="causal: keep the source's causal form, as a parallel drafter that engines can run beside it",
         choices=["causal"],
+    )
+    attention_block_size: int | None = flag(
+        None,
+        help="attention by blocks of so many tokens (block diffusion): a block sees itself and those before",
+        at_least=2,
+        needs="drafter=None",
     )
     mask_token: str | None = flag(None, help="token of the source that becomes the mask; default a new one")
     logit_shift: bool = flag(False, help="declare that position i of the network predicts token i+1")
@@ -84,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         source,
         tokenizer,
         logit_shift=config.logit_shift,
-        causal=config.drafter == "causal",
+        block_size=1 if config.drafter == "causal" else config.attention_block_size,
         mask_token=config.mask_token,
     )
     if config.check_tokens:

@@ -3,8 +3,8 @@
 What comes out is what the run's final/ would be at that step, with LoRA an adapter folder. States of any
 number of ranks and of sharded models are read; nothing in the run's folder is changed.
 
---format pard writes a causal drafter (convert_ar.py --drafter causal) as the Llama or Qwen2 that it is, with
-the verifier's tokenizer, for vLLM and TensorRT-LLM, and prints how to serve it. Then it decodes
+--format pard writes a causal drafter (convert_ar.py --drafter causal) as the plain Llama, Qwen2 or Qwen3 that
+it is, with the verifier's tokenizer, for vLLM and TensorRT-LLM, and prints how to serve it. Then it decodes
 --prompts_file with plain transformers and with speculative_decode.py's loop: acceptance must be the same in
 both. --run may be a checkpoint too.
 

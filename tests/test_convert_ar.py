@@ -267,6 +267,19 @@ def test_declared_shift_hands_out_logits_at_their_own_token(tmp_path):
     torch.testing.assert_close(ours[:, 1:], theirs[:, :-1], atol=1e-4, rtol=0)
 
 
+def test_attention_by_blocks(tmp_path):
+    source = save_source(tmp_path / "ar", llama())
+    model = run(tmp_path, source, "--attention_block_size", "4")
+    assert (model.config.attention_pattern, model.config.attention_block_size) == ("block_causal", 4)
+    assert model.generation_config.block_length == 4 and not model.config.logit_shift
+    changed = torch.arange(1, 13)[None].repeat(2, 1)
+    changed[1, 8:] = 5  # the third block
+    one, other = model(changed).logits
+    assert torch.equal(one[:8], other[:8]) and not torch.equal(one[8:], other[8:])
+    with pytest.raises(ValueError, match="--attention_block_size 4: has no effect beside --drafter"):
+        run(tmp_path, source, "--attention_block_size", "4", "--drafter", "causal")
+
+
 def test_dtype_and_reported_difference(tmp_path, capsys):
     folder = save_source(tmp_path / "ar", llama().to(torch.bfloat16))
     assert run(tmp_path, folder).dtype == torch.bfloat16  # auto: as saved

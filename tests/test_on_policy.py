@@ -25,6 +25,7 @@ from llada.autoregressive.vocabulary import VocabMap
 from llada.data.prompts import read_prompts
 from llada.diffusion.batches import Example
 from llada.models.building import load_for_inference
+from llada.models.saving import save_model
 from llada.rewards.scoring import Reward
 from llada.run import Run
 from llada.speculative.decoder import SpeculativeDecoder
@@ -178,11 +179,16 @@ def reward_file(folder):
     return f"{path}:even"
 
 
-@pytest.mark.parametrize("kind", ["answers", "self", "drafts"])
+@pytest.mark.parametrize("kind", ["answers", "answers in blocks", "self", "drafts"])
 def test_a_resumed_run_is_bitwise_the_same(kind, pair, model_dir, tmp_path):
-    data, more = PROMPTS, ["--gen_length", "12", "--steps", "6", "--on_policy", kind]
-    if kind == "answers":
+    data, more = PROMPTS, ["--gen_length", "12", "--steps", "6", "--on_policy", kind.split()[0]]
+    if kind.startswith("answers"):
         more += ["--teacher", str(pair.folder)]
+        if "blocks" in kind:
+            model, tokenizer = load_for_inference(str(model_dir), chat=True)
+            model.config.attention_pattern, model.config.attention_block_size = "block_causal", 4
+            save_model(model, tokenizer, tmp_path / "blocks")
+            model_dir = tmp_path / "blocks"
     elif kind == "self":
         more += ["--reward_funcs", reward_file(tmp_path), "--num_generations", "3"]
     else:

@@ -29,7 +29,10 @@ class OnPolicyFlags:
     )
     gen_length: int = flag(128, help="Tokens of an answer.", at_least=1, needs="on_policy=answers|self")
     block_length: int | None = flag(
-        None, help="Tokens per block; default one block.", at_least=1, needs="on_policy=answers|self"
+        None,
+        help="Tokens per block; default the model's attention block, or all in one.",
+        at_least=1,
+        needs="on_policy=answers|self",
     )
     steps: int | None = flag(
         None, help="Denoising steps; default one a token.", at_least=1, needs="on_policy=answers|self"

@@ -46,7 +46,7 @@ class VisitedState:
     is_scored: np.ndarray  # [len(answer)] bool
 
 
-SAMPLER_FLAGS = ("gen_length", "block_length", "steps", "remasking", "seed")
+SAMPLER_FLAGS = ("gen_length", "steps", "remasking", "seed")
 Guide = Callable[[Sequence[VisitedState]], list[tuple[np.ndarray, Distributions] | None]]
 """The teacher at each state: (places in the answer, their distributions); None: it has nothing to say."""
 
@@ -282,8 +282,11 @@ def own_states(
     config: Any, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, run: Run, ids: SpecialIds
 ) -> tuple[OwnStates, str]:
     """The stream of states that the student visits when it answers prompts, and what it holds."""
+    # a model whose attention goes by blocks answers in them
+    block_length = config.block_length or LLaDAGenerationConfig.from_model_config(model.config).block_length
     settings = LLaDAGenerationConfig(
-        method="semi_autoregressive_padding" if config.block_length else "fixed_length",
+        method="semi_autoregressive_padding" if block_length else "fixed_length",
+        block_length=block_length,
         **{name: getattr(config, name) for name in SAMPLER_FLAGS},
         temperature=config.sampling_temperature,
         num_return_sequences=config.num_generations if config.on_policy == "self" else 1,

@@ -64,7 +64,7 @@ def convert(
     tokenizer: PreTrainedTokenizerBase,
     *,
     logit_shift: bool = False,
-    causal: bool = False,
+    block_size: int | None = None,
     mask_token: str | None = None,
     mask_id: int | None = None,
 ) -> LLaDAModelLM:
@@ -73,7 +73,8 @@ def convert(
     Adds the mask token (and padding, if the source has none) to `tokenizer` in place.
 
     Args:
-        causal: keep the causal form and the number of rows, for a drafter that engines run with the source.
+        block_size: attention by blocks of so many tokens; None: full. 1 is the causal form: it is shifted
+            and keeps the number of rows, for a drafter that engines run with the source.
         mask_token: a token that serves as mask; default the tokenizer's own, or a new one.
         mask_id: the row of the mask, where the source was trained with one.
 
@@ -87,13 +88,14 @@ def convert(
         mask_token = tokenizer.convert_ids_to_tokens(mask_id)
     mask_token = mask_token or tokenizer.mask_token or SPECIAL_TOKENS["mask"]
     num_rows = source.get_input_embeddings().num_embeddings
+    causal = block_size == 1
     if causal and mask_id is None and mask_token not in known and num_known >= num_rows:
         raise ValueError(
             "--drafter causal: every row of the embedding belongs to a token; name one that no text holds "
             f"with --mask_token, for example {' or '.join(_unused(tokenizer)[:3]) or 'a reserved token'}"
         )
     tokenizer.add_special_tokens({"mask_token": mask_token})
-    config = llada_config(source, tokenizer, logit_shift=logit_shift or causal, causal=causal)
+    config = llada_config(source, tokenizer, logit_shift=logit_shift or causal, block_size=block_size)
     if mask_id is not None:
         config.mask_token_id = mask_id
 
@@ -120,7 +122,7 @@ def _unused(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def llada_config(
-    source: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, logit_shift: bool, causal: bool
+    source: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, logit_shift: bool, block_size: int | None
 ) -> LLaDAConfig:
     """The source's shape under LLaDA's names; token ids from the tokenizer.
 
@@ -128,7 +130,7 @@ def llada_config(
     """
     ar, rows = source.config, source.get_input_embeddings().num_embeddings
     num_tokens = max(tokenizer.get_vocab().values()) + 1
-    spare = 0 if tokenizer.chat_template or causal else len(CHAT_ROLES)
+    spare = 0 if tokenizer.chat_template or block_size == 1 else len(CHAT_ROLES)
     if num_tokens + spare > rows:
         rows = -(-(num_tokens + spare) // ROWS_MULTIPLE) * ROWS_MULTIPLE
     eos = tokenizer.eos_token_id
@@ -165,8 +167,8 @@ def llada_config(
         pad_token_id=tokenizer.pad_token_id,
         eot_token_id=end_of_turn(tokenizer),
         logit_shift=logit_shift,
-        attention_pattern="block_causal" if causal else "full",
-        attention_block_size=1 if causal else None,
+        attention_pattern="block_causal" if block_size else "full",
+        attention_block_size=block_size,
     )
 
 

@@ -1,4 +1,4 @@
-"""A causal drafter as engines run it: a plain Llama or Qwen2 that drafts G tokens in one forward.
+"""A causal drafter as engines run it: a plain Llama, Qwen2 or Qwen3 that drafts G tokens in one forward.
 
     [text, mask x (G - 1)] -> the last G rows, each its most likely token
 
@@ -54,7 +54,7 @@ def load_drafter(
         if value is not None:
             raise ValueError(f"--{name} {value}: {path} is a drafter for engines, not a LLaDA checkpoint")
     source, tokenizer = load_causal_lm(path, flag="--drafter", dtype=dtype)
-    return convert(source, tokenizer, causal=True, mask_id=settings["pard_token"]).to(device), tokenizer
+    return convert(source, tokenizer, block_size=1, mask_id=settings["pard_token"]).to(device), tokenizer
 
 
 def write_drafter(model: LLaDAModelLM, verifier: str, folder: Path, *, origin: Origin) -> None:
