@@ -6,10 +6,8 @@ Three teachers:
     --server url         an OpenAI-compatible server that gives logprobs; it answers the prompts
     neither              the input holds logits already: JSON files of the systems we succeed (data/README.md)
 
-Tokens of two vocabularies are matched by their bytes, special tokens by their role, positions by the bytes of
-the text before them. Of each distribution the --top_k most likely tokens are kept; everything else is one
-number, the rest. A record whose lengths, ids or texts do not fit stops the run with file:line. A stopped run
-goes on where it was when the same command is given again.
+Of each distribution the --top_k most likely tokens are kept; everything else is one number, the rest. A
+record that does not fit stops the run with file:line; a stopped run continues. More: docs/alignment.md.
 
 Run:
     python alignment/precompute_teacher.py --input gsm8k/train.jsonl --tokenizer runs/drafter \\

@@ -3,8 +3,7 @@
 Reads the rows of alignment/precompute_teacher.py (with --loss_type ce also conversations, as SFT does).
 
 What is scored (--positions):
-    windows   [prompt, answer[:s], masks]: exactly what a drafter sees; the masks are scored. With
-              --keep_rate from every s at once, for causal drafters, at the cost of PARD's conditional drop
+    windows   [prompt, answer[:s], masks]: exactly what a drafter sees; the masks are scored
     masked    a random part of the answer is masked and scored, each token weighted with 1 / p
     answer    the same noise, and every token of the answer is scored, also the visible ones
 Where (--on_policy), instead of at random places of the rows' answers:
@@ -18,10 +17,6 @@ How (--loss_type):
     lk        lambda KL + (1 - lambda) TV, lambda = exp(-3 acceptance): maximises acceptance itself
     auto      kl if the rows have a teacher, else ce
 
-Logged: acceptance/k, the probability that the k-th token of a draft is accepted if those before it were, and
-tau, the tokens a step of speculative decoding is predicted to give; validation logs both (eval_tau), and
-eval_tau_greedy for temperature 0. They are lower bounds with a top-k teacher.
-
 Run:
     torchrun --nproc_per_node 8 alignment/train_kl.py --model_name_or_path models/LLaDA-8B-Instruct \\
         --train_data_path runs/teacher/train --eval_data_path runs/teacher/validation --loss_type lk \\
@@ -31,7 +26,7 @@ Run:
     python alignment/train_kl.py --data_path sft_data/processed_alignment --model_name models/llada \\
         --positions answer --loss_type kl --output_dir alignment_output --batch_size 2 --epochs 3
 
-The same command continues an interrupted run.
+The same command continues an interrupted run. What is logged, and how to choose: docs/alignment.md.
 """
 
 import logging

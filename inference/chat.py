@@ -1,15 +1,11 @@
 """Talk to a LLaDA checkpoint in the terminal, with the conversation kept.
 
-A line is a message; a backslash at its end continues the message on the next line. Lines that start with a
-slash are commands (/help lists them; // sends a message that starts with a slash). Ctrl-C stops an answer,
-Ctrl-D ends the program. When the conversation outgrows the model's context, its oldest turns are left out of
-the prompt, and a notice says so.
+A line is a message; a backslash at its end continues it on the next line. Lines that start with a slash are
+commands (/help lists them; // sends a message that starts with a slash). Ctrl-C stops an answer, Ctrl-D ends
+the program. When the conversation outgrows the model's context, its oldest turns are left out of the prompt.
 
 --watch shows the answer while it is decided: a dim dot is a mask, and the tokens of the latest step are red
-below confidence 0.3, yellow below 0.7, else green. Where the output is no terminal, or NO_COLOR is set, every
-step becomes a line instead.
-
-The settings are those of inference/generate.py; /set changes them, for example `/set temperature 0.7`.
+below confidence 0.3, yellow below 0.7, else green; where the output is no terminal, every step is a line.
 
 Run:
     python inference/chat.py --model_name_or_path runs/quickstart/sft --gen_length 64 --watch

@@ -1,16 +1,9 @@
 """Answer prompts with a LLaDA checkpoint: one prompt to the terminal, or a file of prompts to a JSONL file.
 
-Prompts come from --prompt, from a text file (one prompt a line), or from JSONL / Parquet records (`prompt`,
-`question`, `instruction`, `text`, or `messages`). With --is_instruct they go through the chat template.
-The output has one line {"id", "prompt", "completion"} for each prompt, in input order; the id is the record's
-own, else its number. An answer depends on the prompt, its number in the file, and the flags; never on batch
-size, number of processes, or order.
-
-Under torchrun, and with --num_gpus, processes share the prompts. Finished answers are kept in
-<output_path>.parts until all are there: the same command after a kill continues.
-
-The defaults give the tokens of LLaDA's published sampler. --parallel_decoding, --cache and --remdm are
-faster, or different, and approximate.
+The output has one line {"id", "prompt", "completion"} for each prompt, in input order. An answer depends on
+the prompt, its number in the file, and the flags; never on batch size, number of processes, or order. Under
+torchrun, and with --num_gpus, processes share the prompts; the same command after a kill continues. The
+defaults give the tokens of LLaDA's published sampler. More: docs/generation.md.
 
 Run:
     python inference/generate.py --model_name_or_path runs/quickstart/sft --is_instruct \\

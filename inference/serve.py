@@ -4,10 +4,9 @@
     /                     chat, infill, replay, comparison
     /health, /metrics     for whoever watches the server
 
-Requests that wait are answered together; an answer does not depend on its batch. Sampler settings may stand
-in a request's body beside OpenAI's fields: block_length, steps, remasking, parallel_decoding, cache, ...
-With LLADA_API_KEY in the environment, requests need it as their API key. The server listens on this machine
-only, unless --host says otherwise. After SIGTERM accepted requests are answered. See docs/serving.md.
+Sampler settings may stand in a request's body beside OpenAI's fields. With LLADA_API_KEY in the environment,
+requests need it as their API key. The server listens on this machine only, unless --host says otherwise.
+After SIGTERM accepted requests are answered. More: docs/serving.md.
 
 Run:
     python inference/serve.py --model_name_or_path runs/quickstart/sft --gen_length 64 --block_length 32

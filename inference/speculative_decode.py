@@ -2,15 +2,8 @@
 
 The answers are the verifier's own: exactly its distribution when sampling, its greedy output at temperature
 0. Every prompt is decoded twice, with drafts and plainly, and the report compares speed and (at temperature
-0, and with --acceptance match) the tokens. --no_compare leaves plain decoding out.
-
-Prompts as for generate.py: --prompt, or a file with a prompt or a conversation in each record. With
---is_instruct each model sees them in its own chat format. The drafter's canvas is [its prompt, the answer so
-far, --draft_length masks], the answer in its own tokens; where the two tokenizers differ, --bridge says how.
-Prompts are decoded one after the other. Under torchrun the processes share them. A killed run continues when
-the same command is given again.
-
-The output has one line for each prompt: {"id", "prompt", "completion", "acceptance_length", "is_equal", ...}.
+0, and with --acceptance match) the tokens. Prompts as for generate.py; where the two tokenizers differ,
+--bridge says how. A killed run continues when the same command is given again. More: docs/speculative.md.
 
 Run:
     python inference/speculative_decode.py --drafter runs/alignment --verifier runs/teacher/final \\

@@ -1,18 +1,16 @@
 """Makes preference data from a checkpoint's own answers: sample several to each prompt, score, compare.
 
-Prompts are records with a `prompt` (or `messages`, `question`, ...) and the fields that the rewards need; for
-reasoning_gym these are `task`, `answer` and `metadata`. Rewards are verifiers, a judge, or functions of your
-own: see --reward_funcs. A completion without a reward (a judge that failed) is left out.
+Prompts are records with a `prompt` (or `messages`, `question`, ...) and the fields that --reward_funcs need.
+A completion without a reward (a judge that failed) is left out. With --is_instruct prompts and completions
+are lists of messages, else texts.
 
 Writes to --output_dir, in the order of the prompts:
     paired.jsonl    {"id", "prompt", "chosen", "rejected", "score_chosen", "score_rejected"}, for train_dpo.py
     unpaired.jsonl  {"id", "prompt", "completion", "label", "score"}, for train_elbo_kto.py
     results.json    counts, and the mean of every reward
-With --is_instruct prompts and completions are lists of messages, else texts.
 
-Under torchrun the prompts are shared out over the processes. Finished completions are kept in
-<output_dir>/parts: the same command after a kill goes on where it stopped, with another --desirable_from or
---pairs_per_prompt it only compares anew. A completion never depends on the batch or the number of processes.
+Under torchrun the processes share the prompts. The same command after a kill continues; with another
+--desirable_from or --pairs_per_prompt it only compares anew.
 
 Run:
     python rlhf/make_preferences.py --model_name_or_path runs/quickstart/sft --is_instruct \\

@@ -9,10 +9,8 @@ Run:
 
     torchrun --nproc_per_node 8 rlhf/precompute_bref.py ...    # the same
 
-Records: prompt, completion, label (or pairs), as texts or messages (data/README.md). Writes them to
---output_file in their order with index, seed, l_values, B_ref, masked_idx_sums, mask_hashes, lengths, labels
-and a fingerprint of all that the values depend on. Finished batches are kept in <output_file>.parts until
-then: the same command after a kill goes on where it stopped.
+Records: prompt, completion, label (or pairs), as texts or messages (data/README.md), written to --output_file
+in their order with what training checks. The same command after a kill continues.
 """
 
 import json

@@ -21,9 +21,7 @@ Run:
         --output_dir runs/grpo --gen_length 256 --block_length 32 --batch_size 128 --micro_batch_size 4 \\
         --learning_rate 3e-6 --max_grad_norm 0.2
 
-The same command continues an interrupted run. Records: a prompt, and the fields that the rewards need
-(data/README.md). Writes beside the usual files completions.jsonl, and best/ by held-out accuracy. How to
-choose likelihood, advantages and rewards: docs/grpo.md.
+The same command continues an interrupted run. How to choose likelihood, advantages, rewards: docs/grpo.md.
 """
 
 from collections import Counter
