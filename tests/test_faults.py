@@ -1,6 +1,7 @@
 """What goes wrong in a run, and what comes of it: docs/reliability.md is the table of these."""
 
 import errno
+import gzip
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -263,6 +265,9 @@ def test_a_nan_on_one_rank_is_skipped_by_all(tmp_path):
     first, second = (re.search(r"ends with (\S+)", text)[1] for _, text in ranks)
     assert first == second != "nan"
     assert json.loads((tmp_path / "run/results.json").read_text())["num_skipped_steps"] == 1
+    for line in (tmp_path / "run/ranks.jsonl").read_text().splitlines():
+        seconds = json.loads(line)["forward_backward"]
+        assert len(seconds) == 2 and min(seconds) > 0
 
 
 @pytest.mark.parametrize(
@@ -298,6 +303,26 @@ def test_a_killed_rank_ends_the_job(tmp_path):
     assert done.returncode != 0 and time.monotonic() - started < 120
     assert "Signal 9 (SIGKILL)" in done.stderr
     assert not (tmp_path / "DONE").exists()
+
+
+# time and memory
+
+
+def test_a_full_gpu_leaves_a_snapshot(tmp_path, monkeypatch):
+    def full(step):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("torch.cuda.memory._dump_snapshot", lambda path: Path(path).touch())
+    with pytest.raises(torch.OutOfMemoryError, match=r"2 GiB\n.*memory-rank0\.pickle .*--shard full"):
+        train_on(tmp_path, lambda _: full)
+    assert (tmp_path / "memory-rank0.pickle").exists()
+
+
+def test_a_profile_shows_the_steps_that_were_asked_for(tmp_path):
+    train(tmp_path, max_steps=8, profile=2)
+    with gzip.open(tmp_path / "profile/rank0.json.gz") as file:
+        names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
+    assert {"ProfilerStep#3", "ProfilerStep#4"} <= set(names) and "ProfilerStep#5" not in names
 
 
 # records

@@ -60,6 +60,11 @@ class Saver:
         """Whether this rank has a save under way whose files are all written."""
         return self._pending is not None and self._pending[2].done()
 
+    def load(self, folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """`load_state`, in which ranks wait for one another however long it takes to read."""
+        load_state(folder, model, optimizer, group=self._group)
+        barrier()
+
     def start(
         self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, meta: Mapping[str, Any]
     ) -> None:
@@ -112,11 +117,17 @@ class Saver:
         barrier()
 
 
-def load_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_state(
+    folder: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> None:
     """Fills model and optimizer from a saved state; ValueError if its tensors do not fit this model."""
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
     state = {"model": model_state, "optimizer": optimizer_state}
-    _load(folder, state)
+    _load(folder, state, group)
     set_state_dict(
         model,
         optimizer,
@@ -129,13 +140,13 @@ def load_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
 def load_weights(folder: Path, model: torch.nn.Module) -> None:
     """Fills the model's trained weights from a saved state, whatever ranks wrote it; ValueError as above."""
     state = {"model": get_model_state_dict(model, options=_OPTIONS)}
-    _load(folder, state)
+    _load(folder, state, None)
     set_model_state_dict(model, state["model"], options=_OPTIONS)
 
 
-def _load(folder: Path, state: dict[str, Any]) -> None:
+def _load(folder: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
     try:
-        dcp.load(state, checkpoint_id=folder)
+        dcp.load(state, checkpoint_id=folder, process_group=group)
     except (CheckpointException, RuntimeError, OSError, EOFError) as error:
         others = [str(folder.parent / f"step-{step}") for step in _saved_steps(folder.parent)]
         others = [other for other in others if other != str(folder)] or ["none"]

@@ -193,6 +193,9 @@ class LoggingFlags:
         "Log steps whose loss is this many standard deviations above the running mean; 0 = never.",
         at_least=0,
     )
+    profile: int = flag(
+        0, "Write a profiler's trace of N steps to profile/ in --output_dir, after three.", at_least=0
+    )
     report_to: str = flag(
         "none",
         "Send metrics there besides metrics.jsonl; with wandb, WANDB_MODE=offline works.",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.profiler import profile
 from transformers import PreTrainedTokenizerBase
 
 from llada.flags.yaml_files import write_yaml
@@ -23,12 +24,13 @@ from llada.models.hub import check_hub, push
 from llada.models.saving import Origin, save_model
 from llada.models.tokens import SpecialIds, special_ids
 from llada.resumable import write_atomically
-from llada.run import STEP_SECONDS, Run, at, end_run, naming_ranks, start_run, sum_over_ranks
+from llada.run import STEP_SECONDS, Run, at, barrier, end_run, naming_ranks, start_run, sum_over_ranks
 from llada.training import checkpoint
 from llada.training.config import TrainConfig, learning_rate
 from llada.training.metrics import Metrics
 from llada.training.monitor import EarlyStop, LossWatch, Progress, expert_load, gather_records
 from llada.training.parallel import full_state_dict, parallelize, wrap_blocks
+from llada.training.profiling import memory_snapshot, profiled
 from llada.training.signals import StopSignal, exit_status, give_signals_back, leave_marker_on_signals
 from llada.training.step import Batch, Loss, Trainer
 
@@ -147,8 +149,13 @@ def fit(
         session = _Session(model, tokenizer, config, run, loss, validate, data, parts)
         step = session.progress.step
         batches = _batches(stream, step, config.max_steps, config.num_workers)
-        with StopSignal() as signal, naming_ranks():
-            session.train(batches, flops_of, signal)
+        with (
+            StopSignal() as signal,
+            naming_ranks(),
+            memory_snapshot(folder, run),
+            profiled(folder, run, config.profile) as profiler,
+        ):
+            session.train(batches, flops_of, signal, profiler)
         session.end(signal.number)
 
 
@@ -179,6 +186,8 @@ class _Session:
         self._model, self._tokenizer, self._config, self._run = model, tokenizer, config, run
         self._folder, self._validate = Path(config.output_dir), validate
         self._watch, self._early_stop = parts["loss_watch"], parts["early_stop"]
+        at("loaded the model")
+        barrier()  # sharding has a limit, and ranks load at their own pace
         # The model itself is saved and validated; the wrapper only synchronises what is trained.
         wrapped = parallelize(
             model, run, shard=config.shard, dtype=config.dtype, cpu_offload=config.cpu_offload
@@ -188,6 +197,7 @@ class _Session:
         self.progress = Progress(run.device, run.world_size, config.dtype)
         parts = {"results": self.progress, **parts}
         self._parts = {name: part for name, part in parts.items() if part is not None}
+        self._saver = checkpoint.Saver(self._folder, run, keep=config.save_total_limit)
         self._saved_step = self._resume()
         if run.is_main:
             (self._folder / "PREEMPTED").unlink(missing_ok=True)
@@ -202,7 +212,6 @@ class _Session:
             report_to=config.report_to,
         )
         self._trainer = Trainer(wrapped, self._optimizer, config, run, loss, self.progress)
-        self._saver = checkpoint.Saver(self._folder, run, keep=config.save_total_limit)
 
     def _resume(self) -> int | None:
         """Continues from a saved state if there is one; the step that --output_dir holds a state of."""
@@ -210,7 +219,8 @@ class _Session:
         if state is None:
             return None
         saved = checkpoint.check_meta(state, self._meta)
-        checkpoint.load_state(state, self._model, self._optimizer)
+        at("resuming")
+        self._saver.load(state, self._model, self._optimizer)
         self.progress.step = saved["step"]
         for name in self._parts.keys() & saved.keys():
             self._parts[name].load_state_dict(saved[name])
@@ -232,6 +242,7 @@ class _Session:
         steps: Iterator[list[Batch]],
         flops_of: Callable[[Batch], float],
         signal: StopSignal,
+        profiler: profile | None,
     ) -> None:
         """Steps until the run is finished or any rank has been signalled; saves the state it ends with."""
         if self.progress.step == 0:
@@ -260,6 +271,8 @@ class _Session:
             self._step(batches, total)
             self._validate_and_save_when_due()
             self.progress.phases.mark("between steps")
+            if profiler is not None:
+                profiler.step()
         self._save()
         self._saver.finish()
         self._metrics.close()
@@ -275,6 +288,8 @@ class _Session:
         self._metrics.advance(step)
         if step % self._config.log_interval == 0 or step == self._config.max_steps:
             self._metrics.log(step, values | expert_load(self._model) | self.progress.rates())
+            if self._run.world_size > 1:
+                self._metrics.log_ranks(step, self.progress.of_ranks)
 
     def _validate_and_save_when_due(self) -> None:
         step, config = self.progress.step, self._config

@@ -40,7 +40,7 @@ class Metrics:
         self._folder = folder
         if folder is None:
             return
-        for name in ("metrics.jsonl", "loss_spikes.jsonl"):
+        for name in ("metrics.jsonl", "loss_spikes.jsonl", "ranks.jsonl"):
             _keep_lines_before(folder / name, first_step)
         self._width = shutil.get_terminal_size((110, 24)).columns
         self._bar = tqdm(
@@ -68,6 +68,11 @@ class Metrics:
             f"step {step}: loss {spike['loss']:.4g} is {spike['loss_spike']:.1f} standard deviations above "
             f"its mean; the records are in {self._folder / 'loss_spikes.jsonl'}"
         )
+
+    def log_ranks(self, step: int, ranks: Mapping[str, list[float]]) -> None:
+        """Appends one line to ranks.jsonl: what each rank spent, in the order of ranks."""
+        if self._folder is not None:
+            self._append("ranks.jsonl", {"step": step, **ranks})
 
     def _append(self, name: str, entry: Mapping[str, Any]) -> None:
         with open(self._folder / name, "a", encoding="utf-8") as file:

@@ -170,6 +170,7 @@ class Progress:
     step: int = 0  # optimizer steps so far
     results: dict[str, float] = field(default_factory=dict)  # what else goes to results.json
     phases: Phases = field(init=False)
+    of_ranks: dict[str, list[float]] = field(default_factory=dict)  # seconds of each phase, and memory
     _tokens_seen: float = 0.0
     _seconds: float = 0.0
     _window: dict[str, float] = field(init=False)
@@ -222,6 +223,9 @@ class Progress:
                 found["mfu"] = rate / self.peak_flops
         found |= {f"share_{name}": window[name] / total for name in PHASES}
         found["peak_memory_gb"] = peak_memory(self.device) / 1e9
+        mine = [round(window[name], 4) for name in PHASES] + [found["peak_memory_gb"]]
+        ranks = zip(*gather_over_ranks(mine), strict=True)
+        self.of_ranks = dict(zip((*PHASES, "peak_memory_gb"), map(list, ranks), strict=True))
         self._clear()
         return found
 
