@@ -2,8 +2,9 @@
 
 The answers are the verifier's own: exactly its distribution when sampling, its greedy output at temperature
 0. Every prompt is decoded twice, with drafts and plainly, and the report compares speed and (at temperature
-0, and with --acceptance match) the tokens. Prompts as for generate.py; where the two tokenizers differ,
---bridge says how. A killed run continues when the same command is given again. More: docs/speculative.md.
+0, and with --acceptance match) the tokens; --no_compare leaves plain decoding out. Prompts as for
+generate.py; where the two tokenizers differ, --bridge says how. The same command continues a killed run.
+More: docs/speculative.md.
 
 Run:
     python inference/speculative_decode.py --drafter runs/alignment --verifier runs/teacher/final \\
