@@ -6,7 +6,7 @@ gain is a bootstrap over seeds and puzzles, each puzzle compared with itself bef
 those of all processes of a run, preferences included, evaluation not. Finished runs are not repeated.
 
 --remasking samples rollouts and preferences in another order. --num_samples N also draws N answers to each of
-the first 100 puzzles from the trained model (temperature 1, max_probability, one token a step: its own
+the first 50 puzzles from the trained model (temperature 1, max_probability, one token a step: its own
 distribution) and counts, for a puzzle, the distinct ones and the distinct correct ones.
 
 Run:
@@ -107,7 +107,7 @@ class Bench:
 
     def distinct(self, checkpoint: Path | str, folder: Path) -> tuple[float, float]:
         """Of --num_samples answers to a puzzle, on average: the distinct ones, and the correct among them."""
-        drawn = {"temperature": 1, "remasking": "max_probability", "max_samples": 100}
+        drawn = {"temperature": 1, "remasking": "max_probability", "max_samples": 50}
         drawn |= {"num_return_sequences": self.config.num_samples, "batch_size": 25}
         answers = self.answers(checkpoint, folder / "samples", **drawn)
         kinds = [(record, set(entry["completions"])) for record, entry in answers]
