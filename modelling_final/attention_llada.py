@@ -128,6 +128,7 @@ def make_attention_mask(
     key_positions: Tensor,
     cache: WindowCache | None,
     document_borders: Tensor | None = None,
+    clean_columns: Tensor | None = None,
 ) -> Tensor | Documents | None:
     """The mask in the form that the configured kernel wants; None where every row sees every key.
 
@@ -139,6 +140,7 @@ def make_attention_mask(
             and of earlier blocks of positions.
         cache: tells how many keys there are, and where the rows stand among them.
         document_borders: [D + 1], see `documents_llada`; rows see the keys of their own document only.
+        clean_columns: [B, L], see `two_streams`.
 
     ValueError: a mask of another shape, or one that the configured kernel would ignore or misread.
     """
@@ -157,7 +159,11 @@ def make_attention_mask(
     is_block_causal = config.attention_pattern == "block_causal"
     _check_kernel(kernel, has_bias=attention_bias is not None, is_block_causal=is_block_causal)
     sees = None
-    if is_block_causal:
+    if clean_columns is not None:
+        if not is_block_causal or cache is not None:
+            raise ValueError("clean_columns need attention_pattern block_causal, and go with no cache")
+        sees = two_streams(key_positions.expand(batch, -1), config.attention_block_size, clean_columns)
+    elif is_block_causal:
         sees = _block_causal(key_positions.expand(batch, -1), config.attention_block_size)
     if document_borders is not None:
         if attention_mask is not None or cache is not None or "flash" in kernel:
@@ -229,6 +235,25 @@ def _block_causal(key_positions: Tensor, block_size: int) -> Callable[..., Tenso
     def sees(batch_idx: Tensor, head_idx: Tensor, query_idx: Tensor, key_idx: Tensor) -> Tensor:
         # transformers counts query_idx among the keys, so with a cache too one table serves both
         return block[batch_idx, key_idx] <= block[batch_idx, query_idx]
+
+    return sees
+
+
+def two_streams(key_positions: Tensor, block_size: int, clean_columns: Tensor) -> Callable[..., Tensor]:
+    """The rule of training by blocks, where each record stands in a row twice: noised, and as it is.
+
+    A row sees its own block of its own copy, and the clean copies of all blocks before: of a noised block
+    never the clean tokens, which it has to predict, nor noise of another block. Source: BD3LM, arXiv
+    2503.09573, section 3.
+    """
+    block = key_positions // block_size  # [B, K]
+    is_noisy = clean_columns != torch.arange(clean_columns.shape[1], device=clean_columns.device)
+
+    def sees(batch_idx: Tensor, head_idx: Tensor, query_idx: Tensor, key_idx: Tensor) -> Tensor:
+        query, key = block[batch_idx, query_idx], block[batch_idx, key_idx]
+        query_noisy, key_noisy = is_noisy[batch_idx, query_idx], is_noisy[batch_idx, key_idx]
+        # `<` and not `<=`: with the same block's clean copy in sight there would be nothing to predict
+        return (~key_noisy & (key < query)) | ((key_noisy == query_noisy) & (key == query))
 
     return sees
 

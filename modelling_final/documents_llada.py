@@ -7,7 +7,7 @@ B * L at the end. Each sequence begins with one; padding is a document too. Repe
 documents, so that the number of borders can be kept the same from batch to batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import NamedTuple
 
@@ -47,6 +47,15 @@ def document_positions(borders: Tensor, batch: int, length: int) -> Tensor:
     """[B, L] position ids that count from 0 in each document."""
     flat = torch.arange(batch * length, device=borders.device).view(batch, length)
     return flat - borders.to(flat.dtype)[document_of_position(borders, batch, length)]
+
+
+def left_neighbours(inputs: Mapping[str, Tensor], block_size: int) -> Tensor:
+    """[B, L] columns whose hidden states predict each row in a model with shifted logits and two streams."""
+    positions, clean_columns = inputs["position_ids"], inputs["clean_columns"]
+    columns = torch.arange(positions.shape[1], device=positions.device)
+    # left of a block's first row stands a finished block, so the clean copy
+    left = torch.where(positions % block_size == 0, clean_columns, columns) - 1
+    return torch.where(positions == 0, columns, left)
 
 
 def same_document(borders: Tensor, batch: int, length: int) -> Callable[..., Tensor]:

@@ -27,11 +27,11 @@ from .attention_llada import LLaDAAttention, LLaDARotaryEmbedding, make_attentio
 from .block_llada import LLaDALlamaBlock, LLaDARMSNorm
 from .cache_llada import WindowCache
 from .configuration_llada import LLaDAConfig
-from .documents_llada import check_borders, document_positions
+from .documents_llada import check_borders, document_positions, left_neighbours
 from .families_llada import register_weight_names
 from .generation_llada import LLaDAGenerationMixin
 from .loss_llada import LLaDAHead, Score
-from .moe_llada import LLaDAExperts, LLaDARouter
+from .moe_llada import LLaDAExperts, LLaDARouter, draw_weights
 
 register_weight_names()
 
@@ -55,6 +55,7 @@ class Inputs(TypedDict, total=False):
     inputs_embeds: Tensor  # [B, L, D], instead of input_ids
     attention_bias: Tensor  # [B or 1, 1 or H, L, K]; boolean or integer (nonzero = may attend), or added
     document_borders: Tensor  # [D + 1], documents that do not see one another; see `documents_llada`
+    clean_columns: Tensor  # [B, L], of each row's clean copy, a clean row's own; see `two_streams`
     use_cache: bool  # without past_key_values: start a cache
     output_hidden_states: bool
     output_attentions: bool
@@ -105,11 +106,7 @@ class LLaDAPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Draws init_fn "mitchell": N(0, 1/fan_in) within 3 sigma, residual outputs smaller; or "normal"."""
         if isinstance(module, LLaDARouter | LLaDAExperts):
-            for weight in module.parameters():
-                init.normal_(weight, mean=0.0, std=weight.shape[-1] ** -0.5)
-            if hasattr(module, "expert_bias"):
-                init.zeros_(module.expert_bias)
-            return
+            return draw_weights(module)
         if not isinstance(module, nn.Linear | nn.Embedding):
             super()._init_weights(module)  # norms to one; rotary tables again, where they were made on meta
             return
@@ -177,6 +174,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
             key_positions=key_positions,
             cache=past_key_values,
             document_borders=borders,
+            clean_columns=inputs.get("clean_columns"),
         )
         # Kernels with a mask format of their own (flash: 2-D, flex: blocks) compute all rows; we pick later.
         has_rows = mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)
@@ -364,22 +362,22 @@ class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
                 **inputs,
             )
             if shifts:
-                hidden = self._shift(
-                    outputs.last_hidden_state, outputs.past_key_values, inputs.get("document_borders")
-                )
+                hidden = self._shift(outputs.last_hidden_state, outputs.past_key_values, inputs)
                 if query_positions is not None:
                     (hidden,) = take_rows(query_positions, hidden)
                 outputs.last_hidden_state = hidden
         return outputs
 
-    def _shift(self, hidden: Tensor, cache: WindowCache | None, document_borders: Tensor | None) -> Tensor:
+    def _shift(self, hidden: Tensor, cache: WindowCache | None, inputs: Inputs) -> Tensor:
         """Hidden states one row later: what predicts token i is found at row i - 1 of such a model."""
         if cache is not None:
             return cache.put_hidden(hidden)
+        if "clean_columns" in inputs:
+            return take_rows(left_neighbours(inputs, self.config.attention_block_size), hidden)[0]
         shifted = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
-        if document_borders is None:
+        if "document_borders" not in inputs:
             return shifted
-        is_first = document_positions(document_borders, *hidden.shape[:2]) == 0
+        is_first = document_positions(inputs["document_borders"], *hidden.shape[:2]) == 0
         return torch.where(is_first[..., None], hidden, shifted)
 
     def _score(

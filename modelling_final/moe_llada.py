@@ -5,6 +5,7 @@ N tokens, D model width, E experts, k experts a token, F width of an expert.
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
@@ -112,6 +113,14 @@ class LLaDAMoE(nn.Module):
         experts, weights = self.router(flat)
         out = self.experts(flat, experts, weights.to(x.dtype)).view_as(x)
         return out if self.shared is None else out + self.shared(x)
+
+
+def draw_weights(module: LLaDARouter | LLaDAExperts) -> None:
+    """Matrices from N(0, 1 / fan_in), biases of the choice 0, by transformers' initialization."""
+    for weight in module.parameters():
+        init.normal_(weight, mean=0.0, std=weight.shape[-1] ** -0.5)
+    if hasattr(module, "expert_bias"):
+        init.zeros_(module.expert_bias)
 
 
 def take_load(model: nn.Module) -> Tensor | None:

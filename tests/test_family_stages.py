@@ -53,7 +53,12 @@ def test_adapters_preferences_rewards_and_answers(family, checkpoints, tmp_path,
     monkeypatch.chdir(ROOT)
     before = load_file(checkpoints / family / "model.safetensors")
     layers = ["all-linear", *(["experts"] if "moe" in family else [])]
+    by_blocks = "sdar" in family or "llada2" in family
+    if by_blocks:
+        with pytest.raises(ValueError, match=r"attends by blocks.*; give --objective block_diffusion"):
+            run(SFT, *sft_flags(checkpoints / family, tmp_path / "other", "--max_steps", 1))
     lora = ["--max_steps", 1, "--lora_r", 2, "--learning_rate", 0.1, "--lora_target_modules", *layers]
+    lora += ["--objective", "block_diffusion"] if by_blocks else []
     run(SFT, *sft_flags(checkpoints / family, tmp_path / "sft", *lora))
     first = json.loads((tmp_path / "sft/metrics.jsonl").read_text().splitlines()[0])
     assert ("expert_load_max" in first) == ("moe" in family)
@@ -98,7 +103,7 @@ def test_multiple_choice_and_free_answers_are_scored(family, checkpoints, tmp_pa
 
 
 def test_experts_killed_and_resumed_equal_uninterrupted(checkpoints, tmp_path):
-    more = ["--max_steps", 8, "--save_interval", 2]
+    more = ["--max_steps", 8, "--save_interval", 2, "--objective", "block_diffusion"]
     whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
     run(SFT, *sft_flags(checkpoints / "llada2_moe", whole, *more))
     flags = sft_flags(checkpoints / "llada2_moe", killed, *more)
@@ -113,6 +118,7 @@ def test_experts_killed_and_resumed_equal_uninterrupted(checkpoints, tmp_path):
 @pytest.mark.parametrize("family", ["llada2_moe", "llada_moe"])
 def test_experts_on_two_ranks_equal_one_process(family, shard, checkpoints, tmp_path):
     more = ["--max_steps", 3, "--adam_epsilon", 1e-2]
+    more += ["--objective", "block_diffusion"] if family == "llada2_moe" else []
     run(SFT, *sft_flags(checkpoints / family, tmp_path / "one", *more))
     two = sft_flags(checkpoints / family, tmp_path / "two", *more, "--micro_batch_size", 1, "--shard", shard)
     run_ranks(2, SFT, two, tmp_path)
@@ -140,7 +146,17 @@ def test_a_dry_run_at_the_published_size_names_the_experts_memory(
     (tmp_path / "pytorch_model.bin").touch()  # weights that a dry run does not look into
     for ranks in (8, 64):
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
-        flags = ["--dry_run", "--shard", "full", "--dtype", "bfloat16", "--batch_size", ranks]
-        run(SFT, *sft_flags(tmp_path, tmp_path / "run", *flags, "--gpu_memory_gb", 80))
+        flags = [
+            "--objective",
+            "block_diffusion",
+            "--dry_run",
+            "--shard",
+            "full",
+            "--dtype",
+            "bfloat16",
+            "--batch_size",
+            ranks,
+        ]
+        run(SFT, *sft_flags(tmp_path, tmp_path / "run", *flags, "--gpu_memory_gb", 141))
         said = " ".join(capsys.readouterr().out.split())
-        assert f"experts {4 * experts / ranks / 1e9:.3f} GB" in said and "; fits into 80.0 GB" in said
+        assert f"experts {4 * experts / ranks / 1e9:.3f} GB" in said and "; fits into 141.0 GB" in said

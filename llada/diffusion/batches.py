@@ -76,14 +76,16 @@ class MaskedBatch:
     num_pairs: int  # (query, key) pairs of its attention: the squared lengths of its records, added up
     # [D + 1] where rows hold several records: the flat positions where each begins, and B * L
     document_borders: torch.Tensor | None = None
+    # [B, L] of two streams: see `modelling_final.attention_llada.two_streams`
+    position_ids: torch.Tensor | None = None
+    clean_columns: torch.Tensor | None = None
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
         """What the model's forward takes: its nll comes out at `rows`, for `targets`."""
         inputs = {name: getattr(self, name) for name in ("input_ids", "attention_mask", "rows", "targets")}
-        if self.document_borders is not None:
-            inputs["document_borders"] = self.document_borders
-        return inputs
+        layout = {name: getattr(self, name) for name in ("document_borders", "position_ids", "clean_columns")}
+        return inputs | {name: value for name, value in layout.items() if value is not None}
 
     def to(self, device: torch.device) -> "MaskedBatch":
         """The same batch with its tensors on `device`."""
@@ -101,17 +103,27 @@ class Noised:
 
     example: Example
     is_masked: np.ndarray
-    weight: float  # holds the 1 / p_mask (or n / l) of this draw
+    weight: float | np.ndarray  # holds the 1 / p_mask (or n / l) of this draw; [L] where tokens differ
     record_id: int
 
 
-def collate(rows: list[list[Noised]], *, mask_id: int, pad_id: int, packed: bool = False) -> MaskedBatch:
+def collate(
+    rows: list[list[Noised]],
+    *,
+    mask_id: int,
+    pad_id: int,
+    packed: bool = False,
+    block_size: int | None = None,
+) -> MaskedBatch:
     """Stacks rows of noised records, padded on the right to the longest row.
 
-    `packed`: rows may hold several records, which do not see one another.
+    Args:
+        packed: rows may hold several records, which do not see one another.
+        block_size: None, or each record stands there twice, noised and then clean: two streams.
     """
     items = [item for row in rows for item in row]
-    lengths = [[len(item.example.input_ids) for item in row] for row in rows]
+    num_copies = 1 if block_size is None else 2
+    lengths = [[num_copies * len(item.example.input_ids) for item in row] for row in rows]
     longest = max(map(sum, lengths))
     # rows, and borders below, in multiples of 64: kernels meet few different shapes
     length = -(-longest // 64) * 64 if packed else longest
@@ -119,13 +131,18 @@ def collate(rows: list[list[Noised]], *, mask_id: int, pad_id: int, packed: bool
     is_masked = np.zeros((len(rows), length), dtype=bool)
     attended = np.zeros((len(rows), length), dtype=np.int64)
     weights = np.zeros((len(rows), length), dtype=np.float32)
+    positions = np.zeros((len(rows), length), dtype=np.int64)
+    clean_columns = np.tile(np.arange(length), (len(rows), 1))
     borders = []
     for b, row in enumerate(rows):
         start = 0
         for item, size in zip(row, lengths[b], strict=True):
-            place = (b, slice(start, start + size))
-            x_0[place], is_masked[place], attended[place] = item.example.input_ids, item.is_masked, 1
-            weights[place] = item.weight
+            whole, num = (b, slice(start, start + size)), size // num_copies
+            x_0[whole], attended[whole] = np.tile(item.example.input_ids, num_copies), 1
+            positions[whole] = np.tile(np.arange(num), num_copies)
+            place = (b, slice(start, start + num))
+            is_masked[place], weights[place] = item.is_masked, item.weight
+            clean_columns[place] += size - num
             borders.append(b * length + start)
             start += size
         if start < length:
@@ -141,7 +158,10 @@ def collate(rows: list[list[Noised]], *, mask_id: int, pad_id: int, packed: bool
         weights=torch.from_numpy(weights[is_masked]),
         num_units=float(sum(item.example.num_units for item in items)),
         record_ids=[item.record_id for item in items if item.record_id >= 0],
-        num_tokens=sum(sizes),
-        num_pairs=sum(size**2 for size in sizes),
+        num_tokens=num_copies * sum(sizes),
+        # two streams: half of the pairs of clean blocks, half of noised with clean ones, and noised blocks
+        num_pairs=sum(size**2 if block_size is None else size * (size + block_size) for size in sizes),
         document_borders=torch.tensor(borders, dtype=torch.int32) if packed else None,
+        position_ids=None if block_size is None else torch.from_numpy(positions),
+        clean_columns=None if block_size is None else torch.from_numpy(clean_columns),
     )

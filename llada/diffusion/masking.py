@@ -10,6 +10,7 @@ x_0 clean, x_t noised, t the time, p_mask = (1 - eps) t + eps the probability th
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ def draw_noise(
     random: np.random.Generator,
     *,
     stratum: Stratum = Stratum(),
-    largest_t: float = 1.0,
+    t_range: tuple[float, float] = (0.0, 1.0),
     mask_count: str = "bernoulli",
 ) -> tuple[np.ndarray, float]:
     """(is_masked [L], what each masked token weighs in the loss) of one record; made nowhere else.
@@ -61,11 +62,12 @@ def draw_noise(
         maskable: [L] bool.
         weight: w of the record: 1 in pretraining, 1 / answer length in SFT.
         random: draws t first, then the mask.
-        largest_t: t is scaled into (0, largest_t), for a curriculum.
+        t_range: t is scaled into it, for a curriculum or for blocks; the bound needs all of (0, 1).
 
     Source: LLaDA eq. 3 and 6; GUIDELINES.md, forward_process.
     """
-    t = stratum.time(random.random()) * largest_t
+    low, high = t_range
+    t = low + (high - low) * stratum.time(random.random())
     if mask_count == "exact":
         num_maskable = int(maskable.sum())
         num_masked = max(1, math.ceil(t * num_maskable))
@@ -73,6 +75,25 @@ def draw_noise(
     p_mask = mask_probability(t)
     # not w / t: p_mask is what tokens were masked with, so the estimate stays unbiased at every t
     return bernoulli_mask(maskable, p_mask, random), weight / p_mask
+
+
+def draw_block_noise(
+    maskable: np.ndarray, weight: float, random: np.random.Generator, *, block_size: int, **law: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """(is_masked [L], weight of each token [L]): every block of `block_size` tokens by a time of its own.
+
+        -log p(x_0) = - sum_k log p(block k | blocks before it), and each term is bounded as in `draw_noise`
+
+    Blocks are counted from the record's first token, as attention counts them. `law`: of `draw_noise`.
+
+    Source: BD3LM, arXiv 2503.09573, eq. 8.
+    """
+    is_masked, weights = np.zeros(len(maskable), dtype=bool), np.zeros(len(maskable))
+    for start in range(0, len(maskable), block_size):
+        block = slice(start, start + block_size)
+        if maskable[block].any():
+            is_masked[block], weights[block] = draw_noise(maskable[block], weight, random, **law)
+    return is_masked, weights
 
 
 def mask_probability(t: float, eps: float = EPS) -> float:

@@ -15,7 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from llada.diffusion.batches import Example, MaskedBatch, Noised, collate, deal, pack
-from llada.diffusion.masking import Stratum, draw_noise, generator, permutation
+from llada.diffusion.masking import Stratum, draw_block_noise, draw_noise, generator, permutation
 from llada.run import Run
 
 
@@ -46,7 +46,7 @@ class Curriculum:
         return self.start_length * 2 ** (step * doublings // self.length_steps)
 
     def largest_t(self, step: int) -> float:
-        """Upper end of the times of this step."""
+        """Upper end of the times of this step, as a share of the whole range."""
         if step >= self.mask_steps:
             return 1.0
         return self.start_mask_ratio + (1.0 - self.start_mask_ratio) * step / self.mask_steps
@@ -83,6 +83,9 @@ class MaskedStream:
     mask_count: str = "bernoulli"  # or "exact", see `draw_noise`
     row_length: int = 0  # 0, or records are packed into rows of so many tokens; their masks stay the same
     fills_rows: bool = False  # `example_of` fills every record up to the longest
+    # None, or block diffusion: rows hold each record noised and clean, see `modelling_final.two_streams`
+    block_size: int | None = None
+    t_range: tuple[float, float] = (0.0, 1.0)  # of training; the bound of validation takes all times
     # cuts the records of early steps, with noise of their own, and bounds t
     curriculum: Curriculum = Curriculum()
     full_length: int = 0  # tokens of a row that, in stages that fill rows up to the longest, is added to
@@ -124,6 +127,7 @@ class MaskedStream:
             mask_id=self.mask_id,
             pad_id=self.pad_id,
             packed=self.row_length > 0 or any(len(row) > 1 for row in rows),
+            block_size=self.block_size,
         )
 
     def noise(self, record_id: int, epoch: int, *, longest: int, step: int, place: int) -> list[Noised]:
@@ -138,7 +142,9 @@ class MaskedStream:
             # a whole record's key has no piece: what the curriculum leaves whole keeps its draws
             random = generator(self.seed, self.purpose, record_id, epoch, *([piece] if piece else []))
             part = example.part(start, start + length)
-            noised.append(self.hide(part, record_id, random, stratum, self.curriculum.largest_t(step)))
+            low, high = self.t_range
+            t_range = low, low + (high - low) * self.curriculum.largest_t(step)
+            noised.append(self.hide(part, record_id, random, stratum, t_range))
         return noised
 
     def hide(
@@ -147,18 +153,16 @@ class MaskedStream:
         record_id: int,
         random: np.random.Generator,
         stratum: Stratum,
-        largest_t: float = 1.0,
+        t_range: tuple[float, float] = (0.0, 1.0),
         mask_count: str | None = None,
     ) -> Noised:
         """One record after noise; streams that mask by another rule override this."""
-        is_masked, weight = draw_noise(
-            example.maskable,
-            example.weight,
-            random,
-            stratum=stratum,
-            largest_t=largest_t,
-            mask_count=mask_count or self.mask_count,
-        )
+        law = {"stratum": stratum, "t_range": t_range, "mask_count": mask_count or self.mask_count}
+        record = (example.maskable, example.weight, random)
+        if self.block_size is None:
+            is_masked, weight = draw_noise(*record, **law)
+        else:
+            is_masked, weight = draw_block_noise(*record, block_size=self.block_size, **law)
         return Noised(example, is_masked, weight, record_id)
 
     def validation(self, limit: int | None = None) -> Iterator[MaskedBatch]:

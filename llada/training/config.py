@@ -13,6 +13,7 @@ from llada.models.flags import EXPERTS, LINEAR_LAYERS, HubFlags, MaskTokenFlag
 
 if TYPE_CHECKING:
     from llada.run import Run  # imports torch
+    from modelling_final import LLaDAConfig
 
 DEFAULT_LORA = {"lora_r": 128, "lora_alpha": 256.0, "lora_target_modules": ["all-linear"]}
 
@@ -33,6 +34,50 @@ class NoiseFlags:
         choices=["bernoulli", "exact"],
         fixed=True,
     )
+
+
+@dataclass(kw_only=True)
+class BlockFlags:
+    """Blocks from left to right, each denoised with all that stands before it."""
+
+    objective: str = flag(
+        "masked_diffusion",
+        "What a token is predicted from: all tokens that are not masked, or those of its block and the clean "
+        "blocks before it (BD3LM, SDAR, LLaDA2).",
+        choices=["masked_diffusion", "block_diffusion"],
+        fixed=True,
+    )
+    block_size: int | None = flag(
+        None, "Tokens of a block; default the model's.", at_least=1, needs="objective=block_diffusion",
+        fixed=True,
+    )  # fmt: skip
+    t_range: list[float] = flag(
+        [0.0, 1.0],
+        "Times of training are drawn from here, one a block; LLaDA2's SFT: 0.3 0.8. Validation takes all.",
+        at_least=0,
+        at_most=1,
+        needs="objective=block_diffusion",
+        fixed=True,
+    )
+
+    def check_flags(self) -> None:
+        """The order of --t_range."""
+        if len(self.t_range) != 2 or self.t_range[0] >= self.t_range[1]:
+            raise ValueError(f"--t_range {self.t_range}: give two numbers, the lower first")
+
+    def settle_blocks(self, model: "LLaDAConfig") -> None:
+        """Makes the model one that attends by blocks of --block_size, or takes the size from it."""
+        if self.objective != "block_diffusion":
+            if (model.attention_block_size or 1) > 1:
+                raise ValueError(
+                    "--objective masked_diffusion: the model attends by blocks, and would see noise where it "
+                    "reads finished blocks; give --objective block_diffusion"
+                )
+            return
+        self.block_size = self.block_size or model.attention_block_size
+        if self.block_size is None:
+            raise ValueError("--objective block_diffusion: the model names no block size; give --block_size")
+        model.attention_pattern, model.attention_block_size = "block_causal", self.block_size
 
 
 @dataclass(kw_only=True)
@@ -288,11 +333,11 @@ class TrainConfig(OptimizerFlags, LoggingFlags, HubFlags):
         """What a `MaskedStream` takes from the flags."""
         names = ["batch_size", "micro_batch_size", "seed"]
         names += [name for name in ("t_sampling", "mask_count") if hasattr(self, name)]
-        return {
-            **{name: getattr(self, name) for name in names},
-            **{"run": run, "mask_id": mask_id, "pad_id": pad_id},
-            "row_length": self.max_length if self.packing else 0,
-        }
+        if getattr(self, "objective", None) == "block_diffusion":
+            names += ["block_size", "t_range"]
+        named = {name: getattr(self, name) for name in names}
+        row_length = self.max_length if self.packing else 0
+        return {**named, "run": run, "mask_id": mask_id, "pad_id": pad_id, "row_length": row_length}
 
     def resolve(self, run: "Run", num_records: int) -> None:
         """Fills the batch sizes and --max_steps, and checks the numbers against each other."""
@@ -326,7 +371,9 @@ class TrainConfig(OptimizerFlags, LoggingFlags, HubFlags):
 
 
 @dataclass(kw_only=True)
-class RowsConfig(NoiseFlags, LoraDropoutFlags, ScaleFlags, PrefetchFlags, TrainConfig, MaskTokenFlag):
+class RowsConfig(
+    BlockFlags, NoiseFlags, LoraDropoutFlags, ScaleFlags, PrefetchFlags, TrainConfig, MaskTokenFlag
+):
     """A run on rows of tokens that are masked."""
 
 

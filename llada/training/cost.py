@@ -151,6 +151,8 @@ def memory(
     }
     if not isinstance(shape, LLaDAConfig):
         return state
+    if _has_two_streams(config):
+        length *= 2
     tokens = config.micro_batch_size * length
     return state | _work_memory(
         shape, config, parameters, is_sharded=sharing > 1, tokens=tokens, length=length
@@ -188,8 +190,10 @@ def _work_memory(
     if config.activation_checkpointing != "none":
         activations += tokens * shape.n_layers * at_input
     # Rows of one micro-batch differ in length: each block keeps what attention makes of their padding.
-    has_padding = config.micro_batch_size > 1 and not config.packing
-    masks = e * tokens * length * num_kept if has_padding else 0
+    has_mask = config.micro_batch_size > 1 and not config.packing
+    if _has_two_streams(config):
+        has_mask = config.attn_implementation != "flex_attention"
+    masks = e * tokens * length * num_kept if has_mask else 0
     head_bytes = chunk_rows(shape.embedding_size) * shape.embedding_size * (FLOAT32 + 2)
     if not parameters.is_lora:
         head_bytes += head * (FLOAT32 + e)
@@ -254,6 +258,10 @@ def flops_counter(model: nn.Module) -> Callable[[MaskedBatch], float]:
         )
 
     return flops_of
+
+
+def _has_two_streams(config: TrainConfig) -> bool:
+    return getattr(config, "objective", None) == "block_diffusion"
 
 
 def _matrices(shape: LLaDAConfig) -> int:

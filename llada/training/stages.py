@@ -51,7 +51,10 @@ STAGES = {
         after=("prepare_corpus",),
         trains=True,
         is_trunk=True,
-        variants={"packed": ("--packing",)},
+        variants={
+            "packed": ("--packing",),
+            "blocks": ("--objective", "block_diffusion", "--block_size", "4"),
+        },
     ),
     "prepare_sft": Stage("sft_training/prepare_sft.py", after=("tokenizer",)),
     "sft": Stage(
@@ -60,7 +63,13 @@ STAGES = {
         reads_checkpoint=True,
         trains=True,
         is_trunk=True,
-        variants={"lora": ("--use_lora", "--lora_r", "4")},
+        variants={
+            "lora": ("--use_lora", "--lora_r", "4"),
+            "blocks": (
+                *("--objective", "block_diffusion", "--block_size", "8", "--t_range", "0.3", "0.8"),
+                *("--packing", "--lora_r", "4"),
+            ),
+        },
     ),
     "teacher": Stage("alignment/train_teacher.py", after=("tokenizer",), trains=True),
     "precompute_teacher": Stage("alignment/precompute_teacher.py", after=("sft", "teacher")),
