@@ -43,6 +43,7 @@ from llada.flags.parser import check_command_line, flag, parse, run_main
 from llada.models.flags import MaskTokenFlag
 from llada.training.config import (
     LoraDropoutFlags,
+    NoiseFlags,
     PrefetchFlags,
     ScaleFlags,
     TrainConfig,
@@ -51,7 +52,9 @@ from llada.training.config import (
 
 
 @dataclass(kw_only=True)
-class Config(OnPolicyFlags, LoraDropoutFlags, ScaleFlags, PrefetchFlags, TrainConfig, MaskTokenFlag):
+class Config(
+    OnPolicyFlags, NoiseFlags, LoraDropoutFlags, ScaleFlags, PrefetchFlags, TrainConfig, MaskTokenFlag
+):
     """Alignment."""
 
     model_name_or_path: str = flag(help="Checkpoint to align.", reads="model")
@@ -66,20 +69,8 @@ class Config(OnPolicyFlags, LoraDropoutFlags, ScaleFlags, PrefetchFlags, TrainCo
     positions: str = flag(
         "windows", "What is masked and scored.", choices=["masked", "answer", "windows"], fixed=True
     )
-    t_sampling: str = flag(
-        "iid",
-        "Times t of a batch: iid, or one in each of batch_size equal parts of (0, 1).",
-        choices=["iid", "stratified"],
-        needs="positions=masked|answer",
-        fixed=True,
-    )
-    mask_count: str = flag(
-        "bernoulli",
-        "Tokens masked given t: each with probability p, or exactly ceil(t n).",
-        choices=["bernoulli", "exact"],
-        needs="positions=masked|answer",
-        fixed=True,
-    )
+    t_sampling: str = flag("iid", needs="positions=masked|answer")
+    mask_count: str = flag("bernoulli", needs="positions=masked|answer")
     alpha: float = flag(0.5, "Weight of the cross-entropy.", at_least=0, needs="loss_type=hybrid", fixed=True)
     beta: float = flag(0.5, "Weight of the KL.", at_least=0, needs="loss_type=hybrid", fixed=True)
     temperature: float = flag(1.0, "Of both distributions in the KL.", above=0, fixed=True)

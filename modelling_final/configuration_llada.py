@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from .families_llada import FAMILIES, to_fields
+from .families_llada import FAMILIES, LLAMA_FIELDS, to_fields
 
 # Published field -> the only values whose code path exists here. Nobody has published a LLaDA that uses
 # another.
@@ -79,17 +79,7 @@ class LLaDAConfig(PreTrainedConfig):
 
     model_type = "llada"
     keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
-    attribute_map: ClassVar = {
-        "hidden_size": "d_model",
-        "num_hidden_layers": "n_layers",
-        "num_attention_heads": "n_heads",
-        "num_key_value_heads": "n_kv_heads",
-        "intermediate_size": "mlp_hidden_size",
-        "max_position_embeddings": "max_sequence_length",
-        "tie_word_embeddings": "weight_tying",
-        "hidden_act": "activation_type",
-        "initializer_range": "init_std",
-    }
+    attribute_map: ClassVar = LLAMA_FIELDS
     base_model_tp_plan: ClassVar = {
         "transformer.blocks.*.q_proj": "colwise",
         "transformer.blocks.*.k_proj": "colwise",

@@ -22,12 +22,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from llada.data.flags import LabelledFlags
+from llada.data.flags import AnswerFlags, LabelledFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
 
 
 @dataclass(kw_only=True)
-class Config(LabelledFlags):
+class Config(LabelledFlags, AnswerFlags):
     """The reference values."""
 
     model_name_or_path: str = flag(
@@ -51,19 +51,7 @@ class Config(LabelledFlags):
     mask_token: str | None = flag(None, "Mask token; must be the model's.")
     tokenizer_name: str | None = flag(None, "Tokenizer folder; default that of the model.", reads="model")
     max_length: int = flag(4096, "Longest prompt and answer in tokens.", at_least=1)
-    eos: str = flag(
-        "one",
-        "What ends an answer: see docs/preference_optimization.md.",
-        choices=["one", "filled", "none", "padded"],
-    )
-    long: str = flag(
-        "truncate",
-        "Answers beyond --max_length: stop, leave empty, or cut.",
-        choices=["error", "drop", "truncate"],
-    )
-    apply_chat_template: bool = flag(
-        False, "Prompts and answers that are plain texts become turns; messages always use the template."
-    )
+    long: str = flag("truncate", "Answers beyond --max_length: stop, leave empty, or cut.")
     dtype: str = flag(
         "auto",
         "Precision of the matrix products, as in training. auto: bfloat16 on a GPU.",

@@ -48,9 +48,8 @@ def read_replays(config: Config) -> list[dict[str, Any]]:
         if key not in replays and len(replays) == config.max_answers:
             continue
         replay = replays.setdefault(key, {"title": f"answer {key[0]}, candidate {key[1]}", "steps": []})
-        texts = [
-            spell(tokenizer, [token_id])[0] or "\u00b7" for token_id in entry["token_ids"]
-        ]  # "·": a part of a character
+        # "·": a part of a character
+        texts = [spell(tokenizer, [token_id])[0] or "\u00b7" for token_id in entry["token_ids"]]
         replay["steps"].append({name: entry[name] for name in STEP_FIELDS} | {"texts": texts})
     for replay in replays.values():
         touched = [p for step in replay["steps"] for p in (*step["positions"], *step["remasked"])]

@@ -75,6 +75,27 @@ class LabelledFlags(ConversationFlags, PairFlags):
 
 
 @dataclass(kw_only=True)
+class AnswerFlags:
+    """Flags of whoever scores answers; see llada/data/answers.py."""
+
+    apply_chat_template: bool = flag(
+        False, "Prompts and answers that are plain texts become turns; messages always use the template."
+    )
+    eos: str = flag(
+        "one",
+        "What ends an answer: its end-of-turn token and one EOS, these and EOS that count up to "
+        "--max_length, nothing, or ELBO-KTO's attended EOS padding up to --max_length.",
+        choices=["one", "filled", "none", "padded"],
+        fixed=True,
+    )
+    long: str = flag(
+        "error",
+        "Answers beyond --max_length: stop, drop and count, or cut and count.",
+        choices=["error", "drop", "truncate"],
+    )
+
+
+@dataclass(kw_only=True)
 class PrepareFlags:
     """What is read, and the rows that are written."""
 

@@ -5,11 +5,11 @@ from typing import Any, ClassVar
 
 from llada.diffusion.settings import ESTIMATORS, EXACT_TOKENS, LIKELIHOODS
 from llada.flags.parser import flag, parse
-from llada.inference.sampler_flags import SamplerFlags
+from llada.inference.sampler_flags import LoadFlags, SamplerFlags
 
 
 @dataclass(kw_only=True)
-class ModelArgs(SamplerFlags):
+class ModelArgs(LoadFlags, SamplerFlags):
     """The names that --model_args takes: the sampler's, and these."""
 
     fills_blocks: ClassVar[bool] = True
@@ -17,16 +17,10 @@ class ModelArgs(SamplerFlags):
     model_path: str = flag(
         help="Checkpoint folder, run folder, LoRA adapter folder or hub name.", reads="model"
     )
-    adapter_path: str | None = flag(None, "LoRA adapter to put on the model.", reads="model")
     load_lora: bool | None = flag(
         None, "True: adapter_path is required; False: it is ignored.", needs="adapter_path"
     )
-    dtype: str = flag(
-        "auto",
-        "Of the weights; auto: as saved.",
-        choices=["auto", "float32", "bfloat16", "float16", "float64"],
-    )
-    attn_implementation: str | None = flag(None, "Attention kernel by transformers' name.")
+
     device: str | None = flag(None, "cpu, cuda, cuda:1; default the GPU of this rank, else the CPU.")
     mask_id: int | None = flag(None, "Mask token id of a checkpoint that names none.", at_least=0)
     max_length: int | None = flag(

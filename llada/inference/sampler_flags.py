@@ -44,20 +44,26 @@ class SamplerFlags(SamplerSettings):
 
 
 @dataclass(kw_only=True)
-class ModelFlags(MaskTokenFlag):
-    """The model that answers."""
+class LoadFlags:
+    """How a model is loaded."""
 
-    model_name_or_path: str = flag(
-        help="Checkpoint or run folder, LoRA adapter folder, or hub name.", reads="model"
-    )
     adapter_path: str | None = flag(None, "LoRA adapter to put on the model.", reads="model")
     dtype: str = flag(
         "auto",
         "Of the weights; auto: as saved.",
         choices=["auto", "float32", "bfloat16", "float16", "float64"],
     )
-    device: str | None = flag(None, "cpu, cuda, ...; default the GPU of this process, else the CPU.")
     attn_implementation: str | None = flag(None, "Attention kernel by transformers' name.")
+
+
+@dataclass(kw_only=True)
+class ModelFlags(LoadFlags, MaskTokenFlag):
+    """The model that answers."""
+
+    model_name_or_path: str = flag(
+        help="Checkpoint or run folder, LoRA adapter folder, or hub name.", reads="model"
+    )
+    device: str | None = flag(None, "cpu, cuda, ...; default the GPU of this process, else the CPU.")
 
     def to_load(self) -> dict[str, Any]:
         """What `load_for_inference` takes from the flags, but for the device."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from llada.data.flags import PairFlags
+from llada.data.flags import AnswerFlags, PairFlags
 from llada.diffusion.settings import ESTIMATORS, SIZE_LAWS
 from llada.flags.declaration import flag
 from llada.models.flags import MaskTokenFlag
@@ -49,28 +49,14 @@ class PolicyConfig(LoraFlags, ScaleFlags, TrainConfig, MaskTokenFlag):
 
 
 @dataclass(kw_only=True)
-class PairConfig(PairFlags, PrefetchFlags, PolicyConfig):
+class PairConfig(PairFlags, AnswerFlags, PrefetchFlags, PolicyConfig):
     """A run on pairs of answers; see llada/policies/pairs.py."""
 
     train_data_path: list[str] = flag(help="Files of preference pairs.", reads="path")
     eval_data_path: list[str] | None = flag(
         None, "Pairs for validation: loss, accuracy and margin.", reads="path"
     )
-    apply_chat_template: bool = flag(
-        False, "Prompts and answers that are plain texts become turns; messages always use the template."
-    )
-    eos: str = flag(
-        "one",
-        "What ends an answer: its end-of-turn token and one EOS, these and EOS that count up to "
-        "--max_length, nothing, or ELBO-KTO's attended EOS padding up to --max_length.",
-        choices=["one", "filled", "none", "padded"],
-        fixed=True,
-    )
-    long: str = flag(
-        "error",
-        "Answers beyond --max_length: stop, drop and count, or cut and count.",
-        choices=["error", "drop", "truncate"],
-    )
+
     mask_plan: str = flag(
         "stratified",
         "How masks are drawn: sizes spread evenly, independently (VRPO), or in complementary pairs.",
