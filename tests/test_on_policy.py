@@ -31,6 +31,7 @@ from llada.run import Run
 from llada.speculative.decoder import SpeculativeDecoder
 from llada.speculative.settings import SpeculativeSettings
 from modelling_final import LLaDAGenerationConfig
+from processes import run_ranks
 from speculation import IdsOnly, make_drafter, make_verifier
 from test_precompute_teacher import save_teacher
 from test_speculative_models import Tokenizer
@@ -201,6 +202,23 @@ def test_a_resumed_run_is_bitwise_the_same(kind, pair, model_dir, tmp_path):
     start = load_file(model_dir / "model.safetensors")
     assert any(not torch.equal(value, start[name]) for name, value in weights[0].items())
     assert json.loads((tmp_path / "whole/results.json").read_text())["steps"] == 4
+
+
+@pytest.mark.parametrize("kind", ["answers", "self", "drafts"])
+def test_two_ranks_train_the_adapters_of_one(kind, pair, model_dir, tmp_path):
+    data, more = PROMPTS, ["--on_policy", kind, "--use_lora", "--lora_r", "2", "--micro_batch_size", "2"]
+    if kind == "drafts":
+        data, more = rows_of(pair, tmp_path / "rows"), [*more, "--window_length", "4"]
+    else:
+        own = {"answers": ["--teacher", str(pair.folder)], "self": ["--reward_funcs", reward_file(tmp_path)]}
+        more += ["--gen_length", "8", "--steps", "4", *own[kind]]
+    more += ["--max_steps", "2"]
+    train_kl.main(flags(tmp_path / "one", model_dir, data, *more))
+    run_ranks(2, "alignment/train_kl.py", flags(tmp_path / "two", model_dir, data, *more), tmp_path)
+    one, two = (load_file(tmp_path / name / "final/adapter_model.safetensors") for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-4, rtol=1e-3)
+    assert any(value.any() for name, value in one.items() if "lora_B" in name)
 
 
 @pytest.mark.parametrize(
