@@ -172,12 +172,12 @@ def rows_of(pair, folder):
 
 
 def reward_file(folder):
-    path = folder / "even.py"
+    path = folder / "fourth.py"
     path.write_text(
-        "def even(prompts, completions, **columns):\n"
-        "    return [float(len(text[0]['content']) % 2 == 0) for text in completions]\n"
+        "def fourth(prompts, completions, **columns):\n"
+        "    return [float(len(text[0]['content']) % 4 == 0) for text in completions]\n"
     )
-    return f"{path}:even"
+    return f"{path}:fourth"
 
 
 @pytest.mark.parametrize("kind", ["answers", "answers in blocks", "self", "drafts"])
@@ -202,6 +202,9 @@ def test_a_resumed_run_is_bitwise_the_same(kind, pair, model_dir, tmp_path):
     start = load_file(model_dir / "model.safetensors")
     assert any(not torch.equal(value, start[name]) for name, value in weights[0].items())
     assert json.loads((tmp_path / "whole/results.json").read_text())["steps"] == 4
+    logged = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    judged = [line["judged"] for line in logged if "judged" in line]
+    assert {"drafts": not judged, "self": 0 < sum(judged) < len(judged)}.get(kind, min(judged, default=0) > 0)
 
 
 @pytest.mark.parametrize("kind", ["answers", "self", "drafts"])

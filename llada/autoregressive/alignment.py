@@ -96,6 +96,8 @@ class Alignment:
     def sums(self, batch: AlignedBatch, score: RowScore) -> Sums:
         """name -> (sum, number): acceptance by place; with windows also tau, sampled and greedy."""
         found = {}
+        if batch.num_visited is not None:
+            found["judged"] = (batch.num_units, float(batch.num_visited))
         # all ranks must name the same sums, also one whose windows are all short
         for k in range(1, (self.window_length or 1) + 1):
             here = batch.has_teacher & (batch.places == k) if self.window_length else batch.has_teacher

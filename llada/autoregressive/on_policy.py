@@ -111,6 +111,7 @@ class OwnStates:
         return AlignedBatch(
             input_ids=input_ids, attention_mask=mask, **joined(scored), teacher=TeacherChunks(parts),
             num_units=float(len(parts)), record_ids=list(ids), num_tokens=sum(map(len, rows)),
+            num_visited=len(states),
         )  # fmt: skip
 
     def visit(self, prompts: Sequence[Prompt], keys: Sequence[int]) -> list[VisitedState]:

@@ -49,6 +49,7 @@ class AlignedBatch:
     # where several windows share a text; see `Windows`
     position_ids: torch.Tensor | None = None
     attention_bias: torch.Tensor | None = None
+    num_visited: int | None = None  # states of the student's own; those without a teacher are left out
 
     @property
     def inputs(self) -> dict[str, torch.Tensor | None]:
