@@ -15,9 +15,10 @@ from llada.diffusion.losses import masked_diffusion_loss
 from llada.diffusion.stream import MaskedStream
 from llada.models.building import attach_lora
 from llada.run import Run
-from llada.training.config import RowsConfig, finished_before, learning_rate
+from llada.training.config import RowsConfig, finished_before
 from llada.training.loop import fit, make_optimizer, prepare_trainable
 from llada.training.metrics import read_metrics
+from llada.training.step import learning_rate
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
 CPU = Run(rank=0, world_size=1, device=torch.device("cpu"))

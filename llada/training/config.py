@@ -1,9 +1,8 @@
-"""Flags that training stages share, in groups: a stage mixes in those that it reads. The learning rate."""
+"""Flags that training stages share, in groups: a stage mixes in those that it reads."""
 
 import dataclasses
 import hashlib
 import json
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -383,19 +382,3 @@ def finished_before(config: TrainConfig) -> str | None:
     if config.dry_run or not done.is_file() or done.read_text() != config.given:
         return None
     return f"{config.output_dir}: this command has finished before; results.json has its numbers"
-
-
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """The learning rate of step `step` (from 0): linear warm-up, then down to --min_learning_rate."""
-    warmup = config.warmup_steps or int(config.warmup_ratio * config.max_steps)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    if config.lr_scheduler_type == "constant":
-        return config.learning_rate
-    low, span = config.min_learning_rate, config.learning_rate - config.min_learning_rate
-    if config.lr_scheduler_type == "wsd":
-        num_decay = max(1, int(config.decay_ratio * config.max_steps))
-        return low + span * min(1.0, (config.max_steps - step) / num_decay)
-    progress = (step - warmup) / max(1, config.max_steps - warmup)
-    shape = 1 - progress if config.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return low + span * shape

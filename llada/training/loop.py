@@ -26,13 +26,13 @@ from llada.models.tokens import SpecialIds, special_ids
 from llada.resumable import write_atomically
 from llada.run import STEP_SECONDS, Run, at, barrier, end_run, naming_ranks, start_run, sum_over_ranks
 from llada.training import checkpoint
-from llada.training.config import TrainConfig, learning_rate
+from llada.training.config import TrainConfig
 from llada.training.metrics import Metrics
 from llada.training.monitor import EarlyStop, LossWatch, Progress, expert_load, gather_records
 from llada.training.parallel import full_state_dict, parallelize, wrap_blocks
 from llada.training.profiling import memory_snapshot, profiled
 from llada.training.signals import StopSignal, exit_status, give_signals_back, leave_marker_on_signals
-from llada.training.step import Batch, Loss, Trainer
+from llada.training.step import Batch, Loss, Trainer, learning_rate
 
 Stream = Callable[[int], list[Batch]]
 """step -> this rank's micro-batches."""

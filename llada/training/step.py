@@ -1,4 +1,4 @@
-"""The arithmetic of one training step: accumulate, clip, check, update."""
+"""The arithmetic of one training step: accumulate, clip, check, update; and its learning rate."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 
 from llada.diffusion.losses import LossParts
 from llada.run import Run, Sums, add_sums, autocast, means_over_ranks, sum_over_ranks
-from llada.training.config import TrainConfig, learning_rate
+from llada.training.config import TrainConfig
 from llada.training.monitor import MAX_SKIPPED_IN_A_ROW, Progress, gather_records
 from llada.training.parallel import clip_gradients, gradient_sync, reduce_vectors
 
@@ -106,3 +106,19 @@ class Trainer:
         self._state.note_skipped()
         if self._run.is_main:
             print(f"{message}; skipped ({self._state.results['num_skipped_steps']} so far)", flush=True)
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The learning rate of step `step` (from 0): linear warm-up, then down to --min_learning_rate."""
+    warmup = config.warmup_steps or int(config.warmup_ratio * config.max_steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    if config.lr_scheduler_type == "constant":
+        return config.learning_rate
+    low, span = config.min_learning_rate, config.learning_rate - config.min_learning_rate
+    if config.lr_scheduler_type == "wsd":
+        num_decay = max(1, int(config.decay_ratio * config.max_steps))
+        return low + span * min(1.0, (config.max_steps - step) / num_decay)
+    progress = (step - warmup) / max(1, config.max_steps - warmup)
+    shape = 1 - progress if config.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return low + span * shape
