@@ -81,6 +81,7 @@ class Canvas:
     keep: Tensor | None  # [N, L] long, 0 = padding; None without any
     positions: Tensor | None  # [N, L] long, 0 at the first token; None: the columns
     num_prompt: int  # P
+    prompt_lengths: list[int]  # tokens of each prompt, padding excluded
     gen_lengths: list[int]
     ends: list[int]  # answer and suffix together
     pad_id: int
@@ -110,6 +111,7 @@ class Canvas:
             keep=None if is_full else keep.to(model.device),
             positions=None if is_full else positions,
             num_prompt=num_prompt,
+            prompt_lengths=[len(prompt) for prompt in prompts],
             gen_lengths=gen_lengths,
             ends=ends,
             pad_id=pad_id,
@@ -127,6 +129,7 @@ class Block:
     rows: Tensor  # [A] long, canvas rows
     names: list[int]  # the same numbers on the host
     cache: WindowCache | None = None
+    window: tuple[int, int] | None = None  # with `FinishedBlocks`: what a forward takes in
     log_p: Tensor | None = None  # [A, W, E] of the last step, for klass
     num_stable: Tensor | None = None  # [A, W] long, for klass
     waits: Tensor | None = None  # [A, W] float, confidence at the time of decision, for ReMDM

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .cache_llada import WindowCache
 from .canvas_llada import Block, Canvas
+from .finished_llada import FinishedBlocks
 from .generation_config_llada import LLaDAGenerationConfig
 from .graphs_llada import Recorder
 from .lean_llada import LeanForward
@@ -75,6 +76,7 @@ class Decoding:
         self.lean = LeanForward(model, canvas.tokens.shape[1]) if LeanForward.fits(model) else None
         self.is_running = [True] * len(keys)
         self.cuts = list(canvas.gen_lengths)  # of each answer, what a stop lets stay
+        self.finished: dict[tuple[int, int], FinishedBlocks] = {}  # by width and steps of a block
         self.scores: Tensor | None = None  # [N, G, E] the logits each token was decided from, if asked for
         self.forwards = 0
 
@@ -111,12 +113,25 @@ class Decoding:
             visible = self.canvas.num_prompt + max(self.canvas.ends[name] for name in names)
         rows = torch.tensor(names, device=self.device)
         block = Block(index=index, start=start, end=start + width, visible=visible, rows=rows, names=names)
+        if self.settings.cache == "blocks":
+            self._continue_blocks(block, num_steps)
         if self.settings.remdm != "none":
             self._decode_remdm(block, num_steps)
         elif self.settings.parallel_decoding != "none":
             self._decode_parallel(block)
         else:
             self._decode_scheduled(block, num_steps)
+
+    def _continue_blocks(self, block: Block, num_steps: int) -> None:
+        key = (block.width, num_steps)
+        if key not in self.finished:
+            self.finished[key] = FinishedBlocks(self.model, self.canvas, block.names)
+        finished = self.finished[key]
+        first, last = finished.span(block.start, block.end)
+        finished.grow(list(block.names), first, block.start)
+        block.window = (first, min(last, block.visible))
+        block.visible = block.window[1]  # nothing behind it can be seen
+        block.cache = finished.continued()
 
     def _decode_scheduled(self, block: Block, num_steps: int) -> None:
         """The published schedule: every step decides a number of tokens known in advance."""
@@ -244,7 +259,14 @@ class Decoding:
         if num_branches == 2:
             tokens[len(block.names) :, : self.canvas.num_prompt] = self.mask_id
         first = 0
-        if self.settings.cache != "none":
+        if block.window is not None:
+            first, last = block.window
+            if positions is None:
+                positions = torch.arange(block.visible, device=self.device)[None]
+            tokens, positions = tokens[:, first:last], positions[:, first:last]
+            if block.cache.get_seq_length() > first:  # else the first forward of the block, which appends
+                block.cache.window = block.window
+        elif self.settings.cache != "none":
             interval = self.settings.cache_refresh_interval
             if block.cache is None or (interval and step % interval == 0):
                 block.cache = WindowCache(self.model.config)

@@ -94,8 +94,9 @@ class SamplerSettings:
     klass_steps: int = setting(2, "Unchanged steps for klass.", at_least=1, needs="parallel_decoding=klass")
     cache: str = setting(
         "none",
-        "Keys and values outside the block (dual) or before it (prefix) are those of the block's start.",
-        choices=("none", "prefix", "dual"),
+        "Keys and values outside the block (dual) or before it (prefix) are those of the block's start; "
+        "blocks: those of finished blocks are kept, which for a model that attends by blocks is exact.",
+        choices=("none", "prefix", "dual", "blocks"),
     )
     cache_refresh_interval: int = setting(
         0, "Recompute them every so many steps; 0: once a block.", at_least=0, needs="cache"
@@ -112,7 +113,7 @@ class SamplerSettings:
     @property
     def is_approximate(self) -> bool:
         """Whether a setting is on that trades the tokens that the order would give for speed."""
-        return (self.parallel_decoding, self.cache, self.remdm) != ("none", "none", "none")
+        return (self.parallel_decoding, self.remdm) != ("none", "none") or self.cache in ("prefix", "dual")
 
     @property
     def is_random(self) -> bool:
@@ -135,7 +136,9 @@ class SamplerSettings:
                 f"parallel_decoding goes by a probability; it needs remasking {' or '.join(PROBABILITIES)}, "
                 f"not {self.remasking}"
             )
-        if self.cache_refresh_interval and self.cache == "none":
+        if self.cache == "blocks" and self.cfg_scale > 0:
+            raise ValueError("cache blocks keeps no second branch for cfg_scale; choose one of them")
+        if self.cache_refresh_interval and self.cache in ("none", "blocks"):
             raise ValueError(
                 f"cache_refresh_interval {self.cache_refresh_interval} needs cache prefix or dual"
             )

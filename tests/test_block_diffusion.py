@@ -9,6 +9,8 @@ import torch
 from llada.diffusion.batches import Example, Noised, collate
 from llada.diffusion.losses import masked_diffusion_loss
 from llada.diffusion.masking import draw_block_noise, draw_noise, generator
+from modelling_final.generation_llada import generate
+from modelling_final.lean_llada import LeanForward
 from tiny_llada import V, make_model
 
 MASK = V - 1
@@ -158,3 +160,49 @@ def test_streams_need_attention_by_blocks():
     batch = batch_of((X_0, np.ones(LENGTH, dtype=bool), 1.0), block_size=4)
     with pytest.raises(ValueError, match="clean_columns need attention_pattern block_causal"):
         make_model()(**batch.inputs)
+
+
+PROMPTS = [[5, 6, 7], [*range(8, 21)], [15]]  # of differing length: blocks begin at other columns
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"block_length": 8},
+        {"block_length": 3, "gen_length": 12},
+        {"steps": 8},
+        {"temperature": 1.0},
+        {"early_stop": False},
+        {"parallel_decoding": "threshold", "threshold": 0.1},
+        {"num_return_sequences": 2, "temperature": 1.0},
+        {"method": "semi_autoregressive_origin"},
+        {"remdm": "cap"},
+    ],
+    ids=str,
+)
+def test_the_cache_of_finished_blocks_changes_no_token(settings, shift):
+    model = make_model(**BLOCKS, attention_block_size=4, logit_shift=shift, eos_token_id=3)
+    settings = {"gen_length": 16, "block_length": 4, "seed": 1, **settings}
+    plain = generate(model, PROMPTS, **settings)
+    cached = generate(model, PROMPTS, cache="blocks", **settings)
+    assert torch.equal(cached.sequences, plain.sequences) and cached.forwards == plain.forwards
+    assert cached.is_approximate == ("parallel_decoding" in settings or "remdm" in settings)
+
+
+def test_the_cache_of_finished_blocks_reads_each_column_once(monkeypatch):
+    model = make_model(**BLOCKS, attention_block_size=4)
+    monkeypatch.setattr(LeanForward, "fits", lambda _: False)  # so that every forward is the module's own
+    seen = []
+    model.model.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    generate(model, [[5, 6, 7, 8]], gen_length=12, block_length=4, steps=6, cache="blocks")
+    # the prompt, and each block twice; what was decided last in a block is read once more to be kept
+    assert seen == [4, 4, 4, 4, 4, 4, 4, 4, 4]
+
+
+def test_the_cache_of_finished_blocks_is_refused_where_it_would_change_tokens():
+    with pytest.raises(ValueError, match="cache blocks needs a model that attends by blocks"):
+        generate(make_model(), PROMPTS, gen_length=4, cache="blocks")
+    with pytest.raises(ValueError, match="cache blocks keeps no second branch for cfg_scale"):
+        generate(make_model(), PROMPTS, gen_length=4, cache="blocks", cfg_scale=0.5)

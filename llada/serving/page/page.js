@@ -11,7 +11,7 @@ const FIELDS = [
   ["parallel_decoding", ["none", "threshold", "factor", "entropy", "klass"], "Parallel decoding"],
   ["threshold", "number", "Threshold"],
   ["factor", "number", "Factor"],
-  ["cache", ["none", "prefix", "dual"], "Cache"],
+  ["cache", ["none", "prefix", "dual", "blocks"], "Cache"],
   ["seed", "number", "Seed"],
 ];
 let conversation = [];
