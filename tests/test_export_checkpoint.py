@@ -38,16 +38,24 @@ def assert_same(folder, other):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_pretraining_from_scratch_at_the_end_and_on_the_way(tokenizer_dir, tmp_path):
+@pytest.mark.parametrize("tied", [False, True])
+def test_pretraining_from_scratch_at_the_end_and_on_the_way(tied, tokenizer_dir, tmp_path):
+    size = "d_model: 16, n_layers: 2, n_heads: 2, n_kv_heads: 2, mlp_hidden_size: 24, rope_theta: 1e4"
+    (tmp_path / "own.yaml").write_text(f"{{{size}, weight_tying: {str(tied).lower()}}}")
     flags = ["--lr_scheduler_type", "constant", "--save_interval", "2"]
+    flags += ["--config_name", str(tmp_path / "own.yaml")]
     pretrain(pretrain_flags(tmp_path / "run", tokenizer_dir, tmp_path, *flags))
     export(["--run", str(tmp_path / "run"), "--output_dir", str(tmp_path / "latest")])
     assert_same(tmp_path / "latest", tmp_path / "run/final")
     export(["--run", str(tmp_path / "run"), "--step", "2", "--output_dir", str(tmp_path / "two")])
     pretrain(pretrain_flags(tmp_path / "short", tokenizer_dir, tmp_path, *flags, "--max_steps", "2"))
     assert_same(tmp_path / "two", tmp_path / "short/final")
+    assert len({"model.transformer.ff_out.weight"} & weights(tmp_path / "two").keys()) == (not tied)
     # every stage reads it
-    train_sft(sft_flags(tmp_path / "sft", tmp_path / "two", "--max_steps", "1"))
+    for name, lora in (("sft", []), ("lora", ["--use_lora", "--lora_r", "2"])):
+        train_sft(sft_flags(tmp_path / name, tmp_path / "two", "--max_steps", "1", *lora))
+        export(["--run", str(tmp_path / name), "--output_dir", str(tmp_path / f"of_{name}")])
+        assert_same(tmp_path / f"of_{name}", tmp_path / name / "final")
 
 
 @pytest.mark.parametrize("shard", ["none", "full"])
