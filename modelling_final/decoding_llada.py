@@ -50,6 +50,12 @@ Stop = Callable[[Tensor, int, int], int | None]
 many of them stay, or None to go on."""
 
 
+def _has_adapter_of_each_row(model: nn.Module) -> bool:
+    """Whether peft's `adapter_names` are on: it counts the rows of every forward, so that none may leave."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return any("adapter_names" in getattr(hook, "keywords", ()) for hook in hooks)
+
+
 class Decoding:
     """One call of `generate`: the canvas, and the loop over it."""
 
@@ -69,6 +75,7 @@ class Decoding:
         self.mask_id, self.eos_id = model.config.mask_token_id, model.config.eos_token_id
         self.end_ids = torch.tensor(end_ids, dtype=torch.long, device=self.device)
         self.can_stop = settings.early_stop and bool(end_ids)
+        self.may_leave = self.can_stop and not _has_adapter_of_each_row(model)
         self.last_ids = self.end_ids if settings.confidence_eos_eot_inf and end_ids else None
         self.exempt_ids = torch.tensor([*end_ids, self.mask_id], device=self.device)
         self.steps = torch.zeros(len(keys), dtype=torch.long, device=self.device)
@@ -152,7 +159,7 @@ class Decoding:
             self._write(block, step, columns, tokens, picks, logits)
             num_masked -= num_picks
             looks = num_masked == 0 or self.device.type == "cpu" or (step + 1) % CHECK_EVERY == 0
-            if self.can_stop and looks:
+            if self.may_leave and looks:
                 self._let_leave(block)
 
     def _decode_parallel(self, block: Block) -> None:
@@ -325,7 +332,7 @@ class Decoding:
         num_left, has_ended = torch.stack([num_left, has_ended]).tolist()
         stays = []
         for name, count, ended in zip(block.names, num_left, has_ended, strict=True):
-            self.is_running[name] = not (ended and self.can_stop)
+            self.is_running[name] = not (ended and self.may_leave)
             stays.append(count > 0 and self.is_running[name])
         block.select(stays)
         return [count for count, stay in zip(num_left, stays, strict=True) if stay]

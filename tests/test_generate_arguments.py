@@ -1,7 +1,10 @@
 """`model.generate` as transformers' users call it: their names, their defaults, their streamers and stops."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteria, TextStreamer
 
 from llada.models.checkpoints import load_model
@@ -162,3 +165,20 @@ def test_text_goes_in_and_out(model_dir, capsys):
     kept = stop[0, inputs["input_ids"].shape[1] :].tolist()
     kept = [token for token in kept if token != model.config.pad_token_id]
     assert tokenizer.decode(kept).startswith(text[:3]) and len(kept) < 8
+
+
+def test_each_row_may_have_its_own_adapter():
+    """peft's adapter_names: one for every row, also where some answers end before the others."""
+    model, ids = peaked_model(), torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6], [5, 5, 7, 7]])
+    adapter = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, LoraConfig(**adapter), adapter_name="one").eval()
+    adapted.add_adapter("two", LoraConfig(**adapter))
+    settings = {"max_new_tokens": 12, "block_length": 4, "eos_token_id": 1, "pad_token_id": 0}
+    names = ("__base__", "one", "two")
+    mixed = adapted.generate(input_ids=ids, adapter_names=list(names), **settings)
+    for row, name in enumerate(names):
+        with adapted.disable_adapter() if name == "__base__" else nullcontext():
+            adapted.set_adapter("one" if name == "__base__" else name)
+            assert torch.equal(adapted.generate(input_ids=ids[row : row + 1], **settings)[0], mixed[row])
+    assert len(set((mixed == 0).sum(dim=1).tolist())) > 1
