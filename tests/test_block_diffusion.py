@@ -1,14 +1,17 @@
 """Block diffusion: two streams in one row, against sums, other losses and forwards that need no streams."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
 
 from llada.diffusion.batches import Example, Noised, collate
+from llada.diffusion.likelihood import Request, score_answers
 from llada.diffusion.losses import masked_diffusion_loss
 from llada.diffusion.masking import draw_block_noise, draw_noise, generator
+from llada.diffusion.settings import LikelihoodSettings, MaskSettings
 from modelling_final.generation_llada import generate
 from modelling_final.lean_llada import LeanForward
 from tiny_llada import V, make_model
@@ -206,3 +209,43 @@ def test_the_cache_of_finished_blocks_is_refused_where_it_would_change_tokens():
         generate(make_model(), PROMPTS, gen_length=4, cache="blocks")
     with pytest.raises(ValueError, match="cache blocks keeps no second branch for cfg_scale"):
         generate(make_model(), PROMPTS, gen_length=4, cache="blocks", cfg_scale=0.5)
+
+
+def test_a_likelihood_is_the_sum_of_its_blocks_bounds():
+    size, context = 4, X_0[:3]
+    answer = np.random.RandomState(3).randint(1, MASK, 7)
+    x_0, exact = np.concatenate([context, answer]), 0.0
+    model = make_model(**BLOCKS, attention_block_size=size)
+    for start, end in ((3, 4), (4, 8), (8, 10)):  # the answer's first block begins in the context
+        n = end - start
+        for bits in itertools.product([0, 1], repeat=n):
+            if num := sum(bits):
+                is_masked = np.zeros(len(x_0), dtype=bool)
+                is_masked[start:end] = bits
+                nll = float(nll_block_by_block(model, x_0, is_masked, size).sum())
+                exact -= nll * (n / num) / math.comb(n, num) / n  # l ~ U{1..n}, then a set of l tokens
+    request = Request(tuple(context.tolist()), tuple(answer.tolist()), "key")
+    (score,) = score_answers(model, [request], LikelihoodSettings())
+    assert score.log_likelihood == pytest.approx(exact, abs=1e-4)
+    assert score.standard_error == 0 and score.num_forwards == 1 + 15 + 3
+    masks = MaskSettings(num_masks=2, exact_tokens=0, estimator="iid")
+    draws = [
+        score_answers(model, [request._replace(key=str(i))], LikelihoodSettings(masks=masks))[0]
+        for i in range(300)
+    ]
+    values = np.array([draw.log_likelihood for draw in draws])
+    assert abs(values.mean() - exact) < 4 * values.std() / len(values) ** 0.5
+    told = np.mean([draw.standard_error**2 for draw in draws]) ** 0.5
+    assert told == pytest.approx(values.std(), rel=0.3)  # both are estimates themselves
+
+
+def test_the_likelihood_of_blocks_of_one_token_is_exact():
+    model = make_model(**BLOCKS, attention_block_size=1, logit_shift=True)
+    x_0 = torch.tensor(X_0)
+    with torch.no_grad():
+        log_p = model(x_0[None]).logits[0].log_softmax(-1)
+    (score,) = score_answers(
+        model, [Request(tuple(X_0[:2].tolist()), tuple(X_0[2:].tolist()), "")], LikelihoodSettings()
+    )
+    exact = float(log_p[torch.arange(2, LENGTH), x_0[2:]].sum())
+    assert score.log_likelihood == pytest.approx(exact, abs=1e-5) and score.standard_error == 0

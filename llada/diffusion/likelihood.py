@@ -2,7 +2,8 @@
 
 Three quantities, all in nats and all sums over the tokens of the answer:
 
-    elbo    the any-order bound of bound_estimator.py; exact for short answers, else an estimate with an error
+    elbo    the any-order bound of bound_estimator.py; exact for short answers, else an estimate with an
+            error. By blocks, if the model attends so: the sum of the blocks' bounds, each given those before
     l2r     sum_i log p(y_i | x, y_<i, the rest masked): the exact likelihood of left-to-right sampling
     policy  sum_t log p(y_pi(t) | x, y_pi(<t)): revealed in the order of the model's own confidence (DUEL),
             the exact likelihood of sampling with --remasking max_probability, one token a step, in one block
@@ -14,6 +15,7 @@ Shapes: T answer tokens, N masks, B sequences, L positions, M masked rows of a b
 Source: LLaDA (arXiv 2502.09992) appendix B; DUEL (arXiv 2603.01367) for `policy`.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -82,6 +84,8 @@ def iter_scores(
             yield index, AnswerScore(log_likelihood, 0.0, num_forwards)
         return
     work_of = _masked_work if settings.kind == "elbo" else _left_to_right_work
+    if settings.kind == "elbo" and model.config.attention_pattern == "block_causal":
+        work_of = _blockwise_work
     for window in _windows(requests, 8 * (settings.batch_size or MAX_BATCH), settings.masks.num_masks):
         work = [work_of(model, requests[index], settings) for index in window]
         found = iter(_log_probs(model, [item for inputs, _ in work for item in inputs], settings))
@@ -114,6 +118,28 @@ def _masked_work(model: LLaDAModelLM, request: Request, settings: LikelihoodSett
         return AnswerScore(*estimate(plan, values), len(plan.masks))
 
     return [_masked_input(model, request, mask, mask) for mask in plan.masks], finish
+
+
+def _blockwise_work(model: LLaDAModelLM, request: Request, settings: LikelihoodSettings) -> _Work:
+    """-log p(y | x) = - sum_k log p(block k | x, blocks before it), each bounded alone (BD3LM, eq. 8)."""
+    context, answer, key = request
+    size = model.config.attention_block_size
+    # blocks count from the first token of all, so the first of the answer may begin in the context
+    ends = [*range(size - len(context) % size, len(answer), size), len(answer)]
+    starts = [0, *ends[:-1]]
+    parts = [
+        Request(context + answer[:i], answer[i:j], f"{key}/{i}") for i, j in zip(starts, ends, strict=True)
+    ]
+    works = [_masked_work(model, part, settings) for part in parts]
+
+    def finish(found: list[np.ndarray]) -> AnswerScore:
+        values = iter(found)
+        scores = [score_of(list(islice(values, len(inputs)))) for inputs, score_of in works]
+        means, errors, forwards = zip(*scores, strict=True)
+        return AnswerScore(sum(means), math.hypot(*errors), sum(forwards))  # blocks' draws are independent
+
+    # guidance masks the context alone, and no block of the answer
+    return [item._replace(context_length=len(context)) for inputs, _ in works for item in inputs], finish
 
 
 def _left_to_right_work(model: LLaDAModelLM, request: Request, settings: LikelihoodSettings) -> _Work:
