@@ -164,18 +164,18 @@ from llada.training.loop import end_training, fit, load_with_ids, start_training
 from llada.training.rows_stage import validation_means
 
 
-def planned_rows(path: str, tokenizer: PreTrainedTokenizerBase, *, config: Config) -> preflight.Rows:
+def planned_rows(path: str, tokenizer: PreTrainedTokenizerBase, *, config: Config) -> preflight.DataSize:
     """How much data `path` holds, for --dry_run."""
     if config.asks_student and path == config.train_data_path:
         prompts, _ = prompts_of(config, path, tokenizer)
         answers = len(prompts) * config.gen_length
         num_tokens = sum(len(prompt.token_ids) for prompt in prompts) + answers
-        return preflight.Rows(len(prompts), num_tokens, answers, is_exact=True)
+        return preflight.DataSize(len(prompts), num_tokens, answers, is_exact=True)
     if not has_teacher(path):
         return preflight.data_rows(path, tokenizer, kind=ConversationRows(config.max_length))
     check_rows(path, tokenizer, config.max_length)
     counts = read_manifest(path)["statistics"]
-    return preflight.Rows(counts["rows"], counts["tokens"], counts["answer_tokens"], is_exact=True)
+    return preflight.DataSize(counts["rows"], counts["tokens"], counts["answer_tokens"], is_exact=True)
 
 
 def log_to_file(path: Path, level: str) -> None:
