@@ -9,7 +9,7 @@ Reads ./data_pretrain_stratified/{train,val}_new.txt and continues ./llada_local
 from pathlib import Path
 
 from llada.flags.llada_reasoning import todays_arguments
-from llada.flags.parser import run_as
+from llada.flags.parser import run_as, run_main
 
 DEFAULTS = {
     "train_data_path": "./data_pretrain_stratified/train_new.txt",
@@ -42,4 +42,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llada.flags.parser import run_main
+from llada.flags.parser import OneLineParser, run_main
 from llada.flags.yaml_files import read_yaml
 from llada.rewards.functions import puzzle_solved
 from llada.training.signals import STOP_SIGNALS
@@ -45,7 +45,7 @@ PROSE_SECTIONS = ("data_format", "hardware", "performance_tips")
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The flags of this script; `--config` is the pipeline's file, not a file of flags."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(

@@ -10,7 +10,7 @@ Reads the splits train and test of ./filtered_conversational_dataset/. W&B only 
 from pathlib import Path
 
 from llada.flags.llada_reasoning import todays_arguments
-from llada.flags.parser import run_as
+from llada.flags.parser import run_as, run_main
 
 DEFAULTS = {
     "model_name_or_path": "./merged_model_good_base",
@@ -44,4 +44,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

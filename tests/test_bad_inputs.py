@@ -8,6 +8,7 @@ go through.
 import dataclasses
 import gzip
 import json
+import runpy
 import shutil
 import typing
 from pathlib import Path
@@ -65,15 +66,86 @@ PROGRAMS = {
     "scripts/replay.py": f"--trace {SAMPLE['sft']} --tokenizer_name {MODEL} --output {OUT}/page.html",
     "scripts/train_tokenizer.py": f"--data {SAMPLE['pretrain']} --output_dir {OUT}",
     "scripts/benchmarks/bench_context.py": f"--model_name_or_path {MODEL} --data_path {SAMPLE['pretrain']}",
+    "scripts/benchmarks/bench_coverage.py": "",
+    "scripts/benchmarks/bench_drafters.py": (
+        f"--teacher {MODEL} --train_prompts {SAMPLE['sft']} --test_prompts {SAMPLE['sft']} --output_dir {OUT}"
+    ),
+    "scripts/benchmarks/bench_forward.py": "",
+    "scripts/benchmarks/bench_grpo.py": "",
     "scripts/benchmarks/bench_inference.py": "--shape micro-random",
+    "scripts/benchmarks/bench_on_policy.py": f"--quickstart {SAMPLES} --output_dir {OUT}",
+    "scripts/benchmarks/bench_orders.py": "",
     "scripts/benchmarks/bench_packing.py": f"--train_data_path {SAMPLE['sft']} --tokenizer_name {MODEL}",
     "scripts/benchmarks/bench_posttraining.py": (f"--checkpoint {MODEL} --data {SAMPLES} --output_dir {OUT}"),
+    "scripts/benchmarks/bench_recipes.py": f"--checkpoints {MODEL} --data {SAMPLES} --output_dir {OUT}",
     "scripts/benchmarks/bench_serving.py": f"--prompts_file {SAMPLE['prompts']}",
     "scripts/benchmarks/bench_step.py": "--shape micro",
     "scripts/benchmarks/bench_variance.py": f"--data {SAMPLE['pretrain']}",
     "scripts/benchmarks/grade_generations.py": f"--input {SAMPLES}",
     "scripts/benchmarks/kill_test.py": f"--output_dir {OUT}",
+    "scripts/benchmarks/prove.py": f"--output {OUT}/proofs.md",
 }
+
+
+# Programs under the names of other systems, and those whose command line is not all ours.
+OTHERS = [
+    ("inference/inference.py", "--output_path=x", "required: --model_name_or_path"),
+    ("inference/inference.py", "--model_path=x --gen_length=0", "--gen_length 0: must be at least 1"),
+    (
+        "inference/inference.py",
+        "--model_path ./x --prompt Hi",
+        "--model_name_or_path ./x: no checkpoint there",
+    ),
+    ("alignment/finetune_llada_alignment.py", "--epochs 0", "--num_train_epochs 0.0: must be above 0"),
+    ("alignment/finetune_llada_alignment.py", "--alpha 0.2", "--alpha 0.2: has no effect"),
+    ("alignment/preprocess_alignment_data.py", "--max_length 0", "--max_length 0: must be at least 1"),
+    ("alignment/preprocess_alignment_data.py", "--input_file x.json", "--input x.json: no such file"),
+    ("pretraining/pretrain_llada_extended.py", "--val-mc-runs 4", "--val-mc-runs 4.0: here it is always 1"),
+    ("pretraining/pretrain_llada_extended.py", "--lr fast", "--lr: invalid float value: 'fast'"),
+    ("pretraining/pretrain_llada_extended.py", "--lora-r 0", "--use_lora: --lora_r 0 is no adapter"),
+    ("sft_training/sft_train_new_dataset.py", "--lr -1", "--learning_rate -1.0: must be at least 0"),
+    ("sft_training/sft_train_new_dataset.py", "--pretraining-lora-weights x", "fold them in first"),
+    (
+        "sft_training/sft_train_new_dataset.py",
+        "--grad-clip-norm nan",
+        "--max_grad_norm nan: must be a finite",
+    ),
+    ("scripts/train_pipeline.py", "--config nowhere.yaml", "nowhere.yaml: cannot be read"),
+    ("scripts/train_pipeline.py", "--nonsense 1", "unrecognized arguments: --nonsense 1"),
+    (
+        "scripts/train_pipeline.py",
+        f"--config {ROOT}/configs/quickstart.yaml --stage x",
+        "has no such section",
+    ),
+    (
+        "eval/eval_llada.py",
+        "--tasks gsm9k --model_args model_path=a/x",
+        "--tasks gsm9k: unknown; did you mean",
+    ),
+    ("eval/eval_llada.py", "--tasks gsm8k --model_args model_path=x", "--model_path x: no checkpoint there"),
+    ("eval/eval_llada.py", "--tasks gsm8k", "--model_args model_path=FOLDER is missing"),
+    ("eval/eval_llada.py", "--tasks gsm8k --model_args model_path=x,stepz=3", "stepz"),
+    ("eval/eval_llada.py", "--preset nonsense", "--preset nonsense: unknown"),
+]
+
+
+def test_every_entry_point_is_tried():
+    tried = {*PROGRAMS, *(program for program, _, _ in OTHERS)}
+    folders = ("pretraining", "sft_training", "alignment", "rlhf", "inference", "eval", "scripts")
+    files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    found = {str(path.relative_to(ROOT)) for path in files if "__main__" in path.read_text()}
+    assert found == tried
+
+
+@pytest.mark.parametrize(("program", "more", "says"), OTHERS)
+def test_programs_under_other_names_end_in_one_line_too(program, more, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [program, *more.split()])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / program), run_name="__main__")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and says in line and line.count("error: ") == 1, line
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture

@@ -1,9 +1,10 @@
 """Flags of LLada-Reasoning's training scripts that mean something else here, for scripts under its names."""
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
+
+from llada.flags.parser import OneLineParser
 
 # What its scripts always do, or do in one way here: other values are refused.
 FIXED = {"val_mc_runs": 1, "eps": 1e-3, "answer_weight": 1.0}
@@ -19,7 +20,7 @@ def todays_arguments(argv: Sequence[str] | None) -> list[str]:
     Raises:
         ValueError: a value of `FIXED` that is another here, or adapters that have to be merged first.
     """
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser = OneLineParser(allow_abbrev=False, add_help=False)
     for name in ("use-wandb", "activation-checkpointing"):
         parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", action="store_true")
     kinds = {"min-lr-ratio": float, "val-limit-batches": int, "wandb-entity": str, "sft-lora-weights": str,

@@ -37,7 +37,7 @@ from llada.flags.declaration import (
 from llada.flags.older import RENAMED, is_older, todays_words
 from llada.flags.yaml_files import read_yaml
 
-__all__ = ["check_command_line", "flag", "parse", "run_as", "run_main"]
+__all__ = ["OneLineParser", "check_command_line", "flag", "parse", "run_as", "run_main"]
 
 T = TypeVar("T")
 DEBUG = "LLADA_DEBUG"  # environment variable; --debug sets it, so that child processes inherit it
@@ -55,7 +55,18 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (default: {text.replace('%', '%%')})"
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """Says in one line what is wrong, for `run_main` to tell, instead of argparse's usage of all flags."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        """ValueError with argparse's message."""
+        message = message.removeprefix("argument ")
+        raise ValueError(
+            message if len(message) <= 200 else f"{message[:150]}... ({len(message)} characters)"
+        )
+
+
+class _Parser(OneLineParser):
     """Refuses abbreviations, and answers an unknown flag with the nearest known one."""
 
     def __init__(self, config_class: type, description: str | None) -> None:
@@ -104,13 +115,6 @@ class _Parser(argparse.ArgumentParser):
         section.add_argument(f"--{name}", **settings)
         if kind is bool and default is True:
             section.add_argument(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
-
-    def error(self, message: str) -> typing.NoReturn:
-        """One line, instead of argparse's usage of a hundred flags."""
-        message = message.removeprefix("argument ")
-        raise ValueError(
-            message if len(message) <= 200 else f"{message[:150]}... ({len(message)} characters)"
-        )
 
     def known(self, name: str) -> bool:
         return f"--{name}" in self._option_string_actions or is_older(name, self.fields)

@@ -102,10 +102,10 @@ class LoraFlags:
         """Settles --use_lora, and the other flags where it is on."""
         given = [name for name in self.__dict__ if name.startswith("lora_") and getattr(self, name)]
         self.given_of_lora = given  # what an adapter that training continues must agree with
-        if given and (self.use_lora is False or self.lora_r == 0):
-            raise ValueError(f"--{given[0]} {getattr(self, given[0])}: without effect, LoRA is turned off")
         if self.use_lora and self.lora_r == 0:
             raise ValueError("--use_lora: --lora_r 0 is no adapter")
+        if given and (self.use_lora is False or self.lora_r == 0):
+            raise ValueError(f"--{given[0]} {getattr(self, given[0])}: without effect, LoRA is turned off")
         self.use_lora = bool(self.use_lora or given or getattr(self, "sft_adapter_path", None))
         for name, default in DEFAULT_LORA.items():
             value = getattr(self, name) or default

@@ -32,11 +32,11 @@ METHODS = {"one": {}, "all": {"keep_rate": 1}, "cod": {"keep_rate": 0.7}, "draft
 class Config:
     """Flags of this benchmark."""
 
-    teacher: str = flag(help="Folder of the teacher, which also verifies.")
+    teacher: str = flag(help="Folder of the teacher, which also verifies.", reads="model")
     teacher_gguf_file: str | None = flag(None, help="Name of a GGUF file in it.")
     train_prompts: str = flag(help="Prompts that the teacher answers for training.", reads="path")
     test_prompts: str = flag(help="Prompts to measure on.", reads="path")
-    output_dir: str = flag(help="Folder of everything that is made.")
+    output_dir: str = flag(help="Folder of everything that is made.", writes="folder")
     mask_token: str | None = flag(None, help="Token of the teacher that becomes the mask.")
     num_layers: int = flag(3, help="Layers of the drafter.", at_least=1)
     num_train: int = flag(170, help="Prompts to train on.", at_least=1)
@@ -49,7 +49,7 @@ class Config:
     steps: int = flag(60, help="Steps of each training.", at_least=1)
     batch_size: int = flag(16, help="Answers a step.", at_least=1)
     learning_rate: float = flag(1e-3, help="Peak learning rate.", above=0)
-    seeds: list[int] = flag([0], help="Seeds of the trainings.")
+    seeds: list[int] = flag([0], help="Seeds of the trainings.", at_least=0)
 
 
 if __name__ == "__main__":

@@ -40,10 +40,12 @@ ARMS = {
 class Config:
     """Flags of this benchmark."""
 
-    quickstart: str = flag("runs/quickstart", "Folder of the main job, up to its stage precompute_teacher.")
-    output_dir: str = flag(help="Folder of everything that is made.")
+    quickstart: str = flag(
+        "runs/quickstart", "Folder of the main job, up to its stage precompute_teacher.", reads="path"
+    )
+    output_dir: str = flag(help="Folder of everything that is made.", writes="folder")
     arms: list[str] = flag(list(ARMS), "Which to run.", choices=list(ARMS))
-    seeds: list[int] = flag([0], "Seeds of the trainings.")
+    seeds: list[int] = flag([0], "Seeds of the trainings.", at_least=0)
     steps: int = flag(200, "Steps of a training.", at_least=1)
     interval: int = flag(50, "Steps between scores.", at_least=1)
     batch_size: int = flag(32, "Records, or prompts, a step.", at_least=1)
