@@ -16,13 +16,14 @@ from .canvas_llada import Block, Canvas
 from .finished_llada import FinishedBlocks
 from .generation_config_llada import LLaDAGenerationConfig
 from .graphs_llada import Recorder
-from .lean_llada import LeanForward
+from .lean_llada import LeanForward, has_adapter_of_each_row
 from .orders_llada import ORDERS, PROBABILITIES, confidence, entropy
 from .remasking_llada import (
     ORDER_DRAW,
     TOKEN_DRAW,
     by_rows,
     choose_tokens,
+    first_columns,
     guide,
     kl_divergence,
     order_scores,
@@ -43,17 +44,14 @@ OnStep = Callable[[dict[str, Any]], None]
 # Looking for a finished answer waits for the device. On a GPU that is done every so many steps: what is
 # decided in between lies behind the answer's end and is cut off.
 CHECK_EVERY = 8
+# Steps in which a block without masks may still be edited, as in LLaDA2.1's program: two tokens could replace
+# each other for ever.
+EDITING_STEPS = 16
 
 
 Stop = Callable[[Tensor, int, int], int | None]
 """(prompt and answer so far [n], answer tokens among them, how many of these were looked at before) -> how
 many of them stay, or None to go on."""
-
-
-def _has_adapter_of_each_row(model: nn.Module) -> bool:
-    """Whether peft's `adapter_names` are on: it counts the rows of every forward, so that none may leave."""
-    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
-    return any("adapter_names" in getattr(hook, "keywords", ()) for hook in hooks)
 
 
 class Decoding:
@@ -75,7 +73,7 @@ class Decoding:
         self.mask_id, self.eos_id = model.config.mask_token_id, model.config.eos_token_id
         self.end_ids = torch.tensor(end_ids, dtype=torch.long, device=self.device)
         self.can_stop = settings.early_stop and bool(end_ids)
-        self.may_leave = self.can_stop and not _has_adapter_of_each_row(model)
+        self.may_leave = self.can_stop and not has_adapter_of_each_row(model)
         self.last_ids = self.end_ids if settings.confidence_eos_eot_inf and end_ids else None
         self.exempt_ids = torch.tensor([*end_ids, self.mask_id], device=self.device)
         self.steps = torch.zeros(len(keys), dtype=torch.long, device=self.device)
@@ -124,6 +122,8 @@ class Decoding:
             self._continue_blocks(block, num_steps)
         if self.settings.remdm != "none":
             self._decode_remdm(block, num_steps)
+        elif self.settings.editing_threshold is not None:
+            self._decode_editing(block)
         elif self.settings.parallel_decoding != "none":
             self._decode_parallel(block)
         else:
@@ -174,6 +174,28 @@ class Decoding:
             counts = self._let_leave(block)
             if not counts:
                 return
+
+    def _decode_editing(self, block: Block) -> None:
+        """Approximate: as threshold, and decided tokens of the block give way to ones the model is sure of.
+
+        Source: LLaDA2.1's published generate().
+        """
+        num_finished = torch.zeros(len(block.names), dtype=torch.long, device=self.device)
+        for step in range(block.width + EDITING_STEPS):
+            columns = torch.arange(block.width, device=self.device).expand(len(block.names), -1)
+            masked = self._masked(block)
+            logits, tokens = self._predict(block, columns, step)
+            scores = order_scores(PROBABILITIES[self.settings.remasking], logits, tokens, self.last_ids)
+            picks = pick_threshold(scores, masked, self.settings.threshold)
+            is_other = tokens != self.canvas.tokens[block.rows, block.start : block.end]
+            is_sure = by_rows(confidence, logits, tokens) > self.settings.editing_threshold
+            edits = ~masked & is_other & is_sure
+            self._write(block, step, columns, tokens, picks | edits, logits)
+            num_finished += ~masked.any(dim=1)
+            names = block.names
+            if not self._let_leave(block, edits.any(dim=1) & (num_finished < EDITING_STEPS)):
+                return
+            num_finished = num_finished[[name in block.names for name in names]]
 
     def _parallel_picks(
         self, block: Block, logits: Tensor, columns: Tensor, scores: Tensor, valid: Tensor
@@ -319,21 +341,22 @@ class Decoding:
             top_p=self.settings.top_p,
         )
 
-    def _let_leave(self, block: Block) -> list[int]:
+    def _let_leave(self, block: Block, is_edited: Tensor | None = None) -> list[int]:
         """Sequences at their end leave the run, those without masks the block; the others' masks are counted.
 
-        A sequence is at its end when an EOS or EoT has no mask before it.
+        A sequence is at its end when an EOS or EoT has no mask before it. Those edited [A] stay for a look.
         """
         answer = self.canvas.tokens[block.rows, self.canvas.num_prompt : block.end]
         is_masked = answer == self.mask_id
         num_left = is_masked[:, -block.width :].sum(dim=1)
         has_ended = (torch.isin(answer, self.end_ids) & (is_masked.cumsum(dim=1) == 0)).any(dim=1)
         # the step's one wait for the device
-        num_left, has_ended = torch.stack([num_left, has_ended]).tolist()
+        is_edited = torch.zeros_like(has_ended) if is_edited is None else is_edited
+        num_left, has_ended, is_edited = torch.stack([num_left, has_ended, is_edited]).tolist()
         stays = []
-        for name, count, ended in zip(block.names, num_left, has_ended, strict=True):
-            self.is_running[name] = not (ended and self.may_leave)
-            stays.append(count > 0 and self.is_running[name])
+        for name, count, ended, edited in zip(block.names, num_left, has_ended, is_edited, strict=True):
+            self.is_running[name] = bool(edited) or not (ended and self.may_leave)
+            stays.append((count > 0 or edited) and self.is_running[name])
         block.select(stays)
         return [count for count, stay in zip(num_left, stays, strict=True) if stay]
 
@@ -373,8 +396,3 @@ class Decoding:
                     "remasked": [] if remasked is None else (remasked[i].nonzero()[:, 0] + offset).tolist(),
                 }
             )
-
-
-def first_columns(wanted: Tensor, num_columns: int) -> Tensor:
-    """[A, num_columns] column numbers of `wanted` [A, W] bool: those that are, from the left, then others."""
-    return wanted.logical_not().long().argsort(dim=1, stable=True)[:, :num_columns]

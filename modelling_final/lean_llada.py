@@ -18,6 +18,12 @@ from .cache_llada import WindowCache
 VARYING_ROPE = ("dynamic", "longrope")  # their frequencies depend on the length of the input
 
 
+def has_adapter_of_each_row(model: nn.Module) -> bool:
+    """Whether peft's `adapter_names` are on: it counts the rows of every forward, so that none may leave."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return any("adapter_names" in getattr(hook, "keywords", ()) for hook in hooks)
+
+
 class _Layer:
     """A block as `LLaDALlamaBlock.forward` sees it: its parts are their `forward`s, its numbers plain."""
 

@@ -222,3 +222,8 @@ def remdm_unmask_probability(sigma: Tensor, step: int, num_steps: int) -> Tensor
     """(alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), what a mask becomes a token with. ReMDM, eq. 5."""
     alpha_t, alpha_s = step / num_steps, (step + 1) / num_steps
     return (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
+
+
+def first_columns(wanted: Tensor, num_columns: int) -> Tensor:
+    """[A, num_columns] column numbers of `wanted` [A, W] bool: those that are, from the left, then others."""
+    return wanted.logical_not().long().argsort(dim=1, stable=True)[:, :num_columns]

@@ -84,6 +84,13 @@ class SamplerSettings:
         at_most=1,
         needs="parallel_decoding=threshold|klass",
     )
+    editing_threshold: float | None = setting(
+        None,
+        "Decided tokens of the block for which another is more probable than this give way to it (LLaDA2.1).",
+        at_least=0,
+        at_most=1,
+        needs="parallel_decoding=threshold",
+    )
     factor: float = setting(
         1.0, "f in (n + 1)(1 - c) < f for factor.", above=0, needs="parallel_decoding=factor"
     )
@@ -131,6 +138,11 @@ class SamplerSettings:
             )
         if self.parallel_decoding != "none" and self.remdm != "none":
             raise ValueError("parallel_decoding never takes a token back and remdm does: choose one of them")
+        if self.editing_threshold is not None and self.parallel_decoding != "threshold":
+            raise ValueError(
+                f"editing_threshold {self.editing_threshold} needs parallel_decoding threshold, "
+                f"not {self.parallel_decoding}"
+            )
         if self.parallel_decoding != "none" and self.remasking not in PROBABILITIES:
             raise ValueError(
                 f"parallel_decoding goes by a probability; it needs remasking {' or '.join(PROBABILITIES)}, "

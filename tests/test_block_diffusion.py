@@ -249,3 +249,44 @@ def test_the_likelihood_of_blocks_of_one_token_is_exact():
     )
     exact = float(log_p[torch.arange(2, LENGTH), x_0[2:]].sum())
     assert score.log_likelihood == pytest.approx(exact, abs=1e-5) and score.standard_error == 0
+
+
+def edited(model, prompt, gen_length, size, threshold, editing_threshold):
+    """LLaDA2.1's loop, written for one sequence without a cache and without an end."""
+    x = torch.tensor([[*prompt, *[MASK] * gen_length]])
+    for start in range(len(prompt), len(prompt) + gen_length, size):
+        block, post = slice(start, start + size), 0
+        for _ in range(size + 16):
+            with torch.no_grad():
+                logits = model(x[:, : start + size]).logits[0, block]
+            best = logits.index_fill(1, torch.tensor([MASK]), -torch.inf).argmax(-1)
+            p = logits.softmax(-1).gather(1, best[:, None])[:, 0]
+            old, masked = x[0, block], x[0, block] == MASK
+            sure = masked & (p > threshold)
+            if masked.any() and not sure.any():
+                sure[torch.where(masked, p, -1).argmax()] = True
+            edits = ~masked & (p > editing_threshold) & (best != old)
+            x[0, block] = torch.where(sure | edits, best, old)
+            post += int(not masked.any())
+            if not (x[0, block] == MASK).any() and (not edits.any() or post >= 16):
+                break
+    return x[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("cache", ["none", "blocks"])
+def test_editing_is_the_published_loop(cache):
+    model = make_model(**BLOCKS, attention_block_size=4)
+    flags = {"parallel_decoding": "threshold", "threshold": 0.15, "block_length": 4, "gen_length": 16}
+    flags |= {"early_stop": False, "cache": cache}
+    prompts = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15, 16], [17, 18, 19, 20]]
+    found = generate(model, prompts, editing_threshold=0.05, **flags)
+    plain = generate(model, prompts, **flags)
+    answers = found.sequences[:, 8:].tolist()
+    assert answers == [edited(model, prompt, 16, 4, 0.15, 0.05) for prompt in prompts]
+    assert answers != plain.sequences[:, 8:].tolist() and found.is_approximate
+    never = generate(model, prompts, editing_threshold=1.0, **flags)
+    assert torch.equal(never.sequences, plain.sequences)
+    with pytest.raises(
+        ValueError, match=r"editing_threshold 0\.5 needs parallel_decoding threshold, not none"
+    ):
+        generate(model, prompts, editing_threshold=0.5, gen_length=4)
