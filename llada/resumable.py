@@ -137,11 +137,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces the file so that a reader sees the old text or the new, never a part."""
+def write_atomically(path: Path, text: str | bytes) -> None:
+    """Replaces the file so that a reader sees the old content or the new, never a part."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # ranks may write the same file
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(partial, "wb") as file:
+        file.write(text.encode() if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())  # else the new name can outlive a power cut and the text not
     os.replace(partial, path)

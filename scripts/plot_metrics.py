@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
 import matplotlib
 
+from llada.resumable import write_atomically
 from llada.training.metrics import read_metrics
 
 matplotlib.use("Agg")  # no screen needed
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         panel.grid(alpha=0.3)
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=120, format="png")
-    Path(config.output).write_bytes(drawn.getvalue())
+    write_atomically(Path(config.output), drawn.getvalue())
     plt.close(figure)
     print(f"wrote {config.output}")
 

@@ -107,7 +107,14 @@ def test_a_trained_and_an_exported_model(hub, model_dir, tmp_path, monkeypatch):
     assert {path: data for (_, path), data in hub.files.items()} == files_of(run / "final")
 
     out, to = str(tmp_path / "out"), ["--push_to_hub", "--hub_model_id", "lab/model"]
-    load_script("scripts/export_checkpoint.py").main(["--run", str(run), "--output_dir", out, *to])
+    export = load_script("scripts/export_checkpoint.py").main
+    hub.refuses_commits = True
+    with pytest.raises(ValueError, match="out is saved, the same command tries again"):
+        export(["--run", str(run), "--output_dir", out, *to])
+    hub.refuses_commits = False
+    with pytest.raises(ValueError, match="exists; give another place"):
+        export(["--run", str(run), "--output_dir", out, "--step", "1", *to])
+    export(["--run", str(run), "--output_dir", out, *to])
     assert hub.created[-1] == ("lab/model", False)
     found = {path: data for (repo, path), data in hub.files.items() if repo == "lab/model"}
     assert found == files_of(tmp_path / "out")

@@ -256,7 +256,7 @@ def run_main(main: Callable[[], Any]) -> None:
     """
     _run(main)
     if os.environ.get("RANK", "0") == "0":
-        paths.note_finished()
+        paths.note_outputs(is_finished=True)
 
 
 def _run(main: Callable[[], Any]) -> None:

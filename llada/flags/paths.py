@@ -62,11 +62,12 @@ def check_paths(config: Any, *, overwrites: bool) -> None:
     finished.extend(noted if not overwrites and all(_is_noted(path, note) for path in noted) else [])
 
 
-def note_finished() -> None:
-    """Notes beside each output, in .NAME.made, which command made it and from what."""
+def note_outputs(*, is_finished: bool) -> None:
+    """Notes beside each output, in .NAME.made, which command made it and, if it is finished, from what."""
     for path, note in _notes.items():
         if Path(path).exists():
-            text = json.dumps(note | {"output": _hash(_state_of(Path(path)))}, indent=1)
+            kept = note if is_finished else {name: note[name] for name in note if name != "inputs"}
+            text = json.dumps(kept | {"output": _hash(_state_of(Path(path)))}, indent=1)
             _note_file(Path(path)).write_text(text + "\n", encoding="utf-8")
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import create_repo, upload_folder, whoami
 
+from llada.flags.paths import note_outputs
 from llada.models.flags import HubFlags
 
 
@@ -27,6 +28,7 @@ def push(folder: Path, flags: HubFlags, *, name: str) -> None:
     """
     if not flags.push_to_hub:
         return
+    note_outputs(is_finished=False)  # an upload can fail for long, and the same command tries again
     try:
         repo = create_repo(flags.hub_model_id or name, private=flags.hub_private_repo or None, exist_ok=True)
         upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=f"Upload {folder.name}")
