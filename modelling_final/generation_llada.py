@@ -15,6 +15,7 @@ steps that decide nothing, everything after the answer's end, finished sequences
 guidance 0, and with random remasking the head for tokens whose turn it is not.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from transformers.generation import BaseStreamer, GenerationMixin, LogitsProcess
 from transformers.utils import ModelOutput
 
 from .canvas_llada import Canvas, Prompts, check_lengths, read_prompts
+from .configuration_llada import LLaDAConfig
 from .decoding_llada import Decoding, OnStep
 from .generation_config_llada import LLaDAGenerationConfig
 from .remasking_llada import random_key
@@ -141,6 +143,7 @@ def generate(
     if any(model.config.mask_token_id in suffix for suffix in suffixes):
         raise ValueError("a suffix contains the mask token; only the answer is masked")
     lengths = check_lengths(prompts, gen_length, suffixes, settings, model.config.max_sequence_length)
+    _warn_of_blocks(model.config, max(map(settings.block_of, lengths)))
     if record_ids is None:
         record_ids = range(len(prompts))
     if len(record_ids) != len(prompts):
@@ -208,6 +211,16 @@ def _end_ids(model: nn.Module, named: int | list[int] | str | None) -> list[int]
         saved = model.generation_config.eos_token_id
         named = [*model.config.end_ids, *([saved] if isinstance(saved, int) else saved or [])]
     return sorted({named} if isinstance(named, int) else {int(i) for i in named or ()})
+
+
+def _warn_of_blocks(config: LLaDAConfig, width: int) -> None:
+    size = config.attention_block_size or 1
+    if width > size > 1:
+        warnings.warn(
+            f"the model attends by blocks of {size} and finishes one before the next; here blocks of {width} "
+            f"are decided in any order: give block_length {size}, and cache blocks for speed",
+            stacklevel=3,
+        )
 
 
 def _left_padded(input_ids: Tensor, attention_mask: Tensor | None, pad_id: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -290,3 +291,15 @@ def test_editing_is_the_published_loop(cache):
         ValueError, match=r"editing_threshold 0\.5 needs parallel_decoding threshold, not none"
     ):
         generate(model, prompts, editing_threshold=0.5, gen_length=4)
+
+
+def test_blocks_longer_than_the_models_are_warned_of():
+    model = make_model(**BLOCKS, attention_block_size=4)
+    with pytest.warns(
+        UserWarning, match=r"attends by blocks of 4 .* here blocks of 8 .* give block_length 4"
+    ):
+        generate(model, PROMPTS, gen_length=8, block_length=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(model, PROMPTS, gen_length=8, block_length=4)
+        generate(make_model(**BLOCKS, attention_block_size=1), PROMPTS, gen_length=8, block_length=8)
