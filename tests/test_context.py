@@ -137,7 +137,9 @@ def test_the_bound_by_position_adds_up_to_the_validation_bound(model_dir, text, 
             return iter(batches)
 
     run = Run(rank=0, world_size=1, device=torch.device("cpu"))
-    bound = validation_loss(model, stream=Stream(), config=RowsConfig(output_dir=""), run=run)
+    bound = validation_loss(
+        model, stream=Stream(), config=RowsConfig(output_dir="", dtype="float32"), run=run
+    )
     assert plain.mean() == pytest.approx(bound, rel=1e-5)
     assert math.isfinite(bound) and NO_SCALING.apply(model.config) is model.config
 

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -114,8 +114,8 @@ def check_value(name: str, value: Any, said: Mapping[str, Any]) -> None:
             raise ValueError(f"--{name} {item}: must be {span}")
 
 
-def check_needs(config: Any) -> None:
-    """ValueError for a flag that was changed and could have no effect."""
+def check_needs(config: Any, *, mild: Collection[str] = ()) -> None:
+    """ValueError for a flag that was changed and could have no effect; a line for these and the mild ones."""
     for field in dataclasses.fields(config):
         needs, value = said_of(type(config), field.name).get("needs", ""), getattr(config, field.name)
         if value not in (*OFF, default_of(field)) and not is_met(config, needs):
@@ -123,7 +123,7 @@ def check_needs(config: Any) -> None:
             without = " ".join(without.split()).replace(" , --", " or --")
             without = f"beside --{needs[:-5]}" if needs.endswith("=None") else f"without {without}"
             text = f"--{field.name} {shown(value)}: has no effect {without}"
-            if not said_of(type(config), field.name).get("mild"):
+            if field.name not in mild and not said_of(type(config), field.name).get("mild"):
                 raise ValueError(text)
             tell(text)
 

@@ -154,6 +154,7 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, *, descripti
     if path is not None:
         words = _words_of(parser, path, read_yaml(path)) + words
     recipe = _last_value(words, "recipe") if "recipe" in parser.fields else None
+    found: Mapping[str, Any] = {}
     if recipe is not None:
         with_lora = (_last_value(words, "use_lora") or "true").lower() != "false"
         found = config_class.flags_of_recipe(recipe, with_lora=with_lora)
@@ -173,7 +174,7 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, *, descripti
     config = config_class(**values)
     for name, value in values.items():
         check_value(name, value, said_of(config_class, name))
-    check_needs(config)
+    check_needs(config, mild=found)  # a recipe's flag may lose its effect to one that overrides
     for base in reversed(config_class.__mro__):
         if "check_flags" in base.__dict__:
             base.check_flags(config)
