@@ -15,10 +15,14 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
-    Split,
     WeightConverter,
     WeightRenaming,
 )
+
+try:
+    from transformers.core_model_loading import Split
+except ImportError:  # transformers 5.17: in equal parts alone; others end as weights of the wrong shape
+    from transformers.core_model_loading import Chunk as Split
 
 _OFF = (None, False, 0)
 _ON = (None, True)

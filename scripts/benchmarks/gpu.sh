@@ -11,7 +11,7 @@
 #   DRY_RUN=1 bash scripts/benchmarks/gpu.sh             # prints the commands
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-OUTPUT=${OUTPUT:-runs/bench} LIMIT=${LIMIT:-600}
+OUTPUT=${OUTPUT:-runs/bench/$(date +%Y%m%d-%H%M%S)} LIMIT=${LIMIT:-600}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 wanted=" $* "
 
