@@ -39,6 +39,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx  # whichever HTTP library this version of the hub client uses
 
+from llada.resumable import read_object
+
 PUBLISHED = {
     "base": "GSAI-ML/LLaDA-8B-Base",
     "instruct": "GSAI-ML/LLaDA-8B-Instruct",
@@ -108,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     request = {"repo_id": repo_id, "revision": config.revision}
     record = output_dir / RECORD
     if record.is_file():
-        found = json.loads(record.read_text(encoding="utf-8"))
+        found = read_object(record, "commit")
         if {key: found.get(key) for key in request} == request:
             print(f"{output_dir}: already complete ({repo_id} at {found['commit'][:12]})")
             return

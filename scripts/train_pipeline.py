@@ -26,6 +26,7 @@ from typing import Any
 
 from llada.flags.parser import OneLineParser, run_main
 from llada.flags.yaml_files import read_yaml
+from llada.resumable import read_object
 from llada.rewards.functions import puzzle_solved
 from llada.training.signals import STOP_SIGNALS
 from llada.training.stages import ROOT, STAGES, Stage, output_of
@@ -202,7 +203,7 @@ def run_once(name: str, command: list[str], logs: Path, marker: Path | None = No
     mark = logs / f"{name}.done"
     text = shlex.join(command)
     if mark.is_file():
-        done = json.loads(mark.read_text())
+        done = read_object(mark, "command", "seconds")
         if done["command"] == text:  # the same flags: a changed config runs again
             print(f"== {name}: finished before, in {done['seconds']} s", flush=True)
             return done["seconds"]
@@ -275,7 +276,7 @@ def stage_rows(
     folder = output_of(flags)
     found: list[tuple[str, str, str]] = []  # metric, before, after
     if (folder / "results.json").is_file():
-        values = json.loads((folder / "results.json").read_text())
+        values = read_object(folder / "results.json")
         found = [
             (label, f"{values[f'{name}_before']:.3f}", f"{values[name]:.3f}")
             for name, label in METRICS.items()
@@ -290,7 +291,7 @@ def stage_rows(
             if isinstance(value, float) and "stderr" not in name
         ]
     elif "report_path" in flags:
-        figures = json.loads(Path(flags["report_path"]).read_text())
+        figures = read_object(Path(flags["report_path"]), "acceptance_length")
         name = stage.partition(":")[0]
         before = next((row[3] for row in earlier if row[0].partition(":")[0] == name), "")
         found = [("acceptance length", before, f"{figures['acceptance_length']:.3f}")]

@@ -250,6 +250,7 @@ READERS = {
 def refusal(program, argv, capsys, monkeypatch):
     """What a program says on its way out with status 2."""
     monkeypatch.setattr("sys.argv", [program, *argv])
+    monkeypatch.setattr("logging.raiseExceptions", False)  # a logger may hold the stream of an earlier test
     main = load_script(program).main
     with pytest.raises(SystemExit) as stop:
         run_main(lambda: main(argv))
@@ -526,6 +527,30 @@ def test_damaged_states_and_rows_are_named(words, tmp_path, capsys, monkeypatch)
             assert str(manifest.parent) in line, (file, content[:20], line)
         file.write_bytes(whole)
     assert not (tmp_path / "other/final").exists()
+
+
+def test_what_a_run_or_a_job_keeps_is_named_where_it_is_damaged(
+    words, model_dir, tmp_path, capsys, monkeypatch
+):
+    load_script(SFT).main(words(SFT))
+    run, out = tmp_path / "out", tmp_path / "exported"
+    export = ["--run", str(run), "--output_dir", str(out)]
+    for file in (run / "config.yaml", run / "step-1/meta.json", *run.glob("step-1/*.distcp")):
+        whole = file.read_bytes()
+        for content in (b"", whole[: len(whole) // 3], b"\x00\xff", b"[1, 2]", b"a: ["):
+            file.write_bytes(content)
+            line = refusal("scripts/export_checkpoint.py", export, capsys, monkeypatch)
+            assert str(run) in line and len(line) < 900 and not out.exists(), (file, content[:9], line)
+        file.write_bytes(whole)
+
+    asked = ["--model_name_or_path", model_dir, "--prompts_file", SAMPLE["puzzles"], "--gen_length", "8"]
+    asked = [*map(str, asked), "--max_samples", "2", "--output_path", str(tmp_path / "a.jsonl")]
+    parts = tmp_path / "a.jsonl.parts"
+    parts.mkdir()
+    (parts / "rank-0.jsonl").write_text('{"key": "k", "result": 1}\n')
+    for content in ("", "[]", '{"seed": '):
+        (parts / "settings.json").write_text(content)
+        assert str(parts) in refusal(GENERATE, asked, capsys, monkeypatch), content
 
 
 def test_no_output_of_another_command_is_replaced(words, tmp_path, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,6 +235,11 @@ def _saved_shapes(model: PreTrainedModel) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
+def _is_no_report(record: logging.LogRecord) -> bool:
+    """Keeps back transformers' table of keys that do not fit: `load_model` names them in one line."""
+    return "LOAD REPORT" not in record.getMessage()
+
+
 def load_model(
     path: str | None,
     *,
@@ -275,6 +281,8 @@ def load_model(
             adapter.inference_mode = False  # as saved; what training continues is trainable
             return get_peft_model(model, adapter)
     check_weight_files(path)
+    loader = logging.getLogger("transformers.modeling_utils")
+    loader.addFilter(_is_no_report)
     try:
         model, report = LLaDAModelLM.from_pretrained(
             path,
@@ -285,8 +293,10 @@ def load_model(
             ignore_mismatched_sizes=True,  # refused below, by name
         )
     except (OSError, ImportError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(f"--model_name_or_path {path}: cannot be read: {reason}") from error
+    finally:
+        loader.removeFilter(_is_no_report)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
             keys = sorted(map(str, report[kind]))
