@@ -3,7 +3,9 @@
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -259,3 +261,25 @@ def test_epochs_become_steps():
     config = make_config("x", max_steps=-1, num_train_epochs=3.0)
     config.resolve(CPU, 40)
     assert config.max_steps == 15
+
+
+def test_float8_says_what_is_missing_and_takes_the_blocks_alone(monkeypatch, tmp_path):
+    config = make_config(tmp_path, float8=True)
+    monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    with pytest.raises(ValueError, match="--float8: pip install torchao"):
+        prepare_trainable(tiny_model(), config)
+    converted = []
+
+    def convert(blocks, *, module_filter_fn):
+        linear = [(name, part) for name, part in blocks.named_modules() if isinstance(part, torch.nn.Linear)]
+        converted.extend(name for name, part in linear if module_filter_fn(part, name))
+
+    torchao = SimpleNamespace(convert_to_float8_training=convert)
+    monkeypatch.setitem(sys.modules, "torchao", torchao)
+    monkeypatch.setitem(sys.modules, "torchao.float8", torchao)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"--float8: needs a GPU of compute capability 8\.9"):
+        prepare_trainable(tiny_model(), config)
+    config.dry_run = True  # counts for the machine that has one
+    prepare_trainable(tiny_model(), config)
+    assert "0.q_proj" in converted and "0.ff_proj" not in converted  # 24 wide

@@ -263,7 +263,7 @@ class TrainConfig(OptimizerFlags, LoggingFlags, HubFlags):
     """A training run."""
 
     # What the loop asks for where a stage has no such flags.
-    packing = use_lora = compile = cpu_offload = reduce_always = False
+    packing = use_lora = compile = cpu_offload = reduce_always = float8 = False
     shard = activation_checkpointing = "none"
     num_workers = 0
     default_batch_size = 4
@@ -374,6 +374,10 @@ class RowsConfig(
     BlockFlags, NoiseFlags, LoraDropoutFlags, ScaleFlags, PrefetchFlags, TrainConfig, MaskTokenFlag
 ):
     """A run on rows of tokens that are masked."""
+
+    float8: bool = flag(
+        False, "Products of the blocks in float8: with torchao, and a GPU of compute capability 8.9 or newer."
+    )
 
 
 def finished_before(config: TrainConfig) -> str | None:

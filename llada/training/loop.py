@@ -29,7 +29,7 @@ from llada.training import checkpoint
 from llada.training.config import TrainConfig
 from llada.training.metrics import Metrics
 from llada.training.monitor import EarlyStop, LossWatch, Progress, expert_load, gather_records
-from llada.training.parallel import full_state_dict, parallelize, wrap_blocks
+from llada.training.parallel import full_state_dict, parallelize, use_float8, wrap_blocks
 from llada.training.profiling import memory_snapshot, profiled
 from llada.training.signals import StopSignal, exit_status, give_signals_back, leave_marker_on_signals
 from llada.training.step import Batch, Loss, Trainer, learning_rate
@@ -106,7 +106,9 @@ def load_with_ids(
 
 
 def prepare_trainable(model: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
-    """Puts on activation checkpointing, compiled blocks and training mode."""
+    """Puts on float8 products, activation checkpointing, compiled blocks and training mode."""
+    if config.float8:
+        use_float8(model, is_run=not config.dry_run)
     wrap_blocks(model, activation_checkpointing=config.activation_checkpointing, compile=config.compile)
     return model.train()
 

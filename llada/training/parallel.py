@@ -48,6 +48,28 @@ _ATTENTION = {
 }
 
 
+def use_float8(model: nn.Module, *, is_run: bool) -> None:
+    """Makes the blocks' products float8, in place; weights, their names and what is saved stay as they are.
+
+    Each product scales both of its factors by their largest value. The head, norms and attention stay.
+
+    ValueError: adapters, no torchao, or for a run a device that has no float8 products.
+    """
+    if hasattr(model, "peft_config"):
+        raise ValueError("--float8: adapters are trained on weights that stay as they are; leave it out")
+    try:
+        from torchao.float8 import convert_to_float8_training
+    except ImportError as error:
+        raise ValueError("--float8: pip install torchao") from error
+    if is_run and not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)):
+        raise ValueError("--float8: needs a GPU of compute capability 8.9 or newer (H100, L40S, ...)")
+    # the kernels take sizes in multiples of 16
+    convert_to_float8_training(
+        model.model.transformer.blocks,
+        module_filter_fn=lambda part, _: part.in_features % 16 == part.out_features % 16 == 0,
+    )
+
+
 def wrap_blocks(model: nn.Module, *, activation_checkpointing: str, compile: bool) -> None:
     """Makes every block of the model (a PeftModel too) recompute and compile as the flags say, in place.
 
