@@ -88,6 +88,10 @@ def trained(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, O
         raise ValueError(f"--run {run}: no such state there; it has {', '.join(saved) or 'none'}")
     settings = read_yaml(run / "config.yaml")
     # as in the run's first step: what config.yaml leaves out was not given
+    lacks = [name for name in ("dtype", "max_length", "seed", "use_lora") if name not in settings]
+    lacks += [] if settings.keys() & {"model_name_or_path", "config_name"} else ["model_name_or_path"]
+    if lacks:
+        raise ValueError(f"--run {run}: its config.yaml is not whole, it lacks {', '.join(lacks)}")
     flags = SimpleNamespace(**{"model_name_or_path": None, "tokenizer_name": None} | settings)
     model = build_model(flags)
     load_weights(state, model)

@@ -542,6 +542,14 @@ def test_what_a_run_or_a_job_keeps_is_named_where_it_is_damaged(
             line = refusal("scripts/export_checkpoint.py", export, capsys, monkeypatch)
             assert str(run) in line and len(line) < 900 and not out.exists(), (file, content[:9], line)
         file.write_bytes(whole)
+    lines = (run / "config.yaml").read_text().splitlines(keepends=True)
+    for number in range(len(lines)):  # cut anywhere before the model's name
+        if lines[number - 1].startswith("model_name_or_path"):
+            break
+        (run / "config.yaml").write_text("".join(lines[:number]))
+        line = refusal("scripts/export_checkpoint.py", export, capsys, monkeypatch)
+        assert str(run) in line and not out.exists(), (number, line)
+    (run / "config.yaml").write_text("".join(lines))
 
     asked = ["--model_name_or_path", model_dir, "--prompts_file", SAMPLE["puzzles"], "--gen_length", "8"]
     asked = [*map(str, asked), "--max_samples", "2", "--output_path", str(tmp_path / "a.jsonl")]
