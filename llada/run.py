@@ -1,5 +1,6 @@
 """Where a run lives: its processes, its device and its precision."""
 
+import atexit
 import itertools
 import json
 import os
@@ -112,7 +113,7 @@ def end_run() -> None:
     """Leaves the process group, if this process is in one."""
     global _peers
     if _peers is not None:
-        _peers.ended.set()
+        _peers.close()
         _peers = None
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -136,7 +137,14 @@ class _Peers:
         self.ended = threading.Event()
         self._say(0)
         dist.barrier(self.group)
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        atexit.register(self.close)  # a thread that is inside the store when Python ends aborts the process
+
+    def close(self) -> None:
+        """Ends the watch."""
+        self.ended.set()
+        self._thread.join(BEAT_SECONDS)
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:

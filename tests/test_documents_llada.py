@@ -32,7 +32,11 @@ def alone(model, flat):
 @pytest.mark.parametrize("kernel", ["sdpa", "eager", "flex_attention"])
 @torch.no_grad()
 def test_packed_logits_are_those_of_each_document_alone(kernel, changes):
-    packed = make_model(kernel=kernel, **changes)(IDS, document_borders=BORDERS).logits.flatten(0, 1)
+    model = make_model(kernel=kernel, **changes)
+    # Inductor cannot compile its own code for a CPU without vector units.
+    is_plain = torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+    with torch.compiler.set_stance("force_eager" if is_plain else "default"):
+        packed = model(IDS, document_borders=BORDERS).logits.flatten(0, 1)
     expected = alone(make_model(**changes), lambda model, ids: model(ids).logits)
     assert_close(packed, expected, atol=1e-5, rtol=1e-5)
 
