@@ -9,6 +9,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch
+
 from conftest import ROOT, load_script
 
 DEADLINE = 240  # seconds; a loaded machine is slow
@@ -30,7 +32,7 @@ def start(script: str, flags: list[object], log: Path, **environment: object) ->
     """The script with these flags and environment variables, started; its output goes to `log`."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     saved = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
-    os.environ.update(PYTHONPATH=path, OMP_NUM_THREADS="1")  # of the server, when it starts
+    os.environ.update(PYTHONPATH=path, OMP_NUM_THREADS=str(torch.get_num_threads()))  # rounding is by threads
     variables = {name: str(value) for name, value in environment.items()}
     process = _context.Process(target=_main, args=(script, list(map(str, flags)), variables, log))
     process.start()

@@ -162,7 +162,12 @@ def test_a_killed_run_continues(finished, checkpoint, main, monkeypatch, tmp_pat
 def test_two_ranks_give_the_same_numbers(finished, checkpoint, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     arguments = flags(checkpoint, tmp_path, "gsm8k_local,mmlu_local", ",generate_batch_size=1,batch_size=3")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+    }
     command = [*launch, str(ROOT / "eval/eval_llada.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -144,7 +144,7 @@ def test_bref_goes_on_after_a_kill_and_does_not_depend_on_the_processes(model_di
     flags = ["--model_path", model_dir, "--dataset", SAMPLES / "kto.jsonl", "--k_vals", "1,2,4",
              "--max_length", 256, "--batch_size", 2]  # fmt: skip
     file = tmp_path / "two.jsonl"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, ROOT / BREF, *map(str, flags), "--output_file", file, "--num_gpus", "2"]
     subprocess.run(command, check=True, env=environment, capture_output=True, timeout=200)
     assert file.read_bytes() == bref.read_bytes()
