@@ -118,6 +118,8 @@ PROOFS = [
           "tests/test_losses.py", "tests/test_masking.py"),
     tests("bound", "estimators of the bound are unbiased, two passes give the gradient of one", "LLaDA eq. 6",
           "tests/test_elbo.py", "tests/test_likelihood.py"),
+    tests("blocks", "block diffusion is the AR loss at blocks of one token and LLaDA's at one full block",
+          "BD3LM", "tests/test_block_diffusion.py"),
     tests("sampler", "the sampler's tokens are those of the published program", "LLaDA generate.py",
           "tests/test_generation_llada.py"),
     tests("policy gradient", "GRPO's gradient is that of the expected reward, by enumeration", "exact",
