@@ -113,7 +113,7 @@ class Posterior(nn.Module):
         self.device = torch.device("cpu")
         self.config = SimpleNamespace(
             mask_token_id=MASK, eos_token_id=None, eot_token_id=None, pad_token_id=None, end_ids=[],
-            max_sequence_length=LENGTH + 1,
+            max_sequence_length=LENGTH + 1, attention_pattern="full", attention_block_size=None,
         )  # fmt: skip
         self.generation_config = LLaDAGenerationConfig()
 
