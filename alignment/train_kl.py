@@ -126,7 +126,7 @@ class Config(
         if self.loss_type == "hybrid" and self.alpha + self.beta == 0:
             raise ValueError("--loss_type hybrid with --alpha 0 and --beta 0 has no loss")
 
-    def objective(self, has_teacher: bool) -> "RowObjective":
+    def row_objective(self, has_teacher: bool) -> "RowObjective":
         """The loss of a row; ValueError if it needs a teacher and there is none."""
         kind = self.loss_type
         if kind == "auto":
@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
         stream.starts_of = partial(starts_over_ranks, model, stream, config, run)
     has_windows = config.positions == "windows" and not config.asks_student
     alignment = Alignment(
-        config.objective(stream.has_teacher),
+        config.row_objective(stream.has_teacher),
         torch.tensor([ids.mask, *range(len(tokenizer), model.config.embedding_size)]),
         uses_streaks=config.window_weights == "streak" and has_windows,
         window_length=config.window_length if has_windows else 0,

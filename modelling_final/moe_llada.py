@@ -111,7 +111,11 @@ class LLaDAMoE(nn.Module):
         """[B, L, D] -> [B, L, D]."""
         flat = x.flatten(0, -2)
         experts, weights = self.router(flat)
-        out = self.experts(flat, experts, weights.to(x.dtype)).view_as(x)
+        # One row for each chosen expert: gathered k times by the kernel, a token's gradient would be added up
+        # by the CPU's threads in the order of their arrival.
+        rows = flat[:, None].expand(-1, experts.shape[1], -1).flatten(0, 1)  # [N k, D]
+        out = self.experts(rows, experts.view(-1, 1), weights.to(x.dtype).view(-1, 1))
+        out = out.view(*experts.shape, -1).sum(dim=1).view_as(x)
         return out if self.shared is None else out + self.shared(x)
 
 

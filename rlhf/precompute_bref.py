@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from llada.data.flags import AnswerFlags, LabelledFlags
+from llada.flags.declaration import first_line
 from llada.flags.parser import check_command_line, flag, parse, run_main
 
 
@@ -106,7 +107,7 @@ def source_of(config: Config) -> str | Iterable[Located]:
         try:
             rows = load_dataset(config.input, split=config.split)
         except (OSError, ValueError, DatasetsError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise ValueError(
                 f"--input {config.input}: neither a file here nor given by the hub ({reason})"
             ) from error

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from llada.flags.declaration import first_line
 from llada.flags.parser import check_command_line, flag, parse, run_main
 
 
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         commit = fetch(repo_id, config.revision, partial)
     except (httpx.HTTPError, OSError, ValueError) as error:  # the hub's own errors are among these
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         kept = f"; what arrived is kept in {partial}" if partial.exists() else ""
         retry = "run the same command again to resume"
         advice = next((text for kind, text in ADVICE.items() if isinstance(error, kind)), retry)

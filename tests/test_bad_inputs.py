@@ -508,6 +508,18 @@ def test_bad_configuration_files_are_named(text, says, words, tmp_path, capsys, 
     assert says in refusal(SFT, words(SFT, "--config", file), capsys, monkeypatch)
 
 
+def test_a_files_flag_that_another_overrules_is_told_and_a_flag_of_no_effect_refused(words, tmp_path, capsys):
+    file, config_class = tmp_path / "flags.yaml", load_script(SFT).Config
+    file.write_text("objective: block_diffusion\nblock_size: 4\n")
+    overruled = words(SFT, "--config", file, "--objective", "masked_diffusion")
+    assert parse(config_class, overruled).block_size == 4
+    assert "--block_size 4: has no effect without --objective block_diffusion" in capsys.readouterr().err
+    file.write_text("block_size: 4\n")
+    for wrong in (["--config", file], ["--config", file, "--block_size", "8"], ["--block_size", "8"]):
+        with pytest.raises(ValueError, match=r"--block_size .: has no effect without --objective"):
+            parse(config_class, words(SFT, *wrong))
+
+
 def test_damaged_states_and_rows_are_named(words, tmp_path, capsys, monkeypatch):
     load_script(SFT).main(words(SFT))
     run = tmp_path / "out"

@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 
 from llada.data.messages import Message
 from llada.data.template import encode_texts, fit_messages, render
+from llada.flags.declaration import first_line
 from llada.models.checkpoints import DTYPES, describe_checkpoint, resolve_checkpoint
 
 
@@ -62,7 +63,7 @@ def named_refusal(flag: str, path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of damaged files, whatever the libraries met there
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"{flag} {path}: cannot be read as a causal language model: {reason}") from error
 
 

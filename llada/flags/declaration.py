@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -87,6 +87,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in an error message; its kind where it says nothing."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 def has_lone_surrogate(value: Any) -> bool:
     """Whether a text holds what bytes that are not UTF-8 become on a command line."""
     return isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value)
@@ -114,8 +119,12 @@ def check_value(name: str, value: Any, said: Mapping[str, Any]) -> None:
             raise ValueError(f"--{name} {item}: must be {span}")
 
 
-def check_needs(config: Any, *, mild: Collection[str] = ()) -> None:
-    """ValueError for a flag that was changed and could have no effect; a line for these and the mild ones."""
+def check_needs(config: Any, *, layer_of: Mapping[str, int]) -> None:
+    """ValueError for a flag that was changed and could have no effect.
+
+    It is told instead where it is mild, or where a later layer (recipe, YAML file, command line) set what it
+    needs: who overrides a file's flag need not name those that then do nothing.
+    """
     for field in dataclasses.fields(config):
         needs, value = said_of(type(config), field.name).get("needs", ""), getattr(config, field.name)
         if value not in (*OFF, default_of(field)) and not is_met(config, needs):
@@ -123,7 +132,9 @@ def check_needs(config: Any, *, mild: Collection[str] = ()) -> None:
             without = " ".join(without.split()).replace(" , --", " or --")
             without = f"beside --{needs[:-5]}" if needs.endswith("=None") else f"without {without}"
             text = f"--{field.name} {shown(value)}: has no effect {without}"
-            if field.name not in mild and not said_of(type(config), field.name).get("mild"):
+            layer = layer_of.get(field.name, 0)
+            is_overruled = any(layer_of.get(partner, 0) > layer for partner in re.findall(r"\w+", needs))
+            if not is_overruled and not said_of(type(config), field.name).get("mild"):
                 raise ValueError(text)
             tell(text)
 

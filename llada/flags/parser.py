@@ -20,6 +20,7 @@ import time
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -149,18 +150,19 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, *, descripti
     user can mend.
     """
     parser = _Parser(config_class, description)
-    words = [_with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
-    path = _last_value(words, "config")
+    layers = [[_with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]]
+    path = _last_value(layers[0], "config")
     if path is not None:
-        words = _words_of(parser, path, read_yaml(path)) + words
+        layers.insert(0, _words_of(parser, path, read_yaml(path)))
+    words = list(chain.from_iterable(layers))
     recipe = _last_value(words, "recipe") if "recipe" in parser.fields else None
-    found: Mapping[str, Any] = {}
     if recipe is not None:
         with_lora = (_last_value(words, "use_lora") or "true").lower() != "false"
         found = config_class.flags_of_recipe(recipe, with_lora=with_lora)
-        words = _words_of(parser, f"recipe {recipe}", found) + words
+        layers.insert(0, _words_of(parser, f"recipe {recipe}", found))
     # after YAML and recipe, which may use older spellings too
-    words = todays_words(words, parser.fields)
+    layers = [todays_words(words, parser.fields) for words in layers]
+    words = list(chain.from_iterable(layers))
     namespace, unknown = parser.parse_known_args(words)
     if unknown:
         name = unknown[0].removeprefix("--").split("=")[0]
@@ -174,7 +176,13 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, *, descripti
     config = config_class(**values)
     for name, value in values.items():
         check_value(name, value, said_of(config_class, name))
-    check_needs(config, mild=found)  # a recipe's flag may lose its effect to one that overrides
+    flags = [
+        (word[2:].partition("=")[0], i)
+        for i, found in enumerate(layers)
+        for word in found
+        if word[:2] == "--"
+    ]
+    check_needs(config, layer_of=dict(flags))
     for base in reversed(config_class.__mro__):
         if "check_flags" in base.__dict__:
             base.check_flags(config)

@@ -17,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
 
+from llada.flags.declaration import first_line
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -180,7 +181,7 @@ def _named_ids(path: str) -> dict[str, int | None]:
 
 def not_found(path: str, error: Exception) -> ValueError:
     """What to tell a user whose path or hub name transformers could not read."""
-    reason = str(error).strip().splitlines()[0]
+    reason = first_line(error)
     return ValueError(
         f"--model_name_or_path {path}: not a folder here, and the hub did not give it ({reason}). "
         "Give a checkpoint folder, or fetch one first: python scripts/download.py --help"
@@ -293,7 +294,7 @@ def load_model(
             ignore_mismatched_sizes=True,  # refused below, by name
         )
     except (OSError, ImportError, ValueError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"--model_name_or_path {path}: cannot be read: {reason}") from error
     finally:
         loader.removeFilter(_is_no_report)

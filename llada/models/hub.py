@@ -4,6 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import create_repo, upload_folder, whoami
 
+from llada.flags.declaration import first_line
 from llada.flags.paths import note_outputs
 from llada.models.flags import HubFlags
 
@@ -14,7 +15,7 @@ def check_hub(flags: HubFlags) -> None:
         try:
             whoami()
         except Exception as error:  # the library's own classes for the token, the network and offline mode
-            raise ValueError(f"--push_to_hub: {_first_line(error)}; log in with `hf auth login`") from error
+            raise ValueError(f"--push_to_hub: {first_line(error)}; log in with `hf auth login`") from error
 
 
 def push(folder: Path, flags: HubFlags, *, name: str) -> None:
@@ -34,9 +35,5 @@ def push(folder: Path, flags: HubFlags, *, name: str) -> None:
         upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=f"Upload {folder.name}")
     except Exception as error:
         what = f"{folder} is saved, the same command tries again"
-        raise ValueError(f"--push_to_hub: {_first_line(error)}; {what}") from error
+        raise ValueError(f"--push_to_hub: {first_line(error)}; {what}") from error
     print(f"{folder} -> {repo}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from llada.flags.declaration import first_line
 from llada.models.checkpoints import load_config, not_found, resolve_checkpoint
 from modelling_final import LLaDAConfig
 
@@ -100,7 +101,7 @@ def _read(path: str) -> tuple[str, PreTrainedTokenizerBase]:
     except OSError as error:
         raise not_found(path, error) from error
     except Exception as error:  # of damaged files, whatever the libraries met there
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"--tokenizer_name {path}: cannot be read: {reason}") from error
     tokenizer.init_kwargs.pop("auto_map", None)  # that code does not travel with what is saved here
     return path, tokenizer

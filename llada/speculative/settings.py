@@ -65,7 +65,7 @@ class SpeculativeSettings:
         """ValueError for a setting out of range, or one without effect."""
         for name in own_names(SpeculativeSettings):
             check_value(name, getattr(self, name), said_of(type(self), name))
-        check_needs(self)
+        check_needs(self, layer_of={})
         self.check_flags()
 
     def check_flags(self) -> None:

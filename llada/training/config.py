@@ -265,6 +265,7 @@ class TrainConfig(OptimizerFlags, LoggingFlags, HubFlags):
     # What the loop asks for where a stage has no such flags.
     packing = use_lora = compile = cpu_offload = reduce_always = float8 = False
     shard = activation_checkpointing = "none"
+    objective = "masked_diffusion"
     num_workers = 0
     default_batch_size = 4
 
@@ -332,7 +333,7 @@ class TrainConfig(OptimizerFlags, LoggingFlags, HubFlags):
         """What a `MaskedStream` takes from the flags."""
         names = ["batch_size", "micro_batch_size", "seed"]
         names += [name for name in ("t_sampling", "mask_count") if hasattr(self, name)]
-        if getattr(self, "objective", None) == "block_diffusion":
+        if self.objective == "block_diffusion":
             names += ["block_size", "t_range"]
         named = {name: getattr(self, name) for name in names}
         row_length = self.max_length if self.packing else 0

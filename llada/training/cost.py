@@ -151,7 +151,7 @@ def memory(
     }
     if not isinstance(shape, LLaDAConfig):
         return state
-    if _has_two_streams(config):
+    if config.objective == "block_diffusion":
         length *= 2
     tokens = config.micro_batch_size * length
     return state | _work_memory(
@@ -191,7 +191,7 @@ def _work_memory(
         activations += tokens * shape.n_layers * at_input
     # Rows of one micro-batch differ in length: each block keeps what attention makes of their padding.
     has_mask = config.micro_batch_size > 1 and not config.packing
-    if _has_two_streams(config):
+    if config.objective == "block_diffusion":
         has_mask = config.attn_implementation != "flex_attention"
     masks = e * tokens * length * num_kept if has_mask else 0
     head_bytes = chunk_rows(shape.embedding_size) * shape.embedding_size * (FLOAT32 + 2)
@@ -258,10 +258,6 @@ def flops_counter(model: nn.Module) -> Callable[[MaskedBatch], float]:
         )
 
     return flops_of
-
-
-def _has_two_streams(config: TrainConfig) -> bool:
-    return getattr(config, "objective", None) == "block_diffusion"
 
 
 def _matrices(shape: LLaDAConfig) -> int:

@@ -32,6 +32,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from llada.flags.declaration import tell
 from llada.run import Run, max_over_ranks, sum_over_ranks
 
 _aten = torch.ops.aten
@@ -191,18 +192,14 @@ def free_forwards(model: nn.Module) -> Iterator[None]:
     model.unshard()  # generate() goes past the hooks of a PeftModel, which may be the root
     needed = sum(parameter.numel() * 2 for parameter in base.parameters() if parameter.ndim > 1)
     is_gathered = max_over_ranks(needed - _ROLLOUT_SHARE * _free_memory(device)) <= 0
-    if dist.get_rank() == 0 and not getattr(model, "has_told", False):
-        model.has_told = True
-        how = (
-            "weights gathered once a rollout" if is_gathered else "all ranks go through each forward together"
-        )
-        print(f"--shard: {how} ({needed / 1e9:.2f} GB in bfloat16)", flush=True)
+    how = "weights gathered once a rollout" if is_gathered else "all ranks go through each forward together"
+    tell(f"--shard: {how} ({needed / 1e9:.2f} GB in bfloat16)")
     if is_gathered:
         for shard in shards:
             shard.set_reshard_after_forward(False, recurse=False)
             shard.unshard()
     else:
-        hook = base.register_forward_pre_hook(lambda *_: (sum_over_ranks([1.0]), None)[1])
+        hook = base.register_forward_pre_hook(_join)
     yield
     if not is_gathered:
         hook.remove()
@@ -213,6 +210,11 @@ def free_forwards(model: nn.Module) -> Iterator[None]:
     for shard in shards:
         shard.set_reshard_after_forward(shard not in tail, recurse=False)
         shard.reshard()
+
+
+def _join(*_: object) -> None:
+    """This rank goes into a forward, for which the others then wait."""
+    sum_over_ranks([1.0])
 
 
 _ROLLOUT_SHARE = 0.6  # of the free memory; the rest is for logits and caches of the rollout

@@ -14,8 +14,8 @@ with ours; the ratio and the largest difference of the logits are printed. Secon
 thread on a CPU, which other programs on the machine disturb least.
 
 Run:
-    git worktree add /tmp/before HEAD~10
-    python scripts/benchmarks/bench_forward.py --against /tmp/before
+    git worktree add ../before HEAD~10
+    python scripts/benchmarks/bench_forward.py --against ../before
 """
 
 import importlib.util
