@@ -23,6 +23,14 @@ def complete_function(resps: list[list[str]], docs: list[dict[str, Any]]) -> lis
     return [[doc["prompt"] + text for text in texts] for texts, doc in zip(resps, docs, strict=True)]
 
 
+def fill_hole(resps: list[list[str]], docs: list[dict[str, Any]]) -> list[list[str]]:
+    """Programs from texts between the prompt and what stands behind the hole."""
+    return [
+        [doc["prompt"] + text + doc["suffix"] for text in texts]
+        for texts, doc in zip(resps, docs, strict=True)
+    ]
+
+
 def extract_function(resps: list[list[str]], docs: list[dict[str, Any]]) -> list[list[str]]:
     """Programs from chat answers: what defines the function, after what the prompt has before it."""
     return [[_program(text, doc) for text in texts] for texts, doc in zip(resps, docs, strict=True)]

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval.tasks
+from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -25,3 +26,17 @@ class InstalledTask(ConfigurableTask):
         for name in ("tag", "group"):  # places in lm_eval's own tables
             installed.pop(name, None)
         super().__init__(config={**installed, **own, "metadata": metadata})
+
+
+class InfillTask(InstalledTask):
+    """A task whose answer fills a hole: the prompt stands before it, the document's `suffix` behind it.
+
+    `llada_dist` reads `hole` from the generation settings. As many masks as `canonical_solution` has tokens,
+    of which it sees nothing else, unless --model_args gen_length says otherwise.
+    """
+
+    def construct_requests(self, doc: dict[str, Any], ctx: str, **others: Any) -> Instance:
+        """lm_eval's request, with the text behind the hole."""
+        request = super().construct_requests(doc, ctx, **others)
+        request.arguments[1]["hole"] = {"suffix": doc["suffix"], "text": doc["canonical_solution"]}
+        return request

@@ -2,6 +2,8 @@
 
     gsm8k/train.jsonl, gsm8k/test.jsonl   {"question", "answer"} a line, as in openai/grade-school-math
     humaneval/HumanEval.jsonl.gz          as in openai/human-eval; HumanEval.jsonl also does
+    humaneval_infilling/HumanEval-SingleLineInfilling.jsonl.gz, -MultiLineInfilling, -RandomSpanInfilling,
+    -RandomSpanInfillingLight             as in openai/human-eval-infilling; .jsonl also does
     mmlu/dev/*.csv, mmlu/test/*.csv       question,A,B,C,D,answer without a header, a file per subject
     mmlu/dev.jsonl, mmlu/test.jsonl       or {"question", "choices", "answer", "subject"} a line
 
@@ -54,6 +56,19 @@ def humaneval(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
     if not (data_dir or os.environ.get(VARIABLE)):
         return load_dataset("openai/openai_humaneval")
     path = data_file(["humaneval/HumanEval.jsonl.gz", "humaneval/HumanEval.jsonl"], data_dir)
+    return DatasetDict({"test": Dataset.from_list(read_jsonl(path))})
+
+
+INFILLING = ("SingleLine", "MultiLine", "RandomSpan", "RandomSpanLight")
+
+
+def humaneval_infilling(*, data_dir: str | None = None, holes: str = INFILLING[0], **_: Any) -> DatasetDict:
+    """Split test; `holes` names the kind of text that is missing (--metadata holes=MultiLine)."""
+    if holes not in INFILLING:
+        raise ValueError(f"--metadata holes={holes}: choose from {', '.join(INFILLING)}")
+    # the light set is named behind the word: HumanEval-RandomSpanInfillingLight
+    name = f"HumanEval-{holes.removesuffix('Light')}Infilling{'Light' * holes.endswith('Light')}.jsonl"
+    path = data_file([f"humaneval_infilling/{name}.gz", f"humaneval_infilling/{name}"], data_dir)
     return DatasetDict({"test": Dataset.from_list(read_jsonl(path))})
 
 

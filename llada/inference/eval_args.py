@@ -26,6 +26,9 @@ class ModelArgs(LoadFlags, SamplerFlags):
     max_length: int | None = flag(
         None, "Longest sequence; default the model's. Contexts lose their start.", at_least=1
     )
+    add_bos_token: bool = flag(
+        False, "Begin texts with BOS also where the tokenizer does not, as Dream's base model is evaluated."
+    )
     record_dir: str | None = flag(
         None, "Folder of finished requests; default OUTPUT_PATH/requests.", writes="folder"
     )

@@ -42,6 +42,7 @@ class Generation(NamedTuple):
     until: tuple[str, ...]  # stop strings
     length: int  # tokens of the answer
     settings: dict[str, Any]  # of the sampler
+    suffix_ids: tuple[int, ...] = ()  # behind the answer, which then fills a hole
 
 
 class EvalRank:
@@ -160,6 +161,7 @@ class EvalRank:
 
     def _generate(self, batch: dict[str, Generation]) -> Iterator[tuple[str, str, dict[str, Any]]]:
         settings = next(iter(batch.values())).settings
+        suffixes = [prompt.suffix_ids for prompt in batch.values()]
         output = self.model.generate(
             [list(prompt.token_ids) for prompt in batch.values()],
             generation_config=self.sampler(settings),
@@ -167,8 +169,10 @@ class EvalRank:
             # The key names the request, so its draws are the same in any batch and on any rank; 60 bits of
             # it fit an int64.
             record_ids=[int(key[:15], 16) for key in batch],
+            **({"suffixes": suffixes} if any(suffixes) else {}),
         )
-        answers = output.sequences[:, -settings["gen_length"] :].tolist()
+        length = settings["gen_length"]
+        answers = output.sequences[:, -length - max(map(len, suffixes)) :][:, :length].tolist()
         for (key, prompt), canvas in zip(batch.items(), answers, strict=True):
             token_ids = canvas[: prompt.length]
             end = next((i for i, token in enumerate(token_ids) if token in self.ids.ends), len(token_ids))

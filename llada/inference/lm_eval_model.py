@@ -44,6 +44,8 @@ class LLaDADist(TemplateLM):
         self.errors: dict[str, list[float | None]] = {}  # task -> standard error of each likelihood
         self._errors: list[float | None] = []  # of the latest call
         self._warned: set[str] = set()
+        if self.args.add_bos_token and self.tokenizer.bos_token_id is None:
+            raise ValueError("--model_args add_bos_token=True: the tokenizer has no BOS token")
         LLaDADist.latest = self
 
     @classmethod
@@ -108,7 +110,11 @@ class LLaDADist(TemplateLM):
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))
-        return self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"]
+        token_ids = self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"]
+        bos_id = self.tokenizer.bos_token_id
+        if self.args.add_bos_token and add_special_tokens and token_ids[:1] != [bos_id]:
+            token_ids = [bos_id, *token_ids]
+        return token_ids
 
     def _fit(self, context: Sequence[int], num_new: int) -> tuple[int, ...]:
         """The context without what does not fit before `num_new` tokens; its start is cut, and counted."""
@@ -200,14 +206,15 @@ class LLaDADist(TemplateLM):
         keys, prompts = [], []
         for request in requests:
             context, task_settings = request.args
-            text = context
+            text, hole = context, task_settings.get("hole")
             if not self.args.use_thinking:
                 text += "\n</think>\n\n" if opens_thought(context) else ANSWER_AT_ONCE
             token_ids = self.tok_encode(text) or [self.prefix_token_id]
             length, until, settings = self._settings(task_settings, len(token_ids))
-            token_ids = self._fit(token_ids, settings["gen_length"])
-            prompt = Generation(text, token_ids, until, length, settings)
-            base = self.log.key("answer", prompt)
+            suffix_ids = tuple(self.tok_encode(hole["suffix"], add_special_tokens=False)) if hole else ()
+            token_ids = self._fit(token_ids, settings["gen_length"] + len(suffix_ids))
+            prompt = Generation(text, token_ids, until, length, settings, suffix_ids)
+            base = self.log.key("answer", prompt if suffix_ids else prompt[:-1])
             # repeats of one prompt differ only where tokens are drawn
             repeat = seen[base] if settings["temperature"] > 0 else 0
             seen[base] += 1
@@ -220,6 +227,8 @@ class LLaDADist(TemplateLM):
         self, task_settings: dict[str, Any], num_context: int = 0
     ) -> tuple[int, tuple[str, ...], dict[str, Any]]:
         """(tokens of the answer, its stop strings, the sampler's settings): --model_args, then the task."""
+        task_settings = dict(task_settings)
+        hole = task_settings.pop("hole", None)
         args, asked = self.args, normalize_gen_kwargs(task_settings, DEFAULT_TOKENS)
         if ignored := sorted(set(asked) - TASK_SETTINGS):
             self._warn_once(f"the task's generation_kwargs {', '.join(ignored)} mean nothing to this sampler")
@@ -230,6 +239,8 @@ class LLaDADist(TemplateLM):
             raise ValueError(
                 f"the task's max_length {whole} leaves no room behind {num_context} prompt tokens"
             )
+        if hole and args.gen_length is None:  # as many masks as the text that was taken out has tokens
+            length = max(1, len(self.tok_encode(hole["text"], add_special_tokens=False)))
         block = args.block_length or length
         canvas = length + -length % block  # whole blocks; what lies behind the answer is cut off again
         steps = min(args.steps or canvas, canvas)
@@ -243,6 +254,9 @@ class LLaDADist(TemplateLM):
             "block_length": block,
             "temperature": float(temperature),
         }
+        if hole:  # is filled to its end: what stands behind it follows at once
+            length = canvas
+            settings |= {"early_stop": False, "logits_eos_inf": True}
         self.worker.sampler(settings).steps_per_block(canvas)  # a mistake is told before any work
         return length, tuple(asked["until"]), settings
 
