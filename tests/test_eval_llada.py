@@ -464,7 +464,7 @@ def test_the_debug_config_and_the_presets_are_valid(main):
             steps = args.gen_length // (2 if name.startswith("d1-") else 1)
             assert args.steps == (steps if args.parallel_decoding == "none" else None)
         is_code = any(word in task for task in parsed.tasks for word in ("humaneval", "mbpp"))
-        assert bool(parsed.confirm_run_unsafe_code) == is_code
+        assert preset["arguments"].get("confirm_run_unsafe_code", False) == is_code
     given = script.parse_arguments(
         [
             "--preset",
