@@ -59,7 +59,7 @@ class LLaDARotaryEmbedding(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, full_precision: bool) -> Tensor:
-    """Queries or keys [B, H, L, head_dim] turned by their positions; cos, sin: [B or 1, 1, L, rotated].
+    """Queries or keys [B, L, H, head_dim] turned by their positions; cos, sin: [B or 1, L, 1, rotated].
 
     Halves, not neighbours, form the pairs, as in Llama: (a, b) -> (a cos - b sin, b cos + a sin), the minus
     already in the first half of `sin`. In float32 and cast back, unless told otherwise.
@@ -94,6 +94,13 @@ def eager_attention(
     return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
 
 
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0, *, scaling: float
+) -> tuple[Tensor, None]:
+    """PyTorch's kernel, as transformers calls it: [B, R, H, head_dim], and no probabilities."""
+    return scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling).transpose(1, 2), None
+
+
 class LLaDAAttention(nn.Module):
     """The kernel call alone: no parameters, so the published names stay and a hook can read probabilities."""
 
@@ -106,15 +113,19 @@ class LLaDAAttention(nn.Module):
         self.num_key_value_groups = config.n_heads // config.n_kv_heads
         self.scaling = config.head_dim**-0.5
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether `plain_attention` is all that the kernel does."""
+        return self.num_key_value_groups == 1 and self.config._attn_implementation == "sdpa"
+
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Documents | None
     ) -> tuple[Tensor, Tensor | None]:
         dropout = self.config.attention_dropout if self.training else 0.0
         if isinstance(mask, Documents):
             return document_attention(query, key, value, mask, scaling=self.scaling, dropout=dropout), None
-        if self.num_key_value_groups == 1 and self.config._attn_implementation == "sdpa":
-            attended = scaled_dot_product_attention(query, key, value, mask, dropout, scale=self.scaling)
-            return attended.transpose(1, 2), None
+        if self.is_plain:
+            return plain_attention(query, key, value, mask, dropout, scaling=self.scaling)
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         return kernel(self, query, key, value, mask, scaling=self.scaling, dropout=dropout, is_causal=False)
 

@@ -25,10 +25,14 @@ class LLaDARMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
+    def is_fused(self, dtype: torch.dtype | None) -> bool:
+        """Whether one call gives the published norm's bits: where nothing is rounded to half precision."""
+        return dtype == self.weight.dtype and dtype in (torch.float32, torch.float64)
+
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
-        if x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64):
-            return F.rms_norm(x, weight.shape, weight, self.eps)  # the same bits in one call
+        if self.is_fused(x.dtype):
+            return F.rms_norm(x, weight.shape, weight, self.eps)
         y = x.float()  # published: rounded to half precision before the weight, which the fused norm is not
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         return weight * y.to(x.dtype)
@@ -79,21 +83,17 @@ class LLaDALlamaBlock(GradientCheckpointingLayer):
         """[B, L, D], or [B, R, D] with `query_positions` [B, R]: every row still gives its key and value."""
         cos, sin = position_embeddings
         normed = self.attn_norm(hidden_states)
-        key = rotate(
-            self._heads(self.k_proj(normed), self.k_norm), cos, sin, full_precision=self.full_precision
-        )
-        value = self._heads(self.v_proj(normed))
+        key = self._heads(self.k_proj(normed), self.k_norm)
+        key = rotate(key, cos, sin, full_precision=self.full_precision).transpose(1, 2)
+        value = self._heads(self.v_proj(normed)).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
         if query_positions is not None:
-            tables = (hidden_states, normed, cos[:, 0], sin[:, 0])
-            hidden_states, normed, cos, sin = take_rows(query_positions, *tables)
-            cos, sin = cos[:, None], sin[:, None]
+            hidden_states, normed, cos, sin = take_rows(query_positions, hidden_states, normed, cos, sin)
             attention_mask = take_mask_rows(attention_mask, query_positions)
-        query = rotate(
-            self._heads(self.q_proj(normed), self.q_norm), cos, sin, full_precision=self.full_precision
-        )
+        query = self._heads(self.q_proj(normed), self.q_norm)
+        query = rotate(query, cos, sin, full_precision=self.full_precision).transpose(1, 2)
 
         attended, _ = self.attention(query, key, value, attention_mask)
         added = self.attn_out(attended.flatten(2))
@@ -111,4 +111,4 @@ class LLaDALlamaBlock(GradientCheckpointingLayer):
         x = x.unflatten(-1, (-1, self.head_dim))
         if norm is not None and not self.norms_whole:
             x = norm(x)
-        return x.transpose(1, 2)  # [B, H, L, head_dim]
+        return x  # [B, L, H, head_dim]: turned before the transpose, where neighbours in memory are neighbours

@@ -7,12 +7,15 @@ B sequences, L input rows, R rows wanted, E head outputs.
 """
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from .attention_llada import make_attention_mask
-from .block_llada import LLaDALlamaBlock
+from .attention_llada import LLaDAAttention, make_attention_mask, plain_attention, take_rows
+from .block_llada import LLaDALlamaBlock, LLaDARMSNorm
 from .cache_llada import WindowCache
 
 VARYING_ROPE = ("dynamic", "longrope")  # their frequencies depend on the length of the input
@@ -24,6 +27,19 @@ def has_adapter_of_each_row(model: nn.Module) -> bool:
     return any("adapter_names" in getattr(hook, "keywords", ()) for hook in hooks)
 
 
+def _function(part: nn.Module, dtype: torch.dtype | None) -> Callable[..., Tensor]:
+    """The part's `forward`; of plain ones, once weights are looked up, one call. dtype: of activations."""
+    if "forward" in vars(part):  # put there by accelerate, which moves weights to and fro
+        return part.forward
+    if type(part) is nn.Linear:
+        return partial(F.linear, weight=part.weight, bias=part.bias)
+    if isinstance(part, LLaDARMSNorm) and part.is_fused(dtype):
+        return partial(torch.rms_norm, normalized_shape=part.weight.shape, weight=part.weight, eps=part.eps)
+    if isinstance(part, LLaDAAttention) and part.is_plain:
+        return partial(plain_attention, scaling=part.scaling)
+    return part.forward
+
+
 class _Layer:
     """A block as `LLaDALlamaBlock.forward` sees it: its parts are their `forward`s, its numbers plain."""
 
@@ -32,9 +48,9 @@ class _Layer:
     forward = inspect.unwrap(LLaDALlamaBlock.forward)  # transformers wraps it for recomputing
     _heads = LLaDALlamaBlock._heads
 
-    def __init__(self, block: LLaDALlamaBlock) -> None:
+    def __init__(self, block: LLaDALlamaBlock, dtype: torch.dtype | None) -> None:
         for name, part in block.named_children():
-            setattr(self, name, part.forward)
+            setattr(self, name, _function(part, dtype))
         self.layer_idx, self.head_dim = block.layer_idx, block.head_dim
         self.full_precision, self.norms_whole = block.full_precision, block.norms_whole
 
@@ -45,9 +61,11 @@ class LeanForward:
     def __init__(self, model: nn.Module, num_positions: int) -> None:
         """Args: num_positions: position ids are below this."""
         self.config, transformer = model.config, model.model.transformer
-        self.embed, self.norm = transformer.wte.forward, transformer.ln_f.forward
+        # under autocast activations are of two types, which each norm has to look at
+        dtype = None if torch.is_autocast_enabled(model.device.type) else transformer.wte.weight.dtype
+        self.embed, self.norm = transformer.wte.forward, _function(transformer.ln_f, dtype)
         self.head = transformer.ff_out.forward
-        self.layers = [_Layer(block) for block in transformer.blocks]
+        self.layers = [_Layer(block, dtype) for block in transformer.blocks]
         positions = torch.arange(num_positions, device=model.device)[None]
         self.cos, self.sin = (table[0] for table in model.model.rotary_emb(positions, positions))
 
@@ -85,9 +103,13 @@ class LeanForward:
             key_positions=position_ids if cache is None else cache.put_positions(position_ids),
             cache=cache,
         )
-        rotary = self.cos[position_ids][:, None], self.sin[position_ids][:, None]
+        rotary = self.cos[position_ids][:, :, None], self.sin[position_ids][:, :, None]
+        # all rows, if in another order: the last block would save nothing
+        takes_all = query_positions is not None and query_positions.shape[1] == num_rows
         last = self.layers[-1]
         for layer in self.layers:
-            wanted = query_positions if layer is last else None
+            wanted = query_positions if layer is last and not takes_all else None
             hidden = layer.forward(hidden, mask, rotary, cache, wanted)
+        if takes_all:
+            (hidden,) = take_rows(query_positions, hidden)
         return self.head(self.norm(hidden))

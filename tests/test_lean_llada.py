@@ -17,6 +17,7 @@ MODELS = {
     "tied": {"weight_tying": True},
     "block causal": {"attention_pattern": "block_causal", "attention_block_size": 4},
     "eager": {"kernel": "eager"},
+    "normed heads": {"query_key_norm": True},
 }
 
 
@@ -54,6 +55,16 @@ def test_a_module_that_does_more_is_run_as_it_is():
     assert not LeanForward.fits(model)
     hook.remove()
     assert LeanForward.fits(model)
+
+
+@torch.no_grad()
+def test_forwards_put_into_modules_and_autocast_are_heeded():
+    model, ids = make_model(query_key_norm=True), make_batch()[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(LeanForward(model, L)(ids), model(ids).logits)
+    part = model.model.transformer.blocks[1].up_proj
+    part.forward = lambda x: 2 * type(part).forward(part, x)  # as accelerate does
+    assert torch.equal(LeanForward(model, L)(ids), model(ids).logits)
 
 
 @pytest.mark.parametrize("settings", [{}, {"cache": "dual"}, {"cfg_scale": 1.5}, {"temperature": 0.7}])
