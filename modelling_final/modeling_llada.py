@@ -181,7 +181,8 @@ class LLaDAModel(LLaDAPreTrainedModel):
         prunes = query_positions is not None and has_rows
 
         hidden_states = self.transformer.emb_drop(hidden_states)
-        position_embeddings = tuple(table[:, :, None] for table in self.rotary_emb(hidden_states, position_ids))
+        cos, sin = self.rotary_emb(hidden_states, position_ids)
+        position_embeddings = cos[:, :, None], sin[:, :, None]
         last = len(self.transformer.blocks) - 1
         for i, block in enumerate(self.transformer.blocks):
             hidden_states = block(
