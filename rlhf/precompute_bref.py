@@ -25,10 +25,11 @@ from typing import Any
 from llada.data.flags import AnswerFlags, LabelledFlags
 from llada.flags.declaration import first_line
 from llada.flags.parser import check_command_line, flag, parse, run_main
+from llada.training.config import BlockFlags
 
 
 @dataclass(kw_only=True)
-class Config(LabelledFlags, AnswerFlags):
+class Config(BlockFlags, LabelledFlags, AnswerFlags):
     """The reference values."""
 
     model_name_or_path: str = flag(
@@ -84,15 +85,16 @@ from llada.data.reading import BAD, Labelled, describe_losses
 from llada.data.records import Located
 from llada.diffusion.bound_gradient import draw_values, make_draws
 from llada.diffusion.likelihood import Request
+from llada.models.building import settle_blocks
 from llada.models.checkpoints import load_model
 from llada.models.tokens import SpecialIds, load_tokenizer, special_ids
 from llada.policies.kto_reference import (
     BrefSettings,
+    answer_blocks,
     base_seed,
     draw_masks,
     fingerprint,
     mask_checks,
-    mask_sizes,
     plan_of,
     prefix_means,
 )
@@ -115,21 +117,21 @@ def source_of(config: Config) -> str | Iterable[Located]:
     return config.input
 
 
-def describe(index: int, item: Labelled, found: Encoded, num_draws: int) -> dict[str, Any]:
+def describe(index: int, item: Labelled, found: Encoded, config: Config) -> dict[str, Any]:
     """A record's fields besides B_ref."""
-    length = 0 if found.tokens is None else len(found.tokens.answer)
+    lengths = [0] if found.tokens is None else answer_blocks(found.tokens, config.block_size)
     base = base_seed(index)
-    masks = draw_masks(base, length, num_draws)
+    masks = draw_masks(base, lengths, config.num_masks[-1])
     return {
         "index": index,
         "seed": str(base),  # a 64-bit number, which JSON readers in other languages would round
-        "l_values": mask_sizes(base, length, num_draws),
+        "l_values": masks.sum(axis=1).tolist(),
         **mask_checks(masks, found.prompt_length),
         "prompt": item.prompt,
         "completion": item.completion,
         "label": item.label,
         "prompt_length": found.prompt_length,
-        "completion_length": length,
+        "completion_length": masks.shape[1],
         "text_length": found.text_length,
         "labels": int(item.label),
     }
@@ -147,13 +149,18 @@ def bounds_of(
 ) -> list[list[float]]:
     """[len(batch)][K] B^(1) .. B^(K) of each answer, by the index of its record, in nats."""
     num_draws = config.num_masks[-1]
+    plans = []
+    for index, found in batch.items():
+        lengths = answer_blocks(found, config.block_size)
+        plans.append(plan_of(draw_masks(base_seed(index), lengths, num_draws), lengths))
     draws = make_draws(
         [Request(found.context, found.answer, "") for found in batch.values()],
-        [plan_of(draw_masks(base_seed(i), len(found.answer), num_draws)) for i, found in batch.items()],
+        plans,
         num_draws,
         mask_id=ids.mask,
         pad_id=ids.pad,
         fill=(ids.eos, config.max_length) if config.eos == "padded" else None,
+        block_size=config.block_size,
     )
     with autocast(model.device, config.dtype):
         means = prefix_means(draw_values(model, [draws.to(model.device)]).numpy()).T
@@ -174,10 +181,10 @@ def write_records(
     settings: dict[str, Any],
 ) -> int:
     """Writes --output_path, and gives the number of its records."""
-    num_draws, lines = config.num_masks[-1], []
+    lines = []
     for index, (item, found) in enumerate(zip(items, encoded, strict=True)):
-        values = means.get(index, [0.0] * num_draws)  # nothing is left of the answer
-        record = describe(index, item, found, num_draws)
+        values = means.get(index, [0.0] * config.num_masks[-1])  # nothing is left of the answer
+        record = describe(index, item, found, config)
         record |= {"B_ref": {str(k): values[k - 1] for k in config.num_masks}, "fingerprint": settings}
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     Path(config.output_path).parent.mkdir(parents=True, exist_ok=True)
@@ -213,10 +220,13 @@ def main(argv: list[str] | None = None) -> None:
     model = load_model(
         config.model_name_or_path, dtype=config.weights_dtype, device=run.device, mask_token_id=config.mask_id
     ).eval()
+    settle_blocks(config, model.config)
     ids = special_ids(model.config, tokenizer)
     if config.mask_token is not None and tokenizer.get_vocab().get(config.mask_token) != ids.mask:
         raise ValueError(f"--mask_token {config.mask_token}: the model's mask token has id {ids.mask}")
-    flags = (config.eos, config.apply_chat_template, config.dtype, config.weights_dtype)
+    flags = (
+        config.eos, config.apply_chat_template, config.dtype, config.weights_dtype, config.block_size,
+    )  # fmt: skip
     settings = fingerprint(
         config.model_name_or_path, tokenizer, BrefSettings(config.max_length, ids.mask, *flags)
     )

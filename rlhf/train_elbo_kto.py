@@ -118,7 +118,6 @@ from llada.policies.kto_reference import (
     BrefSettings,
     check_fingerprint,
     fingerprint,
-    plan_of,
     prefix_means,
     read_bref,
     subsample,
@@ -146,12 +145,21 @@ def read(path: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> BrefF
 
 def check_made_with(file: BrefFile, config: Config, tokenizer: PreTrainedTokenizerBase, mask_id: int) -> None:
     """ValueError if B_ref is not that of the reference as training would compute it."""
+    if file.block_size != config.block_size:
+        sizes = (file.block_size, config.block_size)
+        found, wanted = (f"blocks of {size}" if size else "whole answers" for size in sizes)
+        raise ValueError(
+            f"--objective {config.objective}: {file.records[0].where} has B_ref of {found}, not of {wanted}; "
+            "make it with the --objective and --block_size of training"
+        )
     # the published program's records do not say; only their masks are checked
     if file.fingerprint is None:
         return
     reference = config.ref_model_name_or_path or config.sft_adapter_path or config.model_name_or_path
     chat, weights_dtype = file.fingerprint["chat"], config.dtype if config.use_lora else "float32"
-    settings = BrefSettings(config.max_length, mask_id, config.eos, chat, config.dtype, weights_dtype)
+    settings = BrefSettings(
+        config.max_length, mask_id, config.eos, chat, config.dtype, weights_dtype, config.block_size
+    )
     check_fingerprint(file.fingerprint, fingerprint(reference, tokenizer, settings), file.records[0].where)
 
 
@@ -165,10 +173,12 @@ def answers_of(
         answer = records[neighbour].tokens.answer[: config.max_length - len(tokens.context)]
         other = Request(tokens.context, answer, f"{record_id} {neighbour}")
         masks = MaskSettings(config.num_masks)
-        others = [(other, *plan_draws([other], masks, config.seed, "kl", epoch))]
+        others = [
+            (other, *plan_draws([other], masks, config.seed, "kl", epoch, block_size=config.block_size))
+        ]
     request = Request(tokens.context, tokens.answer, str(record_id))
     numbers = {"b_ref": [record.b_ref], "is_desirable": [float(record.is_desirable)]}
-    return RecordAnswers([request], [plan_of(record.masks)], numbers, others)
+    return RecordAnswers([request], [record.plan], numbers, others)
 
 
 def log_likelihoods(model: torch.nn.Module, chunks: list[MaskedCopies]) -> Tensor:

@@ -117,6 +117,7 @@ from llada.rewards.scoring import Reward
 from llada.run import Run, autocast, described_run, means_over_ranks
 from llada.training.dry_run import DataSize
 from llada.training.monitor import EarlyStop
+from modelling_final import LLaDAGenerationConfig
 
 
 def prompts_in(
@@ -179,6 +180,10 @@ def make_stream(
     config: Config, stage: PolicyStage, prompts: list[Prompt], rewards: list[Reward]
 ) -> RolloutStream:
     """The stream of rollouts, with the sampler that makes them."""
+    if config.method is None:  # a model that attends by blocks answers in the same ones
+        usual = LLaDAGenerationConfig.from_model_config(stage.model.config).block_length
+        if usual and usual < config.gen_length:
+            config.block_length = config.block_length or usual
     settings = sampler_settings(config)
     stage.model.config.eot_token_id = stage.ids.eot
     return RolloutStream(

@@ -37,7 +37,7 @@ def test_seeds_and_sizes_are_those_of_the_published_program(index):
 def test_masks_are_those_of_the_published_program_on_a_cpu():
     base = base_seed(0)
     assert [derive_seed(base, k, 1) for k in (1, 2)] == [3108806181078982235, 15622976677008680387]
-    masks = draw_masks(base, 20, 2)
+    masks = draw_masks(base, [20], 2)
     assert masks.sum(axis=1).tolist() == [16, 10]
     assert (np.flatnonzero(masks[1]) + 10).tolist() == [13, 18, 21, 22, 23, 24, 25, 26, 27, 29]
     assert mask_checks(masks, 10)["masked_idx_sums"] == [329, 228]
@@ -45,7 +45,7 @@ def test_masks_are_those_of_the_published_program_on_a_cpu():
 
 def test_sizes_are_uniform_and_every_token_is_masked_equally_often():
     num_tokens, num_records = 8, 2000
-    masks = np.concatenate([draw_masks(base_seed(i), num_tokens, 2) for i in range(num_records)])
+    masks = np.concatenate([draw_masks(base_seed(i), [num_tokens], 2) for i in range(num_records)])
     counts = np.bincount(masks.sum(axis=1), minlength=9)[1:]
     expected = len(masks) / num_tokens
     assert ((counts - expected) ** 2 / expected).sum() < 24.3  # chi^2 with 7 degrees of freedom, p = 0.001
@@ -55,9 +55,9 @@ def test_sizes_are_uniform_and_every_token_is_masked_equally_often():
 
 
 def test_edges():
-    assert mask_sizes(base_seed(3), 0, 2) == [0, 0] and draw_masks(base_seed(3), 0, 2).shape == (2, 0)
-    assert draw_masks(base_seed(3), 1, 4).all()
-    plan = plan_of(draw_masks(base_seed(0), 20, 2))
+    assert mask_sizes(base_seed(3), 0, 2) == [0, 0] and draw_masks(base_seed(3), [0], 2).shape == (2, 0)
+    assert draw_masks(base_seed(3), [1], 4).all()
+    plan = plan_of(draw_masks(base_seed(0), [20], 2), [20])
     assert plan.weights.tolist() == [20 / 16, 20 / 10]
 
 
@@ -72,23 +72,23 @@ def record_of(index=5, num_tokens=12, prompt_length=7):
         "seed": str(base),
         "l_values": mask_sizes(base, num_tokens, 4),
         "prompt_length": prompt_length,
-        **mask_checks(draw_masks(base, num_tokens, 4), prompt_length),
+        **mask_checks(draw_masks(base, [num_tokens], 4), prompt_length),
     }
 
 
 def test_a_record_is_recognised_by_its_sums_and_its_hashes():
     record = record_of()
-    expected = draw_masks(base_seed(5), 12, 4)
-    assert (find_masks(record, 12, 4, "f:1", verify=True) == expected).all()
+    expected = draw_masks(base_seed(5), [12], 4)
+    assert (find_masks(record, [12], 4, "f:1", verify=True) == expected).all()
     published = {name: value for name, value in record.items() if name != "mask_hashes"}
-    assert (find_masks(published, 12, 2, "f:1", verify=True) == expected[:2]).all()
+    assert (find_masks(published, [12], 2, "f:1", verify=True) == expected[:2]).all()
     with pytest.raises(ValueError, match=r"f:1: l_values .* answer of 11 tokens"):
-        find_masks(record, 11, 4, "f:1", verify=True)
+        find_masks(record, [11], 4, "f:1", verify=True)
     for name in ("masked_idx_sums", "mask_hashes"):
         changed = {**record, name: [type(record[name][0])(int(record[name][0]) + 1), *record[name][1:]]}
         with pytest.raises(ValueError, match="--disable_mask_verification"):
-            find_masks(changed, 12, 4, "f:1", verify=True)
-        assert (find_masks(changed, 12, 4, "f:1", verify=False) == expected).all()
+            find_masks(changed, [12], 4, "f:1", verify=True)
+        assert (find_masks(changed, [12], 4, "f:1", verify=False) == expected).all()
 
 
 def test_sums_alone_would_miss_some_masks():
@@ -118,8 +118,8 @@ def test_a_fingerprint_names_what_differs():
 
 def test_masks_do_not_depend_on_global_randomness():
     torch.manual_seed(1)
-    one = draw_masks(base_seed(9), 30, 8)
+    one = draw_masks(base_seed(9), [30], 8)
     state = torch.get_rng_state()
     torch.manual_seed(2)
-    assert (one == draw_masks(base_seed(9), 30, 8)).all()
+    assert (one == draw_masks(base_seed(9), [30], 8)).all()
     torch.set_rng_state(state)

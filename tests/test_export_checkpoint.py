@@ -58,6 +58,20 @@ def test_pretraining_from_scratch_at_the_end_and_on_the_way(tied, tokenizer_dir,
         assert_same(tmp_path / f"of_{name}", tmp_path / name / "final")
 
 
+def test_what_was_trained_by_blocks_attends_by_blocks(model_dir, tmp_path):
+    by_blocks = ["--objective", "block_diffusion", "--block_size", "4", "--max_steps", "1"]
+    for name, lora in (("sft", []), ("lora", ["--lora_r", "2"])):
+        train_sft(sft_flags(tmp_path / name, model_dir, *by_blocks, *lora))
+        export(["--run", str(tmp_path / name), "--output_dir", str(tmp_path / f"of_{name}")])
+        merged = ["--adapter_path", str(tmp_path / "lora/final"), "--output_dir", str(tmp_path / "merged")]
+        if lora:
+            load_script("scripts/merge_lora.py").main(merged)
+    for folder in ("sft/final", "of_sft", "lora/final", "of_lora", "merged"):
+        model, _ = load_for_inference(str(tmp_path / folder), chat=False)
+        found = (model.config.attention_pattern, model.config.attention_block_size)
+        assert found == ("block_causal", 4) and model.generation_config.block_length == 4, folder
+
+
 @pytest.mark.parametrize("shard", ["none", "full"])
 def test_adapters_saved_by_two_ranks(shard, model_dir, tmp_path):
     flags = sft_flags(tmp_path / "run", model_dir, "--use_lora", "--lora_r", "2", "--shard", shard)

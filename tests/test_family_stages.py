@@ -57,9 +57,9 @@ def test_adapters_preferences_rewards_and_answers(family, checkpoints, tmp_path,
     if by_blocks:
         with pytest.raises(ValueError, match=r"attends by blocks.*; give --objective block_diffusion"):
             run(SFT, *sft_flags(checkpoints / family, tmp_path / "other", "--max_steps", 1))
+    objective = ["--objective", "block_diffusion"] if by_blocks else []
     lora = ["--max_steps", 1, "--lora_r", 2, "--learning_rate", 0.1, "--lora_target_modules", *layers]
-    lora += ["--objective", "block_diffusion"] if by_blocks else []
-    run(SFT, *sft_flags(checkpoints / family, tmp_path / "sft", *lora))
+    run(SFT, *sft_flags(checkpoints / family, tmp_path / "sft", *lora, *objective))
     first = json.loads((tmp_path / "sft/metrics.jsonl").read_text().splitlines()[0])
     assert ("expert_load_max" in first) == ("moe" in family)
     run(
@@ -69,7 +69,7 @@ def test_adapters_preferences_rewards_and_answers(family, checkpoints, tmp_path,
     assert merged.keys() == before.keys()
     assert any(not torch.equal(merged[name], before[name]) for name in merged if "mlp" in name)
 
-    small = ["--max_steps", 1, "--batch_size", 2, "--micro_batch_size", 2]
+    small = ["--max_steps", 1, "--batch_size", 2, "--micro_batch_size", 2, *objective]
     dpo = [
         *debug("train_dpo", tmp_path / "merged"),
         *small,

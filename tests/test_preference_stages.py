@@ -16,6 +16,7 @@ from conftest import ROOT, load_script
 from llada.policies.kto_reference import mask_sizes
 from llada.policies.pairs import PairBounds
 from llada.training.metrics import read_metrics
+from processes import run_ranks
 
 DPO, KTO, BREF = "rlhf/train_dpo.py", "rlhf/train_elbo_kto.py", "rlhf/precompute_bref.py"
 SAMPLES = ROOT / "data/samples"
@@ -203,6 +204,49 @@ def test_kto_ratios_are_zero_to_the_last_bit_in_equal_batches(model_dir, tmp_pat
         run(KTO, *kto_flags(model_dir, tmp_path / "b.jsonl", tmp_path / str(num_draws), *extra))
         assert curve(tmp_path / str(num_draws), "abs_beta_r/mean") == [0.0]
         assert curve(tmp_path / str(num_draws)) == [0.5]
+
+
+BLOCKS = ["--objective", "block_diffusion", "--block_size", 4]
+
+
+@pytest.fixture(scope="module")
+def bref_by_blocks(model_dir, tmp_path_factory):
+    """The sample answers with B_ref by blocks of 4, for K = 4."""
+    file = tmp_path_factory.mktemp("blocks") / "train.jsonl"
+    run(BREF, "--model_path", model_dir, "--dataset", SAMPLES / "kto.jsonl", "--k_vals", 4,
+        "--max_length", 256, "--output_file", file, *BLOCKS)  # fmt: skip
+    return file
+
+
+def test_by_blocks_policy_and_reference_start_as_one(model_dir, bref_by_blocks, tmp_path):
+    one = ["--max_steps", 1, *BLOCKS]
+    run(KTO, *kto_flags(model_dir, bref_by_blocks, tmp_path / "kto", *one, "--micro_batch_size", 1))
+    assert curve(tmp_path / "kto", "abs_beta_r/mean") == [0.0] and curve(tmp_path / "kto") == [0.5]
+    for more in ([], ["--precompute_ref_log_probs"], ["--ref_model_name_or_path", model_dir]):
+        folder = tmp_path / f"dpo{len(more)}{more}"
+        run(DPO, *dpo_flags(model_dir, folder, *one, *more))
+        assert curve(folder) == [pytest.approx(math.log(2), abs=1e-6)]
+        saved = json.loads((folder / "final/config.json").read_text())
+        assert (saved["attention_pattern"], saved["attention_block_size"]) == ("block_causal", 4)
+
+
+def test_kto_by_blocks_on_two_ranks_equals_one_process(model_dir, bref_by_blocks, tmp_path):
+    more = [*BLOCKS, "--max_steps", 2, "--adam_epsilon", 1e-2, "--z0_mode", "kl_mismatched"]
+    run(KTO, *kto_flags(model_dir, bref_by_blocks, tmp_path / "one", *more))
+    two = kto_flags(model_dir, bref_by_blocks, tmp_path / "two", *more, "--shard", "full")
+    run_ranks(2, KTO, two, tmp_path)
+    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-5)
+    assert_same_weights(weights(tmp_path / "one"), weights(tmp_path / "two"), rtol=1e-4, atol=1e-5)
+
+
+def test_reference_values_of_another_objective_are_refused(model_dir, bref, bref_by_blocks, tmp_path):
+    def refuses(message, file, *more):
+        with pytest.raises(ValueError, match=message):
+            run(KTO, *kto_flags(model_dir, file, tmp_path / "x", "--max_steps", 1, *more))
+
+    refuses("block_diffusion: .* has B_ref of whole answers, not of blocks of 4; make it with", bref, *BLOCKS)
+    refuses("masked_diffusion: .* has B_ref of blocks of 4, not of whole answers", bref_by_blocks)
+    refuses("has B_ref of blocks of 4, not of blocks of 8", bref_by_blocks, *BLOCKS[:3], 8)
 
 
 def test_shares_of_the_records(model_dir, bref, tmp_path, capsys):

@@ -238,6 +238,20 @@ def test_records_that_no_answer_can_match_are_refused(flags, tmp_path):
             main(*flags, *more, *dry)
 
 
+BLOCKS = ["--objective", "block_diffusion", "--block_size", "2"]
+
+
+def test_a_model_that_attends_by_blocks_answers_in_them(flags, tmp_path):
+    main(*flags, *BLOCKS, "--output_dir", tmp_path / "one", "--max_steps", "1")
+    assert "block_length: 2" in (tmp_path / "one/config.yaml").read_text()
+    policy = ["--model_name_or_path", tmp_path / "one/final", "--max_steps", "1"]
+    with pytest.raises(ValueError, match=r"the model attends by blocks.*; give --objective block_diffusion"):
+        main(*flags, *policy, "--output_dir", tmp_path / "two")
+    # the sampler's own steps are what they are in every model
+    main(*flags, *policy, "--likelihood", "trajectory", "--beta", "0.1", "--output_dir", tmp_path / "steps")
+    assert logged(tmp_path / "steps", "ratio/mean", "kl") == [[1, 1.0, 0.0]]
+
+
 def test_mistakes_are_named(flags, tmp_path):
     out = ["--output_dir", tmp_path / "out", "--max_steps", "1"]
     for more, message in (
@@ -247,6 +261,10 @@ def test_mistakes_are_named(flags, tmp_path):
         (["--likelihood", "trajectory", "--temperature", "0"], "--temperature 0"),
         (["--patience", "2"], "--patience 2: has no effect without --eval_data_path"),
         (["--num_iterations", "0"], "--num_iterations 0"),
+        (["--likelihood", "diffu", *BLOCKS], "--objective 'block_diffusion': has no effect without --like"),
+        ([*BLOCKS, "--mask_plan", "block"], "--mask_plan block: SPG's masks of a whole answer; it has no"),
+        ([*BLOCKS, "--surrogate", "linear", "--eubo_weight", "0.5"], "--eubo_weight: SPG's bound of a whole"),
+        (BLOCKS[:2], "the model names no block size; give --block_size"),
         (["--temperature", "0"], "temperature above 0"),
         (["--max_length", "8"], "where 4 fit beside --gen_length"),
         (["--input_key", "question"], "no field 'question'"),

@@ -7,12 +7,17 @@ The quantity is the any-order evidence lower bound of an answer y of T tokens af
 A plan is N masks M_n with weights w_n; sum_n w_n sum_{i in M_n} log p(y_i | x, y_notM_n) estimates B without
 bias (the `reference` plan excepted, which reproduces a published bias on purpose).
 
+A model that attends by blocks writes them from left to right, and its bound is the sum of theirs, each given
+the clean blocks before it:  log p(y | x) = sum_k log p(y_k | x, y_<k) >= sum_k B(y_k | x, y_<k).
+
 Shapes: N masks (one forward each), T answer tokens, S strata (mask sizes l).
 
-Source: LLaDA (arXiv 2502.09992) eq. 14; VRPO (arXiv 2505.19223); ESPO for the complementary pairs.
+Source: LLaDA (arXiv 2502.09992) eq. 14; VRPO (arXiv 2505.19223); ESPO for the complementary pairs;
+BD3LM (arXiv 2503.09573) eq. 8 for the blocks.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +31,7 @@ class MaskPlan:
     """N masks of a T-token answer; the plain estimate is sum_n weights_n sum_{i in masks_n} log p_i."""
 
     masks: np.ndarray  # [N, T] bool
-    weights: np.ndarray  # [N] float64
+    weights: np.ndarray  # [N] float64; [N, T] by blocks, whose masks differ in size
     design: str  # the estimator that drew them, or "exact" when every mask is there once
 
 
@@ -49,6 +54,50 @@ def plan_masks(num_tokens: int, random: np.random.Generator, settings: MaskSetti
     if settings.estimator == "gauss":
         return _gauss(num_tokens, num_masks, random)
     return _reference(num_tokens, num_masks, random, settings.reference_batch)
+
+
+def block_lengths(num_before: int, num_tokens: int, block_size: int | None) -> list[int]:
+    """Tokens of each block of an answer behind `num_before` others; one block where `block_size` is None."""
+    if block_size is None:
+        return [num_tokens]
+    # attention counts blocks from the first token of all, so the answer's first one may begin before it
+    first = min(num_tokens, block_size - num_before % block_size)
+    num_whole, rest = divmod(num_tokens - first, block_size)
+    return [first, *[block_size] * num_whole, *[rest] * (rest > 0)]
+
+
+def plan_answer(
+    num_before: int,
+    num_tokens: int,
+    random: np.random.Generator,
+    settings: MaskSettings,
+    *,
+    block_size: int | None = None,
+) -> MaskPlan:
+    """`plan_masks` of an answer behind `num_before` tokens; by blocks, N masks of each side by side."""
+    lengths = block_lengths(num_before, num_tokens, block_size)
+    plans = [plan_masks(length, random, settings) for length in lengths]
+    return plans[0] if block_size is None else _side_by_side(plans, settings.num_masks)
+
+
+def _side_by_side(plans: Sequence[MaskPlan], num_masks: int) -> MaskPlan:
+    """One plan of the plans of an answer's blocks: a forward shows every block under a mask of its own."""
+    num_tokens = sum(plan.masks.shape[1] for plan in plans)
+    masks, weights = np.zeros((num_masks, num_tokens), dtype=bool), np.zeros((num_masks, num_tokens))
+    start = 0
+    for plan in plans:
+        block = slice(start, start + plan.masks.shape[1])
+        # all masks of a short block, as often as there is room: draws then differ by what is random alone
+        copies = max(1, num_masks // len(plan.masks)) if plan.design == "exact" else 1
+        row = np.arange(copies * len(plan.masks))
+        if plan.design == "complementary":  # one lacks its empty side; pairs of all blocks must stay together
+            pair = draw_of(plan)
+            row = 2 * pair + np.append(False, pair[1:] == pair[:-1])
+        masks[row, block] = np.tile(plan.masks, (copies, 1))
+        weights[row, block] = np.tile(plan.weights / copies, copies)[:, None]
+        start = block.stop
+    design = next((plan.design for plan in plans if plan.design != "exact"), "exact")
+    return MaskPlan(masks, weights, design)
 
 
 def enumerate_masks(num_tokens: int) -> MaskPlan:
@@ -156,6 +205,8 @@ def draw_of(plan: MaskPlan) -> np.ndarray:
     """[N] the independent draw that each mask belongs to; a complementary pair is one, as is a full mask."""
     if plan.design != "complementary":
         return np.arange(len(plan.masks))
+    if plan.weights.ndim == 2:  # by blocks, with the empty masks
+        return np.arange(len(plan.masks)) // 2
     return (np.cumsum(np.where(plan.masks.all(axis=1), 2, 1)) - 1) // 2
 
 

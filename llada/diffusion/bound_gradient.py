@@ -7,6 +7,9 @@ passes: `draw_values` gives B without gradients, the loss of it is differentiate
 and `gradient_parts` walks the same masks again, one draw at a time, with the gradient of sum_n c_n B_n. That
 is the gradient of L exactly (no dropout), for 4/3 of the compute.
 
+By blocks one forward scores all blocks of an answer, each noised and with the clean ones before it in sight:
+rows hold the sequence twice, as in training (`two_streams` in modelling_final/attention_llada.py).
+
 Policy and reference are given the same `MaskedCopies`, so what is common to both cancels: with equal weights
 their difference is 0.0 to the last bit.
 
@@ -24,7 +27,7 @@ import torch
 from torch import Tensor
 
 from llada.diffusion.batches import Example, MaskedBatch, Noised, collate
-from llada.diffusion.bound_estimator import MaskPlan, plan_masks
+from llada.diffusion.bound_estimator import MaskPlan, plan_answer
 from llada.diffusion.likelihood import Request
 from llada.diffusion.masking import generator
 from llada.diffusion.settings import MaskSettings
@@ -35,7 +38,7 @@ class MaskedCopies:
     """K masked copies of a few sequences: K forwards."""
 
     batches: list[MaskedBatch]  # K noised batches of the same N sequences
-    weights: Tensor  # [K, N] float64, w_k of each sequence
+    weights: Tensor  # [K, N] float64, w_k of each sequence; by blocks ones, and each token's in the batch
 
     @property
     def num_sequences(self) -> int:
@@ -52,16 +55,22 @@ class MaskedCopies:
 
 
 def plan_draws(
-    requests: Sequence[Request], masks: MaskSettings, seed: int, *key: int | str
+    requests: Sequence[Request],
+    masks: MaskSettings,
+    seed: int,
+    *key: int | str,
+    block_size: int | None = None,
 ) -> list[MaskPlan]:
     """The masks of each request, a pure function of (seed, key, the request's key).
 
     `key`: whose draws these are, for example ("preference", epoch); a string names the purpose.
     """
     masks = replace(masks, exact_tokens=0)  # a step has the forwards that it asked for
-    return [
-        plan_masks(len(request.answer), generator(seed, *key, request.key), masks) for request in requests
-    ]
+    plans = []
+    for context, answer, name in requests:
+        random = generator(seed, *key, name)
+        plans.append(plan_answer(len(context), len(answer), random, masks, block_size=block_size))
+    return plans
 
 
 def make_draws(
@@ -72,6 +81,7 @@ def make_draws(
     mask_id: int,
     pad_id: int,
     fill: tuple[int, int] | None = None,
+    block_size: int | None = None,
 ) -> MaskedCopies:
     """The masked copies of `requests` that their plans ask for; the masks cover answers only.
 
@@ -79,10 +89,12 @@ def make_draws(
         plans: of each request, with at most `num_draws` masks (short answers have fewer distinct ones).
         fill: (token id, length): rows are filled up to this length with a token that is attended and never
             masked, as ELBO-KTO does with EOS. By default rows are padded and padding is not attended.
+        block_size: of the blocks that the plans were made for.
     """
     # what a plan lacks is filled up with empty masks of weight 0: every rank has as many forwards
     weights = np.zeros((num_draws, len(requests)))
     masks: list[np.ndarray] = []
+    token_weights: list[np.ndarray] = []
     examples: list[Example] = []
     for n, (request, plan) in enumerate(zip(requests, plans, strict=True)):
         num_masks, num_tokens = plan.masks.shape
@@ -92,14 +104,19 @@ def make_draws(
         answer = slice(len(request.context), len(request.context) + num_tokens)
         is_masked = np.zeros((num_draws, len(tokens)), dtype=bool)
         is_masked[:num_masks, answer] = plan.masks
-        weights[:num_masks, n] = plan.weights
+        by_token = np.ones(is_masked.shape)
+        if plan.weights.ndim == 2:
+            weights[:, n], by_token[:num_masks, answer] = 1.0, plan.weights
+        else:
+            weights[:num_masks, n] = plan.weights
         masks.append(is_masked)
+        token_weights.append(by_token)
         examples.append(Example(tokens, is_masked.any(axis=0), weight=1.0, num_units=1.0))
     batches = []
     for k in range(num_draws):
-        pairs = zip(examples, masks, strict=True)
-        noised = [Noised(example, mask[k], 1.0, n) for n, (example, mask) in enumerate(pairs)]
-        batches.append(collate([[item] for item in noised], mask_id=mask_id, pad_id=pad_id))
+        triples = zip(examples, masks, token_weights, strict=True)
+        rows = [[Noised(example, mask[k], own[k], n)] for n, (example, mask, own) in enumerate(triples)]
+        batches.append(collate(rows, mask_id=mask_id, pad_id=pad_id, block_size=block_size))
     return MaskedCopies(batches, torch.from_numpy(weights))
 
 
@@ -114,7 +131,7 @@ def _chunk_values(model: torch.nn.Module, draws: MaskedCopies) -> Tensor:
     # a fixed order of sums: equal inputs give equal bits, and policy = reference a difference of 0.0
     sums = [
         torch.zeros(draws.num_sequences, dtype=torch.float64).index_add_(
-            0, _owners(batch).cpu(), values.cpu().double()
+            0, _owners(batch).cpu(), values.cpu().double() * batch.weights.cpu()
         )
         for batch, values in zip(draws.batches, nll, strict=True)
     ]
@@ -146,8 +163,9 @@ def gradient_parts(
 
 
 def _draw_loss(model: torch.nn.Module, batch: MaskedBatch, factors: Tensor) -> Tensor:
-    """sum_n factors_n * (sum of the nll of sequence n's masked tokens), with its gradient."""
-    return model(**batch.inputs, weights=factors.to(batch.rows.device)[_owners(batch)]).loss
+    """sum_n factors_n * (weighted sum of the nll of sequence n's masked tokens), with its gradient."""
+    factors = factors.to(batch.rows.device)[_owners(batch)]
+    return model(**batch.inputs, weights=factors * batch.weights).loss
 
 
 def differentiate(loss: Tensor, values: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llada.diffusion.bound_estimator import estimate, plan_masks
+from llada.diffusion.bound_estimator import block_lengths, estimate, plan_masks
 from llada.diffusion.masking import generator
 from llada.diffusion.settings import LikelihoodSettings
 from modelling_final import LLaDAModelLM
@@ -121,11 +121,9 @@ def _masked_work(model: LLaDAModelLM, request: Request, settings: LikelihoodSett
 
 
 def _blockwise_work(model: LLaDAModelLM, request: Request, settings: LikelihoodSettings) -> _Work:
-    """-log p(y | x) = - sum_k log p(block k | x, blocks before it), each bounded alone (BD3LM, eq. 8)."""
     context, answer, key = request
-    size = model.config.attention_block_size
-    # blocks count from the first token of all, so the first of the answer may begin in the context
-    ends = [*range(size - len(context) % size, len(answer), size), len(answer)]
+    lengths = block_lengths(len(context), len(answer), model.config.attention_block_size)
+    ends = np.cumsum(lengths).tolist()
     starts = [0, *ends[:-1]]
     parts = [
         Request(context + answer[:i], answer[i:j], f"{key}/{i}") for i, j in zip(starts, ends, strict=True)

@@ -49,11 +49,35 @@ def run_tokenizer(flags: Any, *, chat: bool) -> PreTrainedTokenizerBase:
     return load_tokenizer(path, chat=chat, mask_token_id=getattr(flags, "mask_token_id", None))
 
 
+def settle_blocks(flags: Any, model: LLaDAConfig) -> None:
+    """Makes the model one that attends by blocks of --block_size, or takes the size from it; ValueError."""
+    if "objective" not in vars(flags):  # of a stage without such a choice
+        return
+    if flags.objective != "block_diffusion":
+        # the sampler's own steps show a model no noise where it reads finished blocks
+        if (model.attention_block_size or 1) > 1 and getattr(flags, "likelihood", None) != "trajectory":
+            raise ValueError(
+                "--objective masked_diffusion: the model attends by blocks, and would see noise where it "
+                "reads finished blocks; give --objective block_diffusion"
+            )
+        return
+    flags.block_size = flags.block_size or model.attention_block_size
+    if flags.block_size is None:
+        raise ValueError("--objective block_diffusion: the model names no block size; give --block_size")
+    model.attention_pattern, model.attention_block_size = "block_causal", flags.block_size
+
+
 def start_model(flags: Any, *, has_values: bool = True) -> LLaDAModelLM | PeftModel:
     """What a run starts from: new weights, a checkpoint, or one with the adapter that training continues.
 
     `flags`: a stage's Config, or those in a run's config.yaml. Without `has_values` it is on the meta device.
     """
+    model = _loaded(flags, has_values=has_values)
+    settle_blocks(flags, (model.get_base_model() if isinstance(model, PeftModel) else model).config)
+    return model
+
+
+def _loaded(flags: Any, *, has_values: bool) -> LLaDAModelLM | PeftModel:
     if getattr(flags, "config_name", None) is not None:
         tokenizer = load_tokenizer(flags.tokenizer_name)
         with nullcontext() if has_values else torch.device("meta"):

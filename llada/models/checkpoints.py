@@ -241,6 +241,11 @@ def _is_no_report(record: logging.LogRecord) -> bool:
     return "LOAD REPORT" not in record.getMessage()
 
 
+_SET_BY_TRAINING = (
+    "rope_theta", "rope_parameters", "max_sequence_length", "attention_pattern", "attention_block_size",
+)  # fmt: skip
+
+
 def load_model(
     path: str | None,
     *,
@@ -268,10 +273,10 @@ def load_model(
     path, adapter_path = base_and_adapter(path, adapter_path)
     config = load_config(path, mask_token_id=mask_token_id)
     if adapter_path is not None and Path(adapter_path, "config.json").is_file():
-        # An adapter trained on stretched positions says so there.
-        stretched = load_config(adapter_path, mask_token_id=mask_token_id)
-        for name in ("rope_theta", "rope_parameters", "max_sequence_length"):
-            setattr(config, name, getattr(stretched, name))
+        # An adapter trained on stretched positions, or by blocks, says so there.
+        trained = load_config(adapter_path, mask_token_id=mask_token_id)
+        for name in _SET_BY_TRAINING:
+            setattr(config, name, getattr(trained, name))
     config = rope.apply(config)
     if not has_values:
         with torch.device("meta"):

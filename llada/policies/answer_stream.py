@@ -80,6 +80,7 @@ class AnswerStream:
     mask_id: int
     pad_id: int
     fill: tuple[int, int] | None = None  # as in `make_draws`
+    block_size: int | None = None  # as there
 
     def __call__(self, step: int) -> list[AnswerBatch]:
         """This rank's share of the global batch, sorted by length and dealt to the ranks in turn."""
@@ -127,6 +128,5 @@ class AnswerStream:
 
     def _draws(self, scored: list[tuple[Request, MaskPlan]]) -> MaskedCopies:
         requests, plans = zip(*scored, strict=True)
-        return make_draws(
-            requests, plans, self.num_draws, mask_id=self.mask_id, pad_id=self.pad_id, fill=self.fill
-        )
+        ids = {"mask_id": self.mask_id, "pad_id": self.pad_id}
+        return make_draws(requests, plans, self.num_draws, **ids, fill=self.fill, block_size=self.block_size)

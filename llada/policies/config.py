@@ -7,7 +7,7 @@ from llada.data.flags import AnswerFlags, PairFlags
 from llada.diffusion.settings import ESTIMATORS, SIZE_LAWS
 from llada.flags.declaration import flag
 from llada.models.flags import MaskTokenFlag
-from llada.training.config import LoraFlags, PrefetchFlags, ScaleFlags, TrainConfig
+from llada.training.config import BlockFlags, LoraFlags, PrefetchFlags, ScaleFlags, TrainConfig
 
 if TYPE_CHECKING:
     from llada.run import Run  # imports torch
@@ -26,7 +26,7 @@ class ReferenceFlags:
 
 
 @dataclass(kw_only=True)
-class PolicyConfig(LoraFlags, ScaleFlags, TrainConfig, MaskTokenFlag):
+class PolicyConfig(BlockFlags, LoraFlags, ScaleFlags, TrainConfig, MaskTokenFlag):
     """A run that trains a policy."""
 
     default_batch_size = 8

@@ -19,7 +19,7 @@ LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "sequence", "token", "sum")
 
 @dataclass(kw_only=True)
 class LikelihoodFlags:
-    """The log-likelihood that is raised, and its terms (terms.py, term_builder.py)."""
+    """The log-likelihood that is raised, and its terms (likelihood_terms.py, term_builder.py)."""
 
     likelihood: str = flag("elbo", "The likelihood that is raised.", choices=LIKELIHOODS)
     ratio_level: str = flag(
@@ -210,6 +210,14 @@ class GrpoConfig(GroupFlags, SurrogateFlags, LikelihoodFlags, ReferenceFlags, Po
     default_batch_size = 128
 
     ref_model_name_or_path: str | None = flag(None, needs="beta")
+    # of the sampler's own steps there is one likelihood for every model
+    objective: str = flag("masked_diffusion", needs="likelihood=elbo")
+
+    def check_flags(self) -> None:
+        """What has no form by blocks."""
+        if self.objective == "block_diffusion" and (self.mask_plan == "block" or self.eubo_weight):
+            what = "eubo_weight: SPG's bound" if self.eubo_weight else "mask_plan block: SPG's masks"
+            raise ValueError(f"--{what} of a whole answer; it has no form with --objective block_diffusion")
 
     def agreed(self) -> dict[str, Any]:
         """With the flags of these groups: other terms, another loss, other advantages are another run."""

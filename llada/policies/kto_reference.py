@@ -7,6 +7,9 @@ A record's draws depend on its index alone, so that training finds the masks tha
     mask_k = the first l_k of argsort(rand(T)), the generator seeded with derive(base, k, 1)
     b_k  = (T / l_k) sum over mask_k of log p,   B^(K) = mean of b_1 .. b_K
 
+By blocks (`plan_answer` in llada/diffusion/bound_estimator.py) every block is such an answer, the first with
+the record's base, later ones with derive(base, number of the block, 2); b_k is the sum over the blocks.
+
 Shapes: T answer tokens, K draws.
 
 Source: vaibhavjindal/elbo-kto precompute_bref.py (file format and seeds); arXiv 2510.23658.
@@ -26,7 +29,7 @@ from llada.data.answers import Encoding, Tokens, encode_answers
 from llada.data.reading import to_labelled
 from llada.data.records import read_records
 from llada.data.shards import describe_tokenizer
-from llada.diffusion.bound_estimator import MaskPlan
+from llada.diffusion.bound_estimator import MaskPlan, block_lengths
 from llada.models.checkpoints import describe_checkpoint
 from llada.resumable import refuse_changes
 
@@ -37,7 +40,7 @@ class BrefRecord:
 
     where: str  # "file:line"
     tokens: Tokens
-    masks: np.ndarray  # [K, T] bool, those that `b_ref` was averaged over
+    plan: MaskPlan  # the K masks that `b_ref` was averaged over
     b_ref: float  # nats
     is_desirable: bool
 
@@ -50,6 +53,7 @@ class BrefFile:
     fingerprint: dict[str, Any] | None  # None for the published program's records, which do not say
     eos: str
     max_length: int
+    block_size: int | None  # of the blocks whose bounds B_ref adds up
 
 
 def read_bref(
@@ -96,10 +100,16 @@ def read_bref(
         # precompute_bref.py --long drop leaves an answer out by sizes of 0
         if found.tokens is None or not any(record["l_values"]):
             continue
-        masks = find_masks(record, len(found.tokens.answer), num_draws, where, verify=verify)
+        lengths = answer_blocks(found.tokens, settings.get("block_size"))
+        masks = find_masks(record, lengths, num_draws, where, verify=verify)
         b_ref = float(record["B_ref"][str(num_draws)])
-        records.append(BrefRecord(where, found.tokens, masks, b_ref, item.label))
-    return BrefFile(records, made_with, settings["eos"], settings["max_length"])
+        records.append(BrefRecord(where, found.tokens, plan_of(masks, lengths), b_ref, item.label))
+    return BrefFile(records, made_with, settings["eos"], settings["max_length"], settings.get("block_size"))
+
+
+def answer_blocks(tokens: Tokens, block_size: int | None) -> list[int]:
+    """Tokens of each block of an answer; see `block_lengths`."""
+    return block_lengths(len(tokens.context), len(tokens.answer), block_size)
 
 
 def _check(record: dict[str, Any], where: str, num_draws: int) -> None:
@@ -157,21 +167,29 @@ def mask_sizes(base: int, num_tokens: int, num_draws: int) -> list[int]:
     return [1 + mix64(derive_seed(base, k, 0)) % num_tokens for k in range(1, num_draws + 1)]
 
 
-def draw_masks(base: int, num_tokens: int, num_draws: int, *, device: str = "cpu") -> np.ndarray:
-    """[K, T] bool. Another `device` than the CPU only to rebuild masks that were drawn there."""
+def draw_masks(base: int, lengths: Sequence[int], num_draws: int, *, device: str = "cpu") -> np.ndarray:
+    """[K, T] bool, for blocks of so many tokens. `device`: another only for masks that were drawn there."""
     # The CPU's generator whatever the model runs on, else a file made on a GPU could not be checked on a CPU.
-    masks = np.zeros((num_draws, num_tokens), dtype=bool)
-    for k, size in enumerate(mask_sizes(base, num_tokens, num_draws)):
-        random = torch.Generator(device).manual_seed(derive_seed(base, k + 1, 1))
-        order = torch.rand(num_tokens, generator=random, device=device).argsort(stable=True)
-        masks[k, order[:size].cpu().numpy()] = True
-    return masks
+    blocks = []
+    for number, num_tokens in enumerate(lengths):
+        seed = derive_seed(base, number, 2) if number else base
+        masks = np.zeros((num_draws, num_tokens), dtype=bool)
+        for k, size in enumerate(mask_sizes(seed, num_tokens, num_draws)):
+            random = torch.Generator(device).manual_seed(derive_seed(seed, k + 1, 1))
+            order = torch.rand(num_tokens, generator=random, device=device).argsort(stable=True)
+            masks[k, order[:size].cpu().numpy()] = True
+        blocks.append(masks)
+    return np.concatenate(blocks, axis=1)
 
 
-def plan_of(masks: np.ndarray) -> MaskPlan:
-    """The plan of a record's masks."""
+def plan_of(masks: np.ndarray, lengths: Sequence[int]) -> MaskPlan:
+    """The plan of a record's masks, for blocks of so many tokens."""
     # T / l and not T / (K l): B is the mean over draws, so that prefixes of the draws give it for fewer
-    return MaskPlan(masks, masks.shape[1] / np.maximum(1, masks.sum(axis=1)), "iid")
+    blocks = np.split(masks, np.cumsum(lengths)[:-1], axis=1)
+    weights = [block.shape[1] / np.maximum(1, block.sum(axis=1)) for block in blocks]
+    if len(weights) > 1:
+        weights = [np.repeat(np.stack(weights, axis=1), lengths, axis=1)]
+    return MaskPlan(masks, weights[0], "iid")
 
 
 def prefix_means(values: np.ndarray) -> np.ndarray:
@@ -197,22 +215,22 @@ def mask_checks(masks: np.ndarray, prompt_length: int) -> dict[str, list[Any]]:
 
 
 def find_masks(
-    record: dict[str, Any], num_tokens: int, num_draws: int, where: str, *, verify: bool
+    record: dict[str, Any], lengths: Sequence[int], num_draws: int, where: str, *, verify: bool
 ) -> np.ndarray:
     """[K, T] the masks that the record's B_ref was made with; ValueError: how it differs from its seed's."""
     base = int(record["seed"])
-    sizes = mask_sizes(base, num_tokens, num_draws)
+    masks = draw_masks(base, lengths, num_draws)
+    sizes = masks.sum(axis=1).tolist()
     if record["l_values"][:num_draws] != sizes:
         raise ValueError(
             f"{where}: l_values {record['l_values'][:num_draws]} do not belong to seed {base} and an answer "
-            f"of {num_tokens} tokens, which gives {sizes}: another tokenizer, --max_length or --eos?"
+            f"of {sum(lengths)} tokens, which gives {sizes}: another tokenizer, --max_length or --eos?"
         )
-    masks = draw_masks(base, num_tokens, num_draws)
     if not verify or _matches(record, masks, num_draws):
         return masks
     # The published program drew its masks on the device that it ran on.
     if torch.cuda.is_available() and "mask_hashes" not in record:
-        masks = draw_masks(base, num_tokens, num_draws, device="cuda")
+        masks = draw_masks(base, lengths, num_draws, device="cuda")
         if _matches(record, masks, num_draws):
             return masks
     raise ValueError(
@@ -236,6 +254,7 @@ class BrefSettings(NamedTuple):
     chat: bool
     dtype: str
     weights_dtype: str
+    block_size: int | None
 
 
 def fingerprint(
@@ -246,7 +265,8 @@ def fingerprint(
         "estimator": ESTIMATOR,
         "model": describe_checkpoint(checkpoint),
         "tokenizer": describe_tokenizer(tokenizer, with_template=True),
-        **settings._asdict(),
+        # what is None was not there when older files were written
+        **{name: value for name, value in settings._asdict().items() if value is not None},
     }
 
 

@@ -121,7 +121,8 @@ def answers_of(
     ]
     # keyed by side: masks that both answers share did not lower the noise of their difference
     masks = MaskSettings(config.num_masks, config.mask_plan, config.size_law)
-    plans = plan_draws(requests, masks, config.seed, purpose, epoch if b_ref is None else 0)
+    key = (purpose, epoch if b_ref is None else 0)
+    plans = plan_draws(requests, masks, config.seed, *key, block_size=config.block_size)
     return RecordAnswers(requests, plans, {} if b_ref is None else {"b_ref": b_ref[record_id].tolist()})
 
 

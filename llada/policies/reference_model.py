@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from llada.diffusion.bound_gradient import disable_dropout, draw_values
-from llada.models.building import has_fresh_adapter, start_model
+from llada.models.building import has_fresh_adapter, settle_blocks, start_model
 from llada.models.checkpoints import describe_checkpoint, load_model
 from llada.policies.answer_stream import AnswerStream
 from llada.policies.config import PolicyConfig
@@ -56,6 +56,7 @@ def load_frozen(config: PolicyConfig) -> torch.nn.Module:
             dtype=config.dtype if config.use_lora else "float32",
             attn_implementation=config.attn_implementation,
         )
+        settle_blocks(config, model.config)
     disable_dropout(model)
     return model.eval().requires_grad_(False)
 
@@ -73,6 +74,7 @@ def precompute_reference(
     settings = {
         "reference": describe_checkpoint(*(starts if is_policy else [config.ref_model_name_or_path])),
         **{name: getattr(config, name) for name in ("dtype", "seed", "num_masks")},
+        **({"block_size": config.block_size} if config.block_size else {}),
         "lengths": hashlib.sha256(stream.lengths.astype(np.int64).tobytes()).hexdigest()[:16],
     }
     job = ResumableJob(folder, settings, rank=run.rank, world_size=run.world_size)

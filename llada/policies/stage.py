@@ -62,6 +62,7 @@ class PolicyStage:
             mask_id=self.ids.mask,
             pad_id=self.ids.pad,
             fill=(self.ids.eos, config.max_length) if config.eos == "padded" else None,
+            block_size=config.block_size,
         )
 
     def train(self, stream: Stream, loss: Loss, *, data: str, **options: Any) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llada.diffusion.batches import Example, Noised, collate
-from llada.diffusion.bound_estimator import draw_of, plan_masks
+from llada.diffusion.bound_estimator import draw_of, plan_answer
 from llada.diffusion.masking import generator
 from llada.diffusion.sampler_likelihood import State, collate_states, merge_steps, replay
 from llada.diffusion.settings import MaskSettings
@@ -45,7 +45,7 @@ class Masks(NamedTuple):
     """The K forwards of a completion whose log p is asked at its A scored tokens."""
 
     is_masked: np.ndarray  # [K, A] bool, masked and scored
-    weights: np.ndarray  # [K] of log p in the sum over all masks
+    weights: np.ndarray  # [K], or [K, A] by blocks: of log p in the sum over all masks
     draws: np.ndarray  # [K] the independent draw that a mask belongs to
     is_hidden: np.ndarray  # [K, P] bool: of the prompt, masked and not scored
 
@@ -115,13 +115,17 @@ class TermBuilder:
         else:
             law = config.size_law if config.mask_plan in ("stratified", "iid") else "uniform"
             num = config.num_masks
-            found = plan_masks(size, random, MaskSettings(num, config.mask_plan, law, 0, reference_batch=num))
+            settings = MaskSettings(num, config.mask_plan, law, 0, reference_batch=num)
+            before = len(answer.prompt)
+            found = plan_answer(before, size, random, settings, block_size=config.block_size)
             plan, draws = (found.masks, found.weights), draw_of(found)
         return self._padded(Masks(*plan, draws, is_hidden))
 
     def _padded(self, masks: Masks) -> Masks:
         """With as many forwards as every completion has, or ranks would not forward in step."""
         missing = self.config.num_masks - len(masks.weights)  # short answers have fewer distinct masks
+        if not missing:
+            return masks
         return masks._replace(
             is_masked=np.pad(masks.is_masked, ((0, missing), (0, 0))),
             weights=np.pad(masks.weights, (0, missing)),
@@ -182,7 +186,8 @@ class TermBuilder:
             ends = np.cumsum([len(place) for place in places])
             terms = [np.arange(end - len(p), end) for p, end in zip(places, ends, strict=True)]
             shares, weights = np.full(ends[-1], 1 / num_masks), np.ones(num_masks)
-        return terms, [np.full(len(p), w) for p, w in zip(places, weights, strict=True)], shares
+        own = [np.broadcast_to(w, size)[p] for p, w in zip(places, weights, strict=True)]
+        return terms, own, shares
 
     def _masked(self, answers: Sequence[Answer]) -> MaskedTerms:
         """Micro-batches of first forwards, then of second ones, ..."""
@@ -195,7 +200,8 @@ class TermBuilder:
             rows = [self._rows(answers[n], masks[n]) for n in own]
             for k, forward in enumerate(zip(*rows, strict=True)):
                 batch = [[row] for row in forward]
-                batches.append(collate(batch, mask_id=self.ids.mask, pad_id=self.ids.pad))
+                ids = {"mask_id": self.ids.mask, "pad_id": self.ids.pad}
+                batches.append(collate(batch, **ids, block_size=self.config.block_size))
                 for n in own:
                     terms.append(starts[n] + found[n][0][k])
                     weights.append(found[n][1][k])

@@ -12,7 +12,6 @@ from llada.models.flags import EXPERTS, LINEAR_LAYERS, HubFlags, MaskTokenFlag
 
 if TYPE_CHECKING:
     from llada.run import Run  # imports torch
-    from modelling_final import LLaDAConfig
 
 DEFAULT_LORA = {"lora_r": 128, "lora_alpha": 256.0, "lora_target_modules": ["all-linear"]}
 
@@ -50,6 +49,12 @@ class BlockFlags:
         None, "Tokens of a block; default the model's.", at_least=1, needs="objective=block_diffusion",
         fixed=True,
     )  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class BlockNoiseFlags(BlockFlags):
+    """And the noise that they are trained under."""
+
     t_range: list[float] = flag(
         [0.0, 1.0],
         "Times of training are drawn from here, one a block; LLaDA2's SFT: 0.3 0.8. Validation takes all.",
@@ -63,20 +68,6 @@ class BlockFlags:
         """The order of --t_range."""
         if len(self.t_range) != 2 or self.t_range[0] >= self.t_range[1]:
             raise ValueError(f"--t_range {self.t_range}: give two numbers, the lower first")
-
-    def settle_blocks(self, model: "LLaDAConfig") -> None:
-        """Makes the model one that attends by blocks of --block_size, or takes the size from it."""
-        if self.objective != "block_diffusion":
-            if (model.attention_block_size or 1) > 1:
-                raise ValueError(
-                    "--objective masked_diffusion: the model attends by blocks, and would see noise where it "
-                    "reads finished blocks; give --objective block_diffusion"
-                )
-            return
-        self.block_size = self.block_size or model.attention_block_size
-        if self.block_size is None:
-            raise ValueError("--objective block_diffusion: the model names no block size; give --block_size")
-        model.attention_pattern, model.attention_block_size = "block_causal", self.block_size
 
 
 @dataclass(kw_only=True)
@@ -372,7 +363,7 @@ class TrainConfig(OptimizerFlags, LoggingFlags, HubFlags):
 
 @dataclass(kw_only=True)
 class RowsConfig(
-    BlockFlags, NoiseFlags, LoraDropoutFlags, ScaleFlags, PrefetchFlags, TrainConfig, MaskTokenFlag
+    BlockNoiseFlags, NoiseFlags, LoraDropoutFlags, ScaleFlags, PrefetchFlags, TrainConfig, MaskTokenFlag
 ):
     """A run on rows of tokens that are masked."""
 

@@ -18,7 +18,7 @@ from llada.models.building import run_tokenizer
 from llada.models.tokens import SpecialIds
 from llada.run import Run, Sums, add_sums, autocast, means_over_ranks
 from llada.training import dry_run
-from llada.training.config import BlockFlags, TrainConfig
+from llada.training.config import TrainConfig
 from llada.training.cost import flops_counter
 from llada.training.loop import Load, end_training, fit, load_with_ids, start_training
 
@@ -67,8 +67,6 @@ def train_on_rows(
     held_out = None if config.eval_data_path is None else rows_of([config.eval_data_path], "validation")
     config.resolve(run, len(rows))
     model, ids = load(config, tokenizer)
-    if isinstance(config, BlockFlags):
-        config.settle_blocks((model.get_base_model() if config.use_lora else model).config)
     common = config.stream(run, ids.mask, ids.pad)
     stream = stream_type(example_of(rows, ids, True), row_lengths(rows), **common, **stream_settings)
     validate = None

@@ -42,6 +42,7 @@ def output_of(flags: Mapping[str, Any]) -> Path:
     return Path(next(named, ""))
 
 
+_BLOCKS = ("--objective", "block_diffusion", "--block_size", "4")
 STAGES = {
     "data": Stage("scripts/make_quickstart_data.py"),
     "tokenizer": Stage("scripts/train_tokenizer.py"),
@@ -53,7 +54,7 @@ STAGES = {
         is_trunk=True,
         variants={
             "packed": ("--packing",),
-            "blocks": ("--objective", "block_diffusion", "--block_size", "4"),
+            "blocks": _BLOCKS,
         },
     ),
     "prepare_sft": Stage("sft_training/prepare_sft.py", after=("tokenizer",)),
@@ -88,7 +89,13 @@ STAGES = {
     "export": Stage("scripts/export_checkpoint.py", after=("drafter",)),
     "speculative": Stage("inference/speculative_decode.py", after=("alignment",), reads_checkpoint=True),
     "preferences": Stage("rlhf/make_preferences.py", after=("sft",), reads_checkpoint=True),
-    "dpo": Stage("rlhf/train_dpo.py", after=("sft",), reads_checkpoint=True, trains=True),
+    "dpo": Stage(
+        "rlhf/train_dpo.py",
+        after=("sft",),
+        reads_checkpoint=True,
+        trains=True,
+        variants={"blocks": _BLOCKS},
+    ),
     "precompute_bref": Stage("rlhf/precompute_bref.py", after=("sft",), reads_checkpoint=True),
     "kto": Stage(
         "rlhf/train_elbo_kto.py",
@@ -109,6 +116,7 @@ STAGES = {
                 *("--redraw_masks", "true", "--group_masks", "false", "--num_iterations", "2"),
                 *("--beta", "0.1", "--kl_estimator", "k3", "--count_zero_advantages", "false"),
             ),
+            "blocks": (*_BLOCKS, "--num_iterations", "2", "--beta", "0.1"),
             "threshold, lora": (
                 *("--parallel_decoding", "threshold", "--threshold", "0.3", "--lora_r", "2"),
                 *("--beta", "0.1", "--eval_limit", "1"),
