@@ -28,7 +28,9 @@ class Config(ModelFlags, SamplerFlags):
     served_model_name: str | None = flag(None, "Name in the API; default the checkpoint's path.")
     host: str = flag("127.0.0.1", "Address to listen on; 0.0.0.0: every network of this machine.")
     port: int = flag(8000, "Port to listen on; 0: any free one.", at_least=0, at_most=65535)
-    max_batch_size: int = flag(32, "Answers generated together.", at_least=1)
+    max_batch_size: int | None = flag(
+        None, "Answers generated together; default 32, on a CPU 16, whose caches hold no more.", at_least=1
+    )
     max_queue: int = flag(256, "Requests that may wait; more are refused with status 429.", at_least=1)
     shutdown_timeout: int = flag(60, "Seconds that accepted requests have after SIGTERM.", at_least=0)
 
@@ -57,7 +59,7 @@ def make_service(config: Config) -> Service:
         tokenizer,
         settings,
         name=config.served_model_name or config.model_name_or_path,
-        max_batch_size=config.max_batch_size,
+        max_batch_size=config.max_batch_size or (16 if run.device.type == "cpu" else 32),
         max_queue=config.max_queue,
         api_key=os.environ.get(
             "LLADA_API_KEY"

@@ -382,17 +382,18 @@ class Decoding:
             self.scores[block.rows[sequence], columns_picked] = logits[sequence, place]
         if self.on_step is None:
             return
-        confidences = by_rows(confidence, logits, tokens)
         offset = block.start - self.canvas.num_prompt
+        # whole tables at once: a tensor operation for each row costs more than a small model's step
+        shown = (columns + offset, tokens, by_rows(confidence, logits, tokens), picks)
+        places, ids, confidences, chosen = (table.tolist() for table in shown)
+        back = torch.zeros_like(picks).tolist() if remasked is None else remasked.tolist()
         for i, name in enumerate(block.names):
-            self.on_step(
-                {
-                    "row": name,
-                    "block": block.index,
-                    "step": step,
-                    "positions": (columns[i, picks[i]] + offset).tolist(),
-                    "token_ids": tokens[i, picks[i]].tolist(),
-                    "confidences": confidences[i, picks[i]].tolist(),
-                    "remasked": [] if remasked is None else (remasked[i].nonzero()[:, 0] + offset).tolist(),
-                }
-            )
+            at = [column for column, is_picked in enumerate(chosen[i]) if is_picked]
+            entry = {"row": name, "block": block.index, "step": step}
+            entry |= {
+                "positions": [places[i][column] for column in at],
+                "token_ids": [ids[i][column] for column in at],
+                "confidences": [confidences[i][column] for column in at],
+                "remasked": [n + offset for n, is_back in enumerate(back[i]) if is_back],
+            }
+            self.on_step(entry)

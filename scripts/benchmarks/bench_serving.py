@@ -1,6 +1,6 @@
 """A running server under load: the same answers as one by one, how much faster, and what memory does.
 
-Prompts of ragged lengths are asked one after the other, then all at once; the answers must be equal. Then
+Prompts cut to ragged lengths are asked one after the other, then all at once; the answers must be equal. Then
 --num_requests more go out, --concurrency at a time, and the server's memory is read from /metrics on the way.
 
 Run:
@@ -55,10 +55,11 @@ async def memory(client: httpx.AsyncClient) -> float:
 async def measure(config: Config) -> dict[str, object]:
     """Seconds one by one and at once, whether the answers agree, and memory every tenth of the requests."""
     prompts = [record["prompt"] for _, record in read_records(config.prompts_file)]
-    jobs = [
-        (prompts[i % len(prompts)], config.max_tokens // 2 if i % 3 == 0 else config.max_tokens)
-        for i in range(max(config.concurrency, config.num_requests))
-    ]
+    jobs = []
+    for i in range(max(config.concurrency, config.num_requests)):
+        prompt = prompts[i % len(prompts)]
+        ragged = prompt[: len(prompt) * (4 - i % 4) // 4]  # the quickstart's are all of one length
+        jobs.append((ragged, config.max_tokens // 2 if i % 3 == 0 else config.max_tokens))
     limits = httpx.Limits(max_connections=config.concurrency)
     async with httpx.AsyncClient(base_url=config.base_url, timeout=600, limits=limits) as client:
         first = jobs[: config.concurrency]
