@@ -57,9 +57,11 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """lm_eval's arguments, with those of --config and --preset filled in where the command line has none."""
     ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    ours.add_argument("--preset")
-    ours.add_argument("--compare", nargs=2, metavar=("FOLDER", "FOLDER"))
+    ours.add_argument("--preset", help="a published setting of eval/presets.yaml")
+    ours.add_argument("--compare", nargs=2, metavar=("FOLDER", "FOLDER"), help="two outputs, by question")
     known, rest = ours.parse_known_args(argv)
+    if {"-h", "--help"} & set(rest):  # lm_eval's help knows only its own flags
+        print(ours.format_help())
     if known.compare is not None:
         return known
     # what lm_eval's own entry point does with sys.argv

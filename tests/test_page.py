@@ -139,7 +139,7 @@ def test_two_settings_stand_side_by_side(page):
 
 def test_settings_are_sent_and_refusals_are_shown(page):
     if not page.locator("#settings input[name=temperature]").is_visible():
-        page.get_by_text("Settings", exact=True).click()  # folded on a phone
+        page.locator("#panel").get_by_text("Settings", exact=True).click()  # folded on a phone
     page.fill("#settings input[name=temperature]", "5")
     page.fill("#question", "hello")
     page.click("#send")
