@@ -112,6 +112,16 @@ def test_sft_dpo_and_kto_see_the_same_tokens(named):
         assert found.tokens.answer.tolist() == row["input_ids"][start:]
 
 
+def test_an_answer_that_ended_at_once_is_its_end(named):
+    """A sampled completion may be empty; as the worse one of a pair it teaches not to end there."""
+    _, tokenizer = named
+    (found,) = encode_answers([("f:1", [USER], [said("")])], Encoding(tokenizer, "one", False, 500, "error"))
+    assert found.tokens.context.tolist() == render_prompt([USER], tokenizer, chat=True)
+    ends = {style_of(tokenizer).closing or tokenizer.eos_token, tokenizer.eos_token}
+    assert 0 < len(found.tokens.answer) <= 2
+    assert set(tokenizer.convert_ids_to_tokens(found.tokens.answer.tolist())) <= ends
+
+
 def test_special_tokens_that_a_text_spells_stay_text(named):
     _, tokenizer = named
     closing = style_of(tokenizer).closing or tokenizer.eos_token

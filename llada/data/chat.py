@@ -103,8 +103,13 @@ def _cut(
 
 
 def _behind_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-    """The row of an answer whose thought the template leaves out: it stands behind the generation prompt."""
+    """The row of an answer that the template does not show: an empty one, or one whose thought it leaves out.
+
+    It stands behind the generation prompt, as the model wrote it there.
+    """
     style, content = style_of(tokenizer), messages[-1]["content"]
+    if not content.strip() and not messages[-1].get("tool_calls"):
+        return [*_prompt_segments(messages[:-1], tokenizer), (style.closing or "", True)]
     _, closing, answer = content.partition("</think>")
     shorter = {**messages[-1], "content": answer.strip()}
     if not closing or not style.has_header or spans_of([*messages[:-1], shorter], tokenizer)[1][-1] is None:
