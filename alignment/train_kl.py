@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     if run.is_main:
         log_to_file(Path(config.output_dir, "training_log.log"), config.log_level)
     tokenizer = run_tokenizer(config, chat=True)
-    model, ids = load_with_ids(config, tokenizer)
+    model, ids = load_with_ids(config, tokenizer, device=run.build_device)
     if config.keep_rate is not None:
         refuse_sharing(model.config)
     data_dir = Path(config.output_dir, "data")  # for conversations that have to be tokenised

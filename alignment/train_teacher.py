@@ -50,7 +50,7 @@ from llada.diffusion.batches import Example, MaskedBatch, Noised
 from llada.diffusion.stream import MaskedStream
 from llada.models.building import new_config
 from llada.models.causal_layout import causal_config
-from llada.models.checkpoints import resolve_checkpoint
+from llada.models.checkpoints import is_meta, resolve_checkpoint
 from llada.models.tokens import SpecialIds
 from llada.training.rows_stage import train_on_rows
 
@@ -92,20 +92,20 @@ def new_teacher(
 
 
 def load_causal(
-    config: Config, tokenizer: PreTrainedTokenizerBase, *, has_values: bool = True
+    config: Config, tokenizer: PreTrainedTokenizerBase, *, device: torch.device | str
 ) -> tuple[torch.nn.Module, SpecialIds]:
     """The model to train, new or from a checkpoint, in float32, and ids for its stream."""
-    with nullcontext() if has_values else torch.device("meta"):
+    with torch.device(device) if is_meta(device) else nullcontext():
         if config.config_name is not None:
             model = new_teacher(config.config_name, tokenizer, seed=config.seed, max_length=config.max_length)
         else:
             path = resolve_checkpoint(config.model_name_or_path)
             with named_refusal("--model_name_or_path", path):
                 shape = read_causal_config(path)
-                if has_values:
-                    model = read_causal_model(path, dtype="float32")
-                else:
+                if is_meta(device):
                     model = AutoModelForCausalLM.from_config(shape)
+                else:
+                    model = read_causal_model(path, dtype="float32")
     pad = tokenizer.pad_token_id  # no token is masked; an id is needed where a stream would put one
     return model.train(), SpecialIds(mask=pad, eos=tokenizer.eos_token_id, pad=pad, eot=None)
 

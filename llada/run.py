@@ -44,6 +44,11 @@ class Run:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def build_device(self) -> torch.device:
+        """Where this rank builds what it trains: rank 0 alone holds values, which all then take from it."""
+        return self.device if self.is_main else torch.device("meta")
+
 
 def start_run(device: str | None = None, *, step_seconds: float | None = None) -> Run:
     """Joins the process group that torchrun or accelerate launch describes in the environment, if any.

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedTokenizerBase
 
 from llada.flags.yaml_files import read_yaml
-from llada.models.checkpoints import RopeScaling, base_and_adapter, load_model
+from llada.models.checkpoints import RopeScaling, base_and_adapter, is_meta, load_model
 from llada.models.flags import EXPERTS, LINEAR_LAYERS
 from llada.models.tokens import HOW_TO_ADD, SPECIAL_TOKENS, load_tokenizer, special_ids
 from modelling_final import LLaDAConfig, LLaDAModelLM
@@ -67,27 +67,29 @@ def settle_blocks(flags: Any, model: LLaDAConfig) -> None:
     model.attention_pattern, model.attention_block_size = "block_causal", flags.block_size
 
 
-def start_model(flags: Any, *, has_values: bool = True) -> LLaDAModelLM | PeftModel:
+def start_model(flags: Any, *, device: torch.device | str = "cpu") -> LLaDAModelLM | PeftModel:
     """What a run starts from: new weights, a checkpoint, or one with the adapter that training continues.
 
-    `flags`: a stage's Config, or those in a run's config.yaml. Without `has_values` it is on the meta device.
+    Args:
+        flags: a stage's Config, or those in a run's config.yaml.
+        device: where new weights are drawn; a checkpoint is read into host memory. On "meta" the model has
+            shapes and no values.
     """
-    model = _loaded(flags, has_values=has_values)
+    model = _loaded(flags, device)
     settle_blocks(flags, (model.get_base_model() if isinstance(model, PeftModel) else model).config)
     return model
 
 
-def _loaded(flags: Any, *, has_values: bool) -> LLaDAModelLM | PeftModel:
+def _loaded(flags: Any, device: torch.device | str) -> LLaDAModelLM | PeftModel:
     if getattr(flags, "config_name", None) is not None:
-        tokenizer = load_tokenizer(flags.tokenizer_name)
-        with nullcontext() if has_values else torch.device("meta"):
-            return new_model(
-                flags.config_name,
-                tokenizer,
-                seed=flags.seed,
-                max_length=flags.max_length,
-                attn_implementation=getattr(flags, "attn_implementation", None),
-            )
+        return new_model(
+            flags.config_name,
+            load_tokenizer(flags.tokenizer_name),
+            seed=flags.seed,
+            max_length=flags.max_length,
+            attn_implementation=getattr(flags, "attn_implementation", None),
+            device=device,
+        )
     kind, factor = getattr(flags, "rope_scaling", "none"), getattr(flags, "rope_factor", 1.0)
     return load_model(
         flags.model_name_or_path,
@@ -97,19 +99,19 @@ def _loaded(flags: Any, *, has_values: bool) -> LLaDAModelLM | PeftModel:
         merge_adapter=False,
         rope=RopeScaling(kind, factor, flags.max_length),
         mask_token_id=getattr(flags, "mask_token_id", None),
-        has_values=has_values,
+        device=device if is_meta(device) else None,
     )
 
 
-def build_model(flags: Any, *, has_values: bool = True) -> LLaDAModelLM | PeftModel:
+def build_model(flags: Any, *, device: torch.device | str = "cpu") -> LLaDAModelLM | PeftModel:
     """The model that a run trains, before its first step: `start_model`, with fresh adapters for --use_lora.
 
     Training, its dry run and scripts/export_checkpoint.py all build it here.
     """
-    model = start_model(flags, has_values=has_values)
+    model = start_model(flags, device=device)
     if not flags.use_lora or hasattr(model, "peft_config"):
         return model
-    with nullcontext() if has_values else torch.device("meta"):
+    with torch.device(device) if is_meta(device) else nullcontext():
         return attach_lora(
             model,
             rank=flags.lora_r,
@@ -189,14 +191,24 @@ def new_model(
     seed: int,
     max_length: int,
     attn_implementation: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> LLaDAModelLM:
-    """A randomly initialised model of a named size; see `new_config`. `seed`: of the initial weights."""
+    """A randomly initialised model of a named size; see `new_config`.
+
+    Args:
+        seed: of the initial weights, which also depend on the kind of `device` that draws them.
+    """
     config = new_config(config_name, tokenizer, max_length=max_length)
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
         torch.manual_seed(seed)
-        return LLaDAModelLM(config)
+        with torch.device(device):
+            model = LLaDAModelLM(config)
+    if not is_meta(device):
+        # a GPU rounds powers otherwise, and a resumed run makes the tables of its checkpoint on the CPU
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model
 
 
 def attach_lora(

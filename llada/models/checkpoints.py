@@ -236,6 +236,11 @@ def _saved_shapes(model: PreTrainedModel) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
+def is_meta(device: torch.device | str | None) -> bool:
+    """Whether tensors there have shapes and no values."""
+    return device is not None and torch.device(device).type == "meta"
+
+
 def _is_no_report(record: logging.LogRecord) -> bool:
     """Keeps back transformers' table of keys that do not fit: `load_model` names them in one line."""
     return "LOAD REPORT" not in record.getMessage()
@@ -256,17 +261,16 @@ def load_model(
     merge_adapter: bool = True,
     rope: RopeScaling = NO_SCALING,
     mask_token_id: int | None = None,
-    has_values: bool = True,
 ) -> LLaDAModelLM | PeftModel:
     """The model of a checkpoint, with every weight accounted for.
 
     Args:
         path: checkpoint folder, run folder, hub name, or an adapter folder (its base is then loaded too).
         dtype: of the parameters: float32, bfloat16, float16, or auto (as saved).
+        device: default the CPU; on "meta" it is built from the configuration alone.
         merge_adapter: fold the adapter into the weights (for inference); else return a trainable PeftModel.
         rope: how to stretch the positions.
         mask_token_id: see `load_config`.
-        has_values: False builds it on the meta device, from the configuration alone.
 
     ValueError: no such checkpoint, or weights or adapter are not exactly what the configuration asks for.
     """
@@ -278,8 +282,10 @@ def load_model(
         for name in _SET_BY_TRAINING:
             setattr(config, name, getattr(trained, name))
     config = rope.apply(config)
-    if not has_values:
-        with torch.device("meta"):
+    if is_meta(device):
+        if attn_implementation is not None:
+            config._attn_implementation = attn_implementation
+        with torch.device(device):
             model = LLaDAModelLM(config).to(DTYPES[dtype])
             if adapter_path is None:
                 return model

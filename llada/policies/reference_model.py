@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 from llada.diffusion.bound_gradient import disable_dropout, draw_values
 from llada.models.building import has_fresh_adapter, settle_blocks, start_model
-from llada.models.checkpoints import describe_checkpoint, load_model
+from llada.models.checkpoints import describe_checkpoint, is_meta, load_model
 from llada.policies.answer_stream import AnswerStream
 from llada.policies.config import PolicyConfig
 from llada.resumable import ResumableJob
 from llada.run import Run, autocast, barrier
-from llada.training.parallel import parallelize
+from llada.training.parallel import parallelize, spread
 
 Reference = Callable[[torch.nn.Module], AbstractContextManager[torch.nn.Module]]
 """policy -> a context that holds the reference model."""
@@ -28,13 +28,9 @@ def make_reference(config: PolicyConfig, run: Run) -> Reference:
     # Adapters that training starts from are not fresh: without them the model would be another one.
     if config.ref_model_name_or_path is None and has_fresh_adapter(config):
         return _without_adapter
-    model = load_frozen(config)
-    if config.shard == "none":
-        model.to(run.device)
-    else:
-        model = parallelize(
-            model, run, shard=config.shard, dtype=config.dtype, cpu_offload=config.cpu_offload
-        )
+    model = parallelize(
+        load_frozen(config, run), run, shard=config.shard, dtype=config.dtype, cpu_offload=config.cpu_offload
+    )
     return lambda _: nullcontext(model)
 
 
@@ -45,16 +41,19 @@ def _without_adapter(policy: torch.nn.Module) -> Iterator[torch.nn.Module]:
         yield policy
 
 
-def load_frozen(config: PolicyConfig) -> torch.nn.Module:
-    """The reference's weights, without gradients and without dropout."""
+def load_frozen(config: PolicyConfig, run: Run) -> torch.nn.Module:
+    """The reference on `run.build_device`, without gradients and without dropout."""
+    device = run.build_device
     if config.ref_model_name_or_path is None:
-        model = start_model(config)  # its adapter not merged, as in the policy: merged, weights round
+        # its adapter not merged, as in the policy: merged, weights round
+        model = start_model(config, device=device)
     else:
         model = load_model(
             config.ref_model_name_or_path,
             # the same precision as the policy's, so that equal weights give equal numbers
             dtype=config.dtype if config.use_lora else "float32",
             attn_implementation=config.attn_implementation,
+            device=device if is_meta(device) else None,
         )
         settle_blocks(config, model.config)
     disable_dropout(model)
@@ -80,8 +79,8 @@ def precompute_reference(
     job = ResumableJob(folder, settings, rank=run.rank, world_size=run.world_size)
     keys = [job.key(n) for n in range(len(stream.lengths))]
     missing = job.share(keys)
-    model = policy if is_policy else load_frozen(config)
-    model.to(run.device)
+    model = policy if is_policy else load_frozen(config, run)
+    spread(model, run)
     stride = stream.micro_batch_size
     for start in tqdm(
         range(0, len(missing), stride), desc="reference", disable=not run.is_main, mininterval=2
@@ -93,6 +92,4 @@ def precompute_reference(
             job.put(keys[n], row.tolist())
     barrier()
     job.read()
-    if config.shard != "none":
-        model.cpu()  # where FSDP shards it from
     return np.array([job[key] for key in keys])

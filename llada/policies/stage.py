@@ -45,7 +45,8 @@ class PolicyStage:
     def load(self, num_records: int) -> None:
         """Loads the policy, for so many records."""
         self.config.resolve(self.run, num_records)
-        self.model, self.ids = load_with_ids(self.config, self.tokenizer)
+        device = self.run.build_device
+        self.model, self.ids = load_with_ids(self.config, self.tokenizer, device=device)
         disable_dropout(self.model)  # the two passes, and policy and reference, must see one network
 
     def answers(self, answers_of: AnswersOf, lengths: Iterable[int]) -> AnswerStream:

@@ -129,7 +129,7 @@ def report(
     config.settle_dtype(run.device.type)
     ranks = Ranks.of(config.shard, run.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", run.world_size)))
     tokenizer = run_tokenizer(config, chat=chat)
-    model, ids = load(config, tokenizer, has_values=False)
+    model, ids = load(config, tokenizer, device="meta")
     shape = (model.get_base_model() if hasattr(model, "peft_config") else model).config
     files = _check_files(config, shape)
     parameters = count_parameters(model)

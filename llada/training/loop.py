@@ -24,7 +24,7 @@ from llada.models.hub import check_hub, push
 from llada.models.saving import Origin, save_model
 from llada.models.tokens import SpecialIds, special_ids
 from llada.resumable import write_atomically
-from llada.run import STEP_SECONDS, Run, at, barrier, end_run, naming_ranks, start_run, sum_over_ranks
+from llada.run import STEP_SECONDS, Run, at, end_run, naming_ranks, start_run, sum_over_ranks
 from llada.training import checkpoint
 from llada.training.config import TrainConfig
 from llada.training.metrics import Metrics
@@ -83,25 +83,20 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.A
     )
 
 
-def load_trainable(config: TrainConfig, *, has_values: bool = True) -> torch.nn.Module:
-    """The model that the flags describe, ready to train; on the meta device without `has_values`."""
-    adopt_adapter(config)
-    return prepare_trainable(build_model(config, has_values=has_values), config)
-
-
 class Load(Protocol):
-    """What a stage trains, and the special tokens of its stream; on the meta device without `has_values`."""
+    """What a stage trains, and the special tokens of its stream; `device`: as for `build_model`."""
 
     def __call__(
-        self, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, *, has_values: bool = True
+        self, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, *, device: torch.device | str
     ) -> tuple[torch.nn.Module, SpecialIds]: ...
 
 
 def load_with_ids(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, *, has_values: bool = True
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, *, device: torch.device | str
 ) -> tuple[torch.nn.Module, SpecialIds]:
-    """`load_trainable`, and the special tokens of the model, with which the tokenizer must agree."""
-    model = load_trainable(config, has_values=has_values)
+    """The model that the flags describe, and its special tokens, with which the tokenizer must agree."""
+    adopt_adapter(config)
+    model = prepare_trainable(build_model(config, device=device), config)
     return model, special_ids(model.config, tokenizer)
 
 
@@ -130,7 +125,7 @@ def fit(
     """Trains until --max_steps, an early stop, or a signal; saves, resumes and logs on the way.
 
     Args:
-        model: on any device; trained in place.
+        model: built on `run.build_device`; trained in place.
         loss: a micro-batch's share of the loss.
         validate: called before, during and after training; None = no held-out data.
         data: describes the training data, which a resumed run must share with the first one.
@@ -189,7 +184,6 @@ class _Session:
         self._folder, self._validate = Path(config.output_dir), validate
         self._watch, self._early_stop = parts["loss_watch"], parts["early_stop"]
         at("loaded the model")
-        barrier()  # sharding has a limit, and ranks load at their own pace
         # The model itself is saved and validated; the wrapper only synchronises what is trained.
         wrapped = parallelize(
             model, run, shard=config.shard, dtype=config.dtype, cpu_offload=config.cpu_offload

@@ -6,7 +6,7 @@ over ranks, so the loop multiplies by the number of ranks and the sum comes out.
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -33,7 +33,7 @@ from torch.utils.checkpoint import (
 )
 
 from llada.flags.declaration import tell
-from llada.run import Run, max_over_ranks, sum_over_ranks
+from llada.run import Run, barrier, max_over_ranks, sum_over_ranks
 
 _aten = torch.ops.aten
 _MATRIX_PRODUCTS = {_aten.mm.default, _aten.addmm.default}
@@ -115,6 +115,30 @@ def _selective_contexts() -> tuple[Any, Any]:
     return create_selective_checkpoint_contexts(policy)
 
 
+def spread(model: nn.Module, run: Run) -> nn.Module:
+    """The model on this rank's device with the values of rank 0, in place. Every rank must call it.
+
+    Other ranks may have built it on the meta device: so a node's memory holds one copy of what was read, at
+    most.
+    """
+    barrier()  # what follows has a limit, and rank 0 may have read a large checkpoint
+    _take_values([*model.parameters(), *model.buffers()], run)
+    return model
+
+
+def _take_values(tensors: Iterable[Tensor], run: Run) -> None:
+    for tensor in tensors:
+        if tensor.is_meta:
+            room = torch.empty_like(tensor, device=run.device)
+            if isinstance(tensor, nn.Parameter):
+                room = nn.Parameter(room, tensor.requires_grad)
+            torch.utils.swap_tensors(tensor, room)  # a tied weight stays one
+        else:
+            tensor.data = tensor.data.to(run.device)
+        if run.world_size > 1:
+            dist.broadcast(tensor.detach(), src=0)
+
+
 def parallelize(
     model: torch.nn.Module, run: Run, *, shard: str, dtype: str, cpu_offload: bool = False
 ) -> torch.nn.Module:
@@ -124,15 +148,16 @@ def parallelize(
     cast them to, and what autocast leaves in float32 stays so.
 
     Args:
-        model: on the CPU; what this rank keeps of it is moved to `run.device`.
+        model: as `spread` takes it; what this rank keeps of it goes to `run.device`.
         shard: "none" replicates; "full" shards weights, gradients and optimizer over all ranks; "hybrid"
             shards them within a node (LOCAL_WORLD_SIZE ranks) and replicates over nodes.
         dtype: of the gathered matrices; the shards, and the reduction of gradients, stay float32.
         cpu_offload: keep the shards in CPU memory between uses.
     """
     if shard == "none":
-        model.to(run.device)
-        return DistributedDataParallel(model) if run.world_size > 1 else model
+        spread(model, run)
+        is_trained = any(parameter.requires_grad for parameter in model.parameters())
+        return DistributedDataParallel(model, init_sync=False) if run.world_size > 1 and is_trained else model
     if not dist.is_initialized():
         raise ValueError(f"--shard {shard} needs several processes: start the script with torchrun")
     sizes, names = (run.world_size,), None
@@ -141,9 +166,9 @@ def parallelize(
         sizes, names = (run.world_size // local, local), ("replicate", "shard")
     mesh = init_device_mesh(run.device.type, sizes, mesh_dim_names=names)
     # Norms and biases are small, and rounding the norms' weights would show: they stay whole, in float32.
-    vectors = {parameter for parameter in model.parameters() if parameter.ndim < 2}
-    for parameter in vectors:
-        parameter.data = parameter.data.to(run.device)
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    barrier()  # as in `spread`
+    _take_values([*vectors, *model.buffers()], run)
 
     def shard_module(module: nn.Module | list[nn.Module], dtype: torch.dtype | None, **more: bool) -> None:
         policy = MixedPrecisionPolicy(
@@ -152,8 +177,12 @@ def parallelize(
             cast_forward_inputs=False,  # it would round rotary tables, loss weights and coefficients
         )
         offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+        # One group after the other is whole on a rank's device, and then a shard.
+        groups = module if isinstance(module, list) else [module]
+        whole_ones = [p for group in groups for p in group.parameters() if not isinstance(p, DTensor)]
+        _take_values([p for p in whole_ones if p.ndim > 1], run)
         fully_shard(
-            module, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=vectors, **more
+            module, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=set(vectors), **more
         )
 
     base = model.get_base_model() if hasattr(model, "peft_config") else model

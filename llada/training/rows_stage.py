@@ -66,7 +66,7 @@ def train_on_rows(
     rows = rows_of(paths, "train", weights=weights, seed=config.seed)
     held_out = None if config.eval_data_path is None else rows_of([config.eval_data_path], "validation")
     config.resolve(run, len(rows))
-    model, ids = load(config, tokenizer)
+    model, ids = load(config, tokenizer, device=run.build_device)
     common = config.stream(run, ids.mask, ids.pad)
     stream = stream_type(example_of(rows, ids, True), row_lengths(rows), **common, **stream_settings)
     validate = None
