@@ -17,9 +17,9 @@ from typing import Any, ClassVar, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -37,15 +37,14 @@ register_weight_names()
 
 
 @dataclass
-class LLaDAOutput(ModelOutput):
-    """What a forward gives; the fields not asked for are None."""
+class LLaDAOutput(CausalLMOutputWithPast):  # has the cache by the name that each transformers calls it
+    """What a forward gives; the fields not asked for are None.
 
-    loss: Tensor | None = None  # sum(weights * nll), or the mean over labels; scalar float32
-    logits: Tensor | None = None  # [B, L, E], [B, R, E] with query_positions, [M, E] with rows
+    loss: sum(weights * nll), or the mean over labels; scalar float32.
+    logits: [B, L, E], [B, R, E] with query_positions, [M, E] with rows.
+    """
+
     nll: Tensor | None = None  # [M] float32, detached; with a score, the rows' losses
-    past_key_values: WindowCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
 
 
 class Inputs(TypedDict, total=False):
