@@ -4,13 +4,11 @@ import contextlib
 import hashlib
 import json
 import logging
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -18,6 +16,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
 
 from llada.flags.declaration import first_line
+from llada.models.adapters import adapter_settings, put_adapter
 from modelling_final import LLaDAConfig, LLaDAModelLM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -110,7 +109,7 @@ def base_and_adapter(
     elif Path(path, "adapter_config.json").is_file():
         path, adapter_path = None, path
     if path is None:
-        path = _adapter_settings(adapter_path).base_model_name_or_path
+        path = adapter_settings(adapter_path).base_model_name_or_path
         if not path:
             raise ValueError(f"--adapter_path {adapter_path}: it names no base; give its {flag}")
         path = resolve_checkpoint(path, flag=f"--adapter_path {adapter_path}: its base")
@@ -283,15 +282,7 @@ def load_model(
             setattr(config, name, getattr(trained, name))
     config = rope.apply(config)
     if is_meta(device):
-        if attn_implementation is not None:
-            config._attn_implementation = attn_implementation
-        with torch.device(device):
-            model = LLaDAModelLM(config).to(DTYPES[dtype])
-            if adapter_path is None:
-                return model
-            adapter = _adapter_settings(adapter_path)
-            adapter.inference_mode = False  # as saved; what training continues is trainable
-            return get_peft_model(model, adapter)
+        return _without_values(config, dtype, adapter_path, attn_implementation, device)
     check_weight_files(path)
     loader = logging.getLogger("transformers.modeling_utils")
     loader.addFilter(_is_no_report)
@@ -316,53 +307,26 @@ def load_model(
                 f"--model_name_or_path {path}: {len(keys)} {kind.replace('_', ' ')}: {keys[:3]} ..."
             )
     if adapter_path is not None:
-        model = _put_adapter(model, adapter_path, merge=merge_adapter)
+        model = put_adapter(model, adapter_path, merge=merge_adapter)
     return model.to(device) if device is not None else model
 
 
-# Initialisations that subtract the initial B A from the base's weights, in memory only.
-_MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-def _adapter_settings(path: str) -> PeftConfig:
-    try:
-        return PeftConfig.from_pretrained(path)
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"--adapter_path {path}: adapter_config.json cannot be read: {error!r}") from error
-
-
-def _put_adapter(model: LLaDAModelLM, adapter_path: str, *, merge: bool) -> LLaDAModelLM | PeftModel:
-    where = f"--adapter_path {adapter_path}"
-    start = getattr(_adapter_settings(adapter_path), "init_lora_weights", None)
-    if isinstance(start, str) and start.startswith(_MOVES_THE_BASE):
-        raise ValueError(
-            f"{where}: init_lora_weights {start!r} changed the base before training, and the base folder has "
-            "the unchanged weights; save the adapter with path_initial_model_for_weight_conversion"
-        )
-    try:
-        found = load_peft_weights(adapter_path, device="cpu").keys()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
-            adapted = PeftModel.from_pretrained(model, adapter_path, is_trainable=not merge)
-    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
-        raise ValueError(f"{where}: does not fit this base model: {error}") from error
-    # peft itself loads whatever fits
-    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-    for keys, what in (
-        (expected - found, "are missing; the file is damaged"),
-        (found - expected, "have no place in the base; the adapter was made for another one"),
-    ):
-        if keys:
-            raise ValueError(f"{where}: {len(keys)} of its weights {what}. First: {min(keys)}")
-    if not merge:
-        return adapted
-    at_ends = [key for key in found if ".transformer.wte." in key or ".transformer.ff_out." in key]
-    if model.config.weight_tying and at_ends:
-        raise ValueError(
-            f"{where}: it changes {min(at_ends)}, and the base ties the embedding to the head: merged, both "
-            "would change"
-        )
-    return adapted.merge_and_unload()
+def _without_values(
+    config: LLaDAConfig,
+    dtype: str,
+    adapter_path: str | None,
+    attention: str | None,
+    device: torch.device | str,
+) -> LLaDAModelLM | PeftModel:
+    if attention is not None:
+        config._attn_implementation = attention
+    with torch.device(device):
+        model = LLaDAModelLM(config).to(DTYPES[dtype])
+        if adapter_path is None:
+            return model
+        adapter = adapter_settings(adapter_path)
+        adapter.inference_mode = False  # as saved; what training continues is trainable
+        return get_peft_model(model, adapter)
 
 
 _PIECES, _PIECE_BYTES = 256, 1 << 16  # of a weight file: 16 MiB, so that every matrix is met
