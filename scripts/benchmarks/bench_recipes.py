@@ -2,6 +2,7 @@
 
 For every starting checkpoint, block (one sampler for all arms) and arm of the YAML file:
     1. the learning rate: each of --learning_rates with one seed, judged on one half of the held-out puzzles
+       (a single rate is taken as it is)
     2. --seeds fresh seeds with the best rate; the last checkpoint is judged on the other half
 
 Puzzles are solved at temperature 0. Every run has the same budget of forwards: a completion costs the steps
@@ -155,10 +156,12 @@ class RecipeBench:
 
     def arm(self, checkpoint: str, block: str, arm: str) -> tuple[float, np.ndarray] | None:
         """(learning rate, [seeds, judged puzzles]); None before the first seed is there."""
-        tried = {rate: self.run(checkpoint, block, arm, rate, 0) for rate in self.config.learning_rates}
-        if any(found is None for found in tried.values()):
-            return None
-        best = max(tried, key=lambda rate: tried[rate][: self.num_tuning].mean())
+        best, *others = self.config.learning_rates
+        if others:
+            tried = {rate: self.run(checkpoint, block, arm, rate, 0) for rate in (best, *others)}
+            if any(found is None for found in tried.values()):
+                return None
+            best = max(tried, key=lambda rate: tried[rate][: self.num_tuning].mean())
         runs = [self.run(checkpoint, block, arm, best, seed) for seed in self.config.seeds]
         done = [found[self.num_tuning :] for found in runs if found is not None]
         return (best, np.stack(done)) if done else None
