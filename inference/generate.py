@@ -53,6 +53,11 @@ class Config(PromptFlags, ModelFlags, SamplerFlags):
     batch_size: int = flag(8, "Prompts generated together.", at_least=1)
     num_gpus: int = flag(1, "Processes to start, at most one a GPU (without GPUs, a CPU core).", at_least=1)
     trace: str | None = flag(None, "JSONL file that receives every denoising step.", writes="file")
+    report_path: str | None = flag(
+        None,
+        "JSON file that receives this call's tokens, seconds, tokens a second.",
+        writes="file",
+    )
 
     def check_flags(self) -> None:
         """Several answers to choose from."""
@@ -75,13 +80,13 @@ from llada.diffusion.settings import LikelihoodSettings, MaskSettings
 from llada.models.building import load_for_inference
 from llada.models.checkpoints import describe_checkpoint
 from llada.resumable import ResumableJob, write_atomically
-from llada.run import Run, barrier, end_run, start_processes, start_run
+from llada.run import Run, end_run, max_over_ranks, start_processes, start_run, sum_over_ranks
 from modelling_final import LLaDAGenerationConfig, LLaDAModelLM
 
 # Flags that change neither an answer nor which prompts have one: a killed run may go on with others.
 FREE = (
     *("model_name_or_path", "adapter_path"),  # their contents count, not their names
-    *("prompt", "prompts_file", "output_path", "max_samples", "trace"),
+    *("prompt", "prompts_file", "output_path", "max_samples", "trace", "report_path"),
     *("device", "num_gpus", "batch_size", "cuda_graphs", "completion_format"),
 )
 
@@ -148,8 +153,8 @@ def answer(
     config: Config,
     job: ResumableJob,
     run: Run,
-) -> None:
-    """Answers this rank's share of the prompts, and notes each answer at once."""
+) -> dict[str, float]:
+    """Answers this rank's share of the prompts, and notes each answer at once; the speed of all ranks."""
     keys = [key_of(prompt) for prompt in prompts]
     mine = job.share(keys)
     with ExitStack() as stack:
@@ -167,8 +172,10 @@ def answer(
             num_tokens += num
             bar.set_postfix_str(f"{num_tokens / (time.time() - started):.0f} tok/s", refresh=False)
             bar.update()
-    barrier()
+        seconds = max_over_ranks(time.time() - started)
+    (tokens,) = sum_over_ranks([num_tokens])  # of a continued run, what was left to do
     job.read()
+    return {"tokens": int(tokens), "seconds": seconds, "tokens_per_second": tokens / seconds}
 
 
 def key_of(prompt: Prompt) -> str:
@@ -217,8 +224,10 @@ def main(argv: list[str] | None = None) -> None:
     made_with["checkpoint"] = describe_checkpoint(config.model_name_or_path, config.adapter_path)
     parts = config.output_path and f"{config.output_path}.parts"
     job = ResumableJob(parts, made_with, rank=run.rank, world_size=run.world_size)
-    answer(model, tokenizer, prompts, settings, config, job, run)
+    speed = answer(model, tokenizer, prompts, settings, config, job, run)
     if run.is_main:
+        if config.report_path is not None:
+            write_atomically(Path(config.report_path), json.dumps(speed, indent=2) + "\n")
         finish(config, prompts, job)
     end_run()
 

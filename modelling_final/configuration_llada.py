@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from .families_llada import FAMILIES, LLAMA_FIELDS, to_fields
+from .families_llada import FAMILIES, LLAMA_FIELDS, to_fields, without_what_is_off
 
 # Published field -> the only values whose code path exists here. Nobody has published a LLaDA that uses
 # another.
@@ -27,6 +27,7 @@ SUPPORTED = {
     "include_bias": (False,),
     "init_fn": ("mitchell", "normal"),
     "input_emb_norm": (False,),
+    "is_encoder_decoder": (False,),
     "layer_norm_type": ("rms",),
     "layer_norm_with_affine": (True,),
     "scale_logits": (False,),
@@ -40,14 +41,15 @@ UNBUILT = {
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "quantization_config"), _OFF),
     **dict.fromkeys(("partial_rotary_factor", "embedding_multiplier", "logits_scaling"), (None, 1)),
     **dict.fromkeys(("residual_multiplier", "attention_multiplier", "query_pre_attn_scalar"), (None, 1)),
+    **dict.fromkeys(("add_cross_attention", "is_decoder"), _OFF),
     "use_rmsnorm": (None, True),
     "layer_types": (None, []),
 }
 # What every file may hold, and switches of others' programs that do not change the function.
 IGNORED = (
     "auto_map", "model_type", "bos_token_id", "max_window_layers", "flash_attn_varlen", "debug", "ep_size",
-    "use_deepep", "fuse_cross_entropy", "micro_forward", "skip_checkpoint", "num_labels",
-    "_attn_implementation_autoset",
+    "use_deepep", "fuse_cross_entropy", "micro_forward", "skip_checkpoint", "num_labels", "id2label",
+    "label2id", "task_specific_params", "_attn_implementation_autoset",
 )  # fmt: skip
 AUTO_MAP = {
     "AutoConfig": "configuration_llada.LLaDAConfig",
@@ -61,8 +63,11 @@ EXTENSIONS = (
     "moe_num_shared", "moe_num_dense", "moe_router", "moe_renormalise", "moe_scaling", "moe_num_groups",
     "moe_groups_per_token", "family", "published",
 )  # fmt: skip
-# In names of keys that would change what a block computes.
-PARTS = re.compile("rout|expert|moe|attention|attn|rope|rotary|norm|window|bias|scal|(delete|split)_token")
+# In names of keys that would change what the network computes.
+PARTS = re.compile(
+    "rout|expert|moe|attention|attn|rope|rotary|norm|window|bias|scal|(delete|split)_token|causal|alibi|parallel|"
+    "residual|lora_rank|soft_?cap|topk|scor(e|ing)|group|layer|position|pos_emb|vision|image|audio|video|^mm_|conditioning"
+)
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
@@ -191,13 +196,13 @@ class LLaDAConfig(PreTrainedConfig):
         self._settle_rope_theta()
         self._refuse_unbuilt(kwargs)
         super().__post_init__(**kwargs)
+        self._refuse_impossible_sizes()
         if self.head_dim is None:  # only now: the base class has set what came under transformers' names
             self.head_dim = self.d_model // self.n_heads
         if self.family != "llada":
             self.model_type = self.family  # by which transformers finds the weights' names
         unread = sorted(name for name in kwargs if name in vars(self) and name not in (*IGNORED, *UNBUILT))
-        if self.family != "llada":
-            self._refuse_unknown_parts(unread)
+        self._refuse_unknown_parts(unread)
         if unread:
             warnings.warn(f"config.json: nothing here reads {', '.join(unread)}", stacklevel=4)
         self._refuse_what_is_not_here()
@@ -289,16 +294,37 @@ class LLaDAConfig(PreTrainedConfig):
         return rest
 
     def _refuse_unbuilt(self, given: dict[str, Any]) -> None:
-        if not given.get("use_sliding_window", True):
-            given = {**given, "sliding_window": None}  # the other key switches it off
+        given = without_what_is_off(given)
         for name, harmless in UNBUILT.items():
             if (value := given.get(name)) not in harmless:
                 raise ValueError(f"{name} {value!r} asks for what is not built here")
 
     def _refuse_unknown_parts(self, unread: list[str]) -> None:
         for name in unread:  # a later model of the family under the same class name, such as LLaDA2.2
-            if (value := getattr(self, name)) not in (None, False, 0, "", [], {}) and PARTS.search(name):
+            value = getattr(self, name)  # a dictionary of its own is the config of a further network
+            if value not in (None, False, 0, "", [], {}) and (PARTS.search(name) or isinstance(value, dict)):
                 raise ValueError(f"{name} {value!r} asks for what is not built here ({self.family})")
+
+    def _refuse_impossible_sizes(self) -> None:
+        sizes = ("n_layers", "d_model", "n_heads", "n_kv_heads", "mlp_hidden_size", "vocab_size", "head_dim")
+        for name in sizes:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} {value} must be at least 1")
+        if not self.moe_num_experts:
+            return
+        if not self.moe_hidden_size:
+            raise ValueError("moe_num_experts needs moe_hidden_size")
+        if self.moe_num_experts % self.moe_num_groups:
+            raise ValueError(
+                f"moe_num_experts {self.moe_num_experts} must be a multiple of {self.moe_num_groups} groups"
+            )
+        for name, least, most in (
+            ("moe_experts_per_token", 1, self.moe_num_experts),
+            ("moe_groups_per_token", 1, self.moe_num_groups),
+            ("moe_num_dense", 0, self.n_layers),
+        ):
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name} {getattr(self, name)} must be between {least} and {most}")
 
     def _refuse_what_is_not_here(self) -> None:
         for name, supported in SUPPORTED.items():
@@ -308,17 +334,17 @@ class LLaDAConfig(PreTrainedConfig):
             raise ValueError("bias_for_layer_norm True is not supported; RMS norms here have no bias")
         if (rope_type := self.rope_parameters["rope_type"]) not in ROPE_TYPES:
             raise ValueError(f"rope_parameters: rope_type {rope_type!r} is not one of {ROPE_TYPES}")
+        more = sorted(self.rope_parameters.keys() - {"rope_type", "rope_theta", "partial_rotary_factor"})
+        if rope_type == "default" and more:  # a factor without a type, or a type for each kind of layer
+            raise ValueError(f"rope_parameters, rope_scaling: {', '.join(more)}: not of rope_type 'default'")
         if not self.rope:
             raise ValueError("rope False is not supported: without rope or yarn the model knows no order")
         rotated = self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0)
-        if (self.head_dim == self.d_model // self.n_heads and self.d_model % self.n_heads) or rotated % 2:
+        is_derived = self.head_dim == self.d_model // self.n_heads
+        if (is_derived and self.d_model % self.n_heads) or self.head_dim % 2:
             raise ValueError(f"d_model {self.d_model} must be n_heads {self.n_heads} times an even number")
-        if self.moe_num_experts and not (self.moe_hidden_size and self.moe_experts_per_token):
-            raise ValueError("moe_num_experts needs moe_hidden_size and moe_experts_per_token")
-        if self.moe_num_experts % self.moe_num_groups:
-            raise ValueError(
-                f"moe_num_experts {self.moe_num_experts} must be a multiple of {self.moe_num_groups} groups"
-            )
+        if rotated % 2:
+            raise ValueError(f"partial_rotary_factor: {rotated} of head_dim {self.head_dim} is not even")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
         if self.embedding_size < self.vocab_size:

@@ -120,16 +120,17 @@ class Family:
 
     def to_ours(self, published: Mapping[str, Any]) -> dict[str, Any]:
         """Fields of `LLaDAConfig` from a published config.json; ValueError for a path that is not built."""
-        values = dict(published)
-        if not values.get("use_sliding_window", True):
-            values["sliding_window"] = None  # the other key switches it off
-        for key, built in (COMMON_OFF | self.off).items():
+        values = without_what_is_off(published)
+        own = {key: (value,) for key, value in self.fixed.items()}
+        for key, built in (COMMON_OFF | self.off | own).items():
             if key in values and values[key] not in built:
                 raise ValueError(f"{key} {values[key]!r} asks for what is not built here ({self.name})")
         ours = {"family": self.name, "activation_type": "silu", **self.defaults}
         for key, value in published.items():
             if key not in (*QUIET, *self.off, *COMMON_OFF):
                 ours[self.fields.get(key, key)] = value
+        if self.experts and not ours.get("moe_num_experts"):
+            raise ValueError(f"num_experts {published.get('num_experts')}: a {self.name} model has experts")
         rest = {key: value for key, value in published.items() if key not in WRITTEN_ANEW}
         ours |= {"embedding_size": None, "init_fn": "normal", "published": rest, **self.fixed}
         if layers := published.get("moe_layer_freq"):
@@ -203,7 +204,8 @@ FAMILIES = {
         Family("illada", "ILLaDAForCausalLM", ("illada",), LLAMA_FIELDS | {"resid_pdrop": "residual_dropout"},
                off={"layer_norm_eps": (None,)}),
         # Logits at a row belong to the next token.
-        Family("dream", "DreamModel", ("Dream",), fixed={"include_qkv_bias": True, "logit_shift": True}),
+        Family("dream", "DreamModel", ("Dream",), fixed={"include_qkv_bias": True, "logit_shift": True},
+               off={"qkv_bias": _ON}),
         # The first files named no block; the published programs take 4.
         Family("sdar", "SDARForCausalLM", ("sdar",), LLAMA_FIELDS | {"block_size": "attention_block_size"},
                fixed=_BLOCKS, defaults={"attention_block_size": 4}),
@@ -248,7 +250,20 @@ def to_fields(config: dict[str, Any]) -> dict[str, Any]:
             f"model_type {kind!r} is not a LLaDA model; scripts/convert_ar.py makes one from an "
             f"autoregressive checkpoint; known: llada, {', '.join(FAMILIES)}"
         )
+    if architectures and "LLaDAModelLM" not in architectures:
+        known = ", ".join(["LLaDAModelLM", *(row.architecture for row in FAMILIES.values())])
+        raise ValueError(f"architectures {architectures} is not a LLaDA model; known: {known}")
     return config
+
+
+def without_what_is_off(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json's keys, with None for what another key, or the value itself, switches off."""
+    values = dict(given)
+    if not values.get("use_sliding_window", True):
+        values["sliding_window"] = None
+    if set(values.get("layer_types") or ()) == {"full_attention"}:  # as files of newer versions spell it out
+        values["layer_types"] = None
+    return values
 
 
 def register_weight_names() -> None:

@@ -5,7 +5,7 @@ the stage's script. A stage may run several times, as NAME:VARIANT. A section wi
 gets the checkpoint of the last of pretraining and SFT before it; `{output_dir}` in a value stands for the
 top-level `output_dir`. A finished stage is not run twice, a failed one stops the line. A section `heldout`,
 or heldout:NAME, holds flags of generate.py for held-out prompts, and `after`, the stages whose checkpoints
-answer them.
+answer them; with a `cache` their speed is shown beside that of the checkpoint before.
 
 Run:
     python scripts/train_pipeline.py --config configs/quickstart.yaml --stage all
@@ -178,6 +178,7 @@ class Pipeline:
         output = self.output_dir / "heldout" / f"{stage}.jsonl"
         flags = {name: self.fill(value) for name, value in self.heldout[stage].items()}
         flags |= {"model_name_or_path": self.flags(stage)["output_dir"], "output_path": str(output)}
+        flags["report_path"] = str(output.with_suffix(".json"))
         return [sys.executable, str(ROOT / STAGES["inference"].script), *as_arguments(flags)], output
 
 
@@ -304,6 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     pipeline = Pipeline(arguments)
     rows: list[tuple[str, ...]] = []
     accuracy: dict[str, dict[str, float]] = {}  # checkpoint -> task -> share solved
+    rates: dict[str, str] = {}  # checkpoint -> tokens of answers a second
     for stage in pipeline.selected():
         command = pipeline.command(stage)
         heldout = pipeline.heldout.get(stage)
@@ -321,13 +323,18 @@ def main(argv: list[str] | None = None) -> None:
             completions.parent.mkdir(parents=True, exist_ok=True)
             seconds = run_once(f"heldout_{stage}", command, logs)
             solved = accuracy_by_task(completions, Path(pipeline.fill(heldout["prompts_file"])))
-            before = accuracy.get(flags.get("model_name_or_path"), {})
+            start = flags.get("model_name_or_path")
+            before = accuracy.get(start, {})
             accuracy[flags["output_dir"]] = solved
             for task, value in solved.items():
                 shown = f"{before[task]:.1%}" if task in before else ""
                 rows.append(
                     (stage, f"held-out {task}", shown, f"{value:.1%}", f"{seconds:.0f}", str(completions))
                 )
+            report = completions.with_suffix(".json")
+            rate = rates[flags["output_dir"]] = f"{read_object(report)['tokens_per_second']:.0f}"
+            if "cache" in heldout:
+                rows.append((stage, "tokens/s", rates.get(start, ""), rate, f"{seconds:.0f}", str(report)))
     if not arguments.dry_run:
         finish(pipeline, rows)
 

@@ -45,6 +45,13 @@ def drop_mask_token(folder):
         ("partial_rotary_factor", 0.5), ("layer_types", ["sliding_attention"]), ("logits_scaling", 8.0),
         ("final_logit_softcapping", 30.0), ("quantization_config", {"bits": 4}), ("norm_softmax", True),
         ("use_mrope", True), ("scale_logits", True), ("alibi", True), ("block_type", "sequential"),
+        ("moe_num_shared_experts", 2), ("q_lora_rank", 512), ("is_causal", True), ("is_decoder", True),
+        ("is_encoder_decoder", True), ("position_embedding_type", "absolute"), ("rotary_pct", 0.25),
+        ("no_rope_layers", [1, 0]), ("use_parallel_residual", True), ("mm_vision_tower", "clip"),
+        ("text_config", {"hidden_size": 8}), ("lm_head_bias", True), ("logit_scale", 0.1),
+        ("rope_scaling", {"factor": 2.0}), ("rope_parameters", {"full_attention": {"rope_type": "default"}}),
+        ("architectures", ["LLaDAVisionModel"]), ("n_layers", 0), ("n_heads", -2), ("rope_theta", "1e6"),
+        ("model_type", "remove"),
     ],
 )  # fmt: skip
 def test_keys_that_ask_for_what_is_not_built_are_refused_by_name(folder, key, value):

@@ -183,6 +183,13 @@ def test_the_table_says_what_each_family_does():
         ("llada2_moe", {"score_function": "softmax"}), ("llada2_moe", {"use_qkv_bias": True}),
         ("llada2_moe", {"use_qk_norm": False}), ("llada2_moe", {"norm_head": True}),
         ("llada2_moe", {"block_routing_max_experts": 48}), ("llada2_moe", {"delete_token_id": 39}),
+        ("llada2_moe", {"layer_group_size": 4}), ("llada2_moe", {"kv_lora_rank": 16}),
+        ("llada2_moe", {"partial_rotary_factor": 0.3}), ("llada_moe", {"num_shared_experts": 1}),
+        ("llada_moe", {"num_experts": 0}), ("sdar_moe", {"scoring_func": "sigmoid"}),
+        ("sdar", {"rope_scaling": {"factor": 2.0}}),
+        ("sdar", {"attention_pattern": "full"}), ("dream", {"logit_shift": False}),
+        ("dream", {"qkv_bias": False}), ("dream", {"vision_config": {"hidden_size": 8}}),
+        ("dream", {"is_causal": True}), ("dream", {"layer_types": ["sliding_attention"]}),
     ],
 )  # fmt: skip
 def test_a_path_that_is_not_built_is_refused_in_one_line(family, change, folders, tmp_path):

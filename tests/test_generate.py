@@ -118,8 +118,12 @@ def test_a_killed_run_goes_on_where_it_stopped(run, prompts, tmp_path, monkeypat
             yield item, *rest
 
     monkeypatch.setattr(script, "answer_batches", notes)
-    assert run(*common, output="killed.jsonl") == whole
+    report = tmp_path / "report.json"
+    assert run(*common, "--report_path", str(report), output="killed.jsonl") == whole
     assert sorted(answered) == [0, 1, 2, 3, 4]
+    speed = json.loads(report.read_text())
+    assert 0 < speed["tokens"] <= 2 * 8  # of the two prompts that were left
+    assert speed["tokens_per_second"] == pytest.approx(speed["tokens"] / speed["seconds"])
 
 
 def test_a_corrupt_line_stops_the_run_and_keeps_what_was_finished(run, prompts, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The pipeline: exact commands, checkpoints handed on, nothing run twice, a failure shown."""
 
+import argparse
 import json
 import os
 import shlex
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,6 +98,35 @@ def test_a_stages_checkpoint_answers_the_prompts_of_its_held_out_section(tmp_pat
     assert flags_of(after_sft)["--model_name_or_path"] == "a"
     assert flags_of(after_dpo)["--prompts_file"] == "few" and flags_of(after_dpo)["--steps"] == "4"
     assert flags_of(after_dpo)["--model_name_or_path"] == "b" and "--after" not in after_dpo
+
+
+def test_a_cache_is_shown_with_its_speed_beside_that_of_the_checkpoint_before(tmp_path, capsys, monkeypatch):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"id": 0, "task": "sums", "answer": "4"}\n')
+    config, speeds = tmp_path / "config.yaml", iter([100.0, 250.0])
+    config.write_text(
+        f"output_dir: {tmp_path}\nsft: {{model_name_or_path: base, output_dir: {tmp_path}/a}}\n"
+        f"'sft:blocks': {{model_name_or_path: {tmp_path}/a, output_dir: {tmp_path}/b}}\n"
+        f"heldout: {{after: [sft], prompts_file: {prompts}}}\n"
+        f"'heldout:blocks': {{after: ['sft:blocks'], prompts_file: {prompts}, cache: blocks}}\n"
+    )
+
+    def answers(name, command, *_):
+        if name.startswith("heldout"):
+            flags = flags_of(command)
+            Path(flags["--output_path"]).write_text('{"id": 0, "completion": "4"}\n')
+            Path(flags["--report_path"]).write_text(json.dumps({"tokens_per_second": next(speeds)}))
+        return 1.0
+
+    monkeypatch.setattr(pipeline, "run_once", answers)
+    monkeypatch.setattr(pipeline, "puzzle_solved", lambda answer, record: answer == record["answer"])
+    monkeypatch.setattr(pipeline.subprocess, "run", lambda _: argparse.Namespace(returncode=0))
+    pipeline.main(["--config", str(config)])
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[:4] for row in table if "tokens/s" in row] == [["sft:blocks", "tokens/s", "100", "250"]]
+    assert [row[:5] for row in table if "sums" in row][1] == [
+        "sft:blocks", "held-out", "sums", "100.0%", "100.0%",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -138,9 +139,9 @@ def load_config(path: str, *, mask_token_id: int | None = None) -> LLaDAConfig:
     if not isinstance(settings, dict):
         raise ValueError(f"{where}: config.json holds {type(settings).__name__}, not names with values")
     try:
-        config = LLaDAConfig.from_dict(settings, name_or_path=path)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{where}: config.json: {error}") from error
+        config = LLaDAConfig.from_dict({"model_type": None, **settings}, name_or_path=path)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ValueError(f"{where}: config.json: {' '.join(str(error).split())}") from error
     if mask_token_id is not None and config.mask_token_id not in (None, mask_token_id):
         raise ValueError(f"--mask_token_id {mask_token_id}: {path} has {config.mask_token_id} in config.json")
     if None in (config.mask_token_id, config.eos_token_id, config.pad_token_id):
