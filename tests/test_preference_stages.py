@@ -16,7 +16,7 @@ from conftest import ROOT, load_script
 from llada.policies.kto_reference import mask_sizes
 from llada.policies.pairs import PairBounds
 from llada.training.metrics import read_metrics
-from processes import run_ranks
+from processes import finish, kill_after, run_ranks, start
 
 DPO, KTO, BREF = "rlhf/train_dpo.py", "rlhf/train_elbo_kto.py", "rlhf/precompute_bref.py"
 SAMPLES = ROOT / "data/samples"
@@ -237,6 +237,18 @@ def test_kto_by_blocks_on_two_ranks_equals_one_process(model_dir, bref_by_blocks
     run_ranks(2, KTO, two, tmp_path)
     assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-5)
     assert_same_weights(weights(tmp_path / "one"), weights(tmp_path / "two"), rtol=1e-4, atol=1e-5)
+
+
+def test_kto_by_blocks_killed_and_resumed_equals_uninterrupted(model_dir, bref_by_blocks, tmp_path):
+    more = [*BLOCKS, "--max_steps", 8, "--save_interval", 2, "--z0_mode", "ema"]
+    whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
+    run(KTO, *kto_flags(model_dir, bref_by_blocks, whole, *more))
+    flags = kto_flags(model_dir, bref_by_blocks, killed, *more)
+    kill_after(start(KTO, flags, log), killed, 4)
+    assert (killed / "latest").exists()
+    finish(start(KTO, flags, log), log)
+    assert curve(killed) == curve(whole) and len(curve(whole)) == 8
+    assert_same_weights(weights(whole), weights(killed), rtol=0, atol=0)
 
 
 def test_reference_values_of_another_objective_are_refused(model_dir, bref, bref_by_blocks, tmp_path):
