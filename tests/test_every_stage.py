@@ -214,6 +214,7 @@ def compare(folder: Path, expected: Path, *, tolerance: float) -> None:
         losses = [{k: v for k, v in entry.items() if k.endswith("loss")} for entry in (ours, theirs)]
         assert losses[0] == pytest.approx(losses[1], rel=tolerance, abs=tolerance)
     ours, theirs = weights(folder), weights(expected)
+    assert ours.keys() == theirs.keys()
     for key in theirs:
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-5)
 

@@ -1,6 +1,7 @@
 """Every published family through the stages, at tiny size, and out again in its own layout."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -14,7 +15,13 @@ from processes import finish, kill_after, run_ranks, start
 from test_every_stage import results, weights
 from test_families import PUBLISHED, SIZES
 
-SFT = "sft_training/train_sft.py"
+SFT, PRETRAIN = "sft_training/train_sft.py", "pretraining/pretrain.py"
+
+
+def some(*families):
+    """All families; those that are not named only with `-m families`, where every cell is run."""
+    marks = {False: [pytest.mark.families], True: []}
+    return [pytest.param(family, marks=marks[family in families]) for family in PUBLISHED]
 
 
 @pytest.fixture(scope="session")
@@ -53,11 +60,10 @@ def test_adapters_preferences_rewards_and_answers(family, checkpoints, tmp_path,
     monkeypatch.chdir(ROOT)
     before = load_file(checkpoints / family / "model.safetensors")
     layers = ["all-linear", *(["experts"] if "moe" in family else [])]
-    by_blocks = "sdar" in family or "llada2" in family
-    if by_blocks:
+    objective = objective_of(family)
+    if objective:
         with pytest.raises(ValueError, match=r"attends by blocks.*; give --objective block_diffusion"):
             run(SFT, *sft_flags(checkpoints / family, tmp_path / "other", "--max_steps", 1))
-    objective = ["--objective", "block_diffusion"] if by_blocks else []
     lora = ["--max_steps", 1, "--lora_r", 2, "--learning_rate", 0.1, "--lora_target_modules", *layers]
     run(SFT, *sft_flags(checkpoints / family, tmp_path / "sft", *lora, *objective))
     first = json.loads((tmp_path / "sft/metrics.jsonl").read_text().splitlines()[0])
@@ -70,15 +76,8 @@ def test_adapters_preferences_rewards_and_answers(family, checkpoints, tmp_path,
     assert any(not torch.equal(merged[name], before[name]) for name in merged if "mlp" in name)
 
     small = ["--max_steps", 1, "--batch_size", 2, "--micro_batch_size", 2, *objective]
-    dpo = [
-        *debug("train_dpo", tmp_path / "merged"),
-        *small,
-        "--num_masks",
-        1,
-        "--output_dir",
-        tmp_path / "dpo",
-    ]
-    run("rlhf/train_dpo.py", *dpo)
+    dpo = [*debug("train_dpo", tmp_path / "merged"), *small, "--num_masks", 1]
+    run("rlhf/train_dpo.py", *dpo, "--output_dir", tmp_path / "dpo")
     start_loss = json.loads((tmp_path / "dpo/metrics.jsonl").read_text().splitlines()[0])["eval_loss"]
     assert start_loss == pytest.approx(0.6931, abs=1e-4)  # log 2: policy and reference are the same
     grpo = [*debug("train_grpo", tmp_path / "merged"), *small, "--num_generations", 2]
@@ -92,7 +91,7 @@ def test_adapters_preferences_rewards_and_answers(family, checkpoints, tmp_path,
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 4
 
 
-@pytest.mark.parametrize("family", ["dream", "llada2_moe"])
+@pytest.mark.parametrize("family", some("dream", "llada2_moe"))
 def test_multiple_choice_and_free_answers_are_scored(family, checkpoints, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     model = f"model_path={checkpoints / family},gen_length=8,block_length=8"
@@ -102,23 +101,52 @@ def test_multiple_choice_and_free_answers_are_scored(family, checkpoints, tmp_pa
     assert set(json.loads(file.read_text())["results"]) >= {"gsm8k_local", "mmlu_local"}
 
 
-def test_experts_killed_and_resumed_equal_uninterrupted(checkpoints, tmp_path):
-    more = ["--max_steps", 8, "--save_interval", 2, "--objective", "block_diffusion"]
+def objective_of(family):
+    return ["--objective", "block_diffusion"] if "sdar" in family or "llada2" in family else []
+
+
+def assert_resumed(script, flags, tmp_path):
+    """A run that was killed and continued ends as one that was not, bit by bit."""
     whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
-    run(SFT, *sft_flags(checkpoints / "llada2_moe", whole, *more))
-    flags = sft_flags(checkpoints / "llada2_moe", killed, *more)
-    kill_after(start(SFT, flags, log), killed, 4)
-    finish(start(SFT, flags, log), log)
+    more = ["--max_steps", 8, "--save_interval", 2, "--log_interval", 1]
+    run(script, *flags(whole), *more)
+    kill_after(start(script, [*flags(killed), *more], log), killed, 4)
+    finish(start(script, [*flags(killed), *more], log), log)
     assert results(killed) == results(whole)
     one, other = weights(whole), weights(killed)
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.parametrize("lora", ["full", pytest.param("lora", marks=pytest.mark.families)])
+@pytest.mark.parametrize("family", some("llada2_moe"))
+def test_sft_killed_and_resumed_equals_uninterrupted(family, lora, checkpoints, tmp_path):
+    more = [*objective_of(family), *(["--lora_r", 2] if lora == "lora" else [])]
+    assert_resumed(SFT, lambda folder: sft_flags(checkpoints / family, folder, *more), tmp_path)
+
+
+@pytest.mark.parametrize("family", some("sdar_moe"))
+def test_pretraining_from_scratch_and_on(family, checkpoints, tmp_path):
+    data = ["--train_data_path", ROOT / "data/samples/pretrain.jsonl", "--max_length", 64, "--batch_size", 4]
+    data += objective_of(family)
+    new = ["--config_name", checkpoints / family / "config.json", "--tokenizer_name", checkpoints / family]
+    run(PRETRAIN, *data, *new, "--max_steps", 1, "--output_dir", tmp_path / "new")
+    there = load_file(checkpoints / family / "model.safetensors")
+    made = weights(tmp_path / "new")
+    assert {name: value.dim() for name, value in made.items()} == {n: v.dim() for n, v in there.items()}
+    config = json.loads((tmp_path / "new/final/config.json").read_text())
+    assert config["model_type"] == PUBLISHED[family]["config"]["model_type"]
+
+    def flags(folder):
+        return [*data, "--model_name_or_path", tmp_path / "new/final", "--output_dir", folder]
+
+    assert_resumed(PRETRAIN, flags, tmp_path)
+    assert any(not torch.equal(value, made[name]) for name, value in weights(tmp_path / "whole").items())
+
+
 @pytest.mark.parametrize("shard", ["none", "full"])
-@pytest.mark.parametrize("family", ["llada2_moe", "llada_moe"])
-def test_experts_on_two_ranks_equal_one_process(family, shard, checkpoints, tmp_path):
-    more = ["--max_steps", 3, "--adam_epsilon", 1e-2]
-    more += ["--objective", "block_diffusion"] if family == "llada2_moe" else []
+@pytest.mark.parametrize("family", some("llada2_moe", "llada_moe"))
+def test_two_ranks_equal_one_process(family, shard, checkpoints, tmp_path):
+    more = ["--max_steps", 3, "--adam_epsilon", 1e-2, *objective_of(family)]
     run(SFT, *sft_flags(checkpoints / family, tmp_path / "one", *more))
     two = sft_flags(checkpoints / family, tmp_path / "two", *more, "--micro_batch_size", 1, "--shard", shard)
     run_ranks(2, SFT, two, tmp_path)
@@ -133,9 +161,9 @@ def test_experts_on_two_ranks_equal_one_process(family, shard, checkpoints, tmp_
 
 @pytest.mark.parametrize(
     ("family", "experts"),  # parameters: layers x experts x 3 matrices x width x width of an expert
-    [("llada2_moe", 19 * 256 * 3 * 2048 * 512), ("sdar_moe", 48 * 128 * 3 * 2048 * 768)],
+    [("llada2_moe", 19 * 256 * 3 * 2048 * 512), ("sdar_moe", 48 * 128 * 3 * 2048 * 768), ("sdar", 0)],
 )
-def test_a_dry_run_at_the_published_size_names_the_experts_memory(
+def test_a_dry_run_at_the_published_size_names_memory_by_kind(
     family, experts, checkpoints, tmp_path, monkeypatch, capsys
 ):
     config = json.loads((checkpoints / family / "config.json").read_text())
@@ -146,17 +174,14 @@ def test_a_dry_run_at_the_published_size_names_the_experts_memory(
     (tmp_path / "pytorch_model.bin").touch()  # weights that a dry run does not look into
     for ranks in (8, 64):
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
-        flags = [
-            "--objective",
-            "block_diffusion",
-            "--dry_run",
-            "--shard",
-            "full",
-            "--dtype",
-            "bfloat16",
-            "--batch_size",
-            ranks,
-        ]
-        run(SFT, *sft_flags(tmp_path, tmp_path / "run", *flags, "--gpu_memory_gb", 141))
+        flags = ["--dry_run", "--shard", "full", "--dtype", "bfloat16", "--batch_size", ranks]
+        flags += [*objective_of(family), "--gpu_memory_gb", 141]
+        run(SFT, *sft_flags(tmp_path, tmp_path / "run", *flags))
         said = " ".join(capsys.readouterr().out.split())
-        assert f"experts {4 * experts / ranks / 1e9:.3f} GB" in said and "; fits into 141.0 GB" in said
+        total = int(re.search("parameters ([0-9,]+)", said)[1].replace(",", ""))
+        assert total == pytest.approx(SIZES[family][1], abs=5e6) and "; fits into 141.0 GB" in said
+        kinds = {"weights": 4 * (total - experts), "gradients": 4 * total, "AdamW": 8 * total}
+        for kind, size in (kinds | ({"experts": 4 * experts} if experts else {})).items():
+            shown = float(re.search(rf"{kind} ([0-9.]+) GB", said.partition(" at that rate ")[2])[1])
+            assert shown == pytest.approx(size / ranks / 1e9, abs=0.002)
+        assert ("experts" in said) == bool(experts)

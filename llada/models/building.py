@@ -14,6 +14,7 @@ from llada.models.checkpoints import RopeScaling, base_and_adapter, is_meta, loa
 from llada.models.flags import EXPERTS, LINEAR_LAYERS
 from llada.models.tokens import HOW_TO_ADD, SPECIAL_TOKENS, load_tokenizer, special_ids
 from modelling_final import LLaDAConfig, LLaDAModelLM
+from modelling_final.families_llada import to_fields
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -160,7 +161,9 @@ def new_config(config_name: str, tokenizer: PreTrainedTokenizerBase, *, max_leng
     """The configuration of a named size, shaped for this tokenizer.
 
     Args:
-        config_name: a size in configs/models (for example `1m`), or a YAML/JSON file of LLaDAConfig fields.
+        config_name: a size in configs/models (for example `1m`), or a YAML/JSON file of LLaDAConfig fields,
+            or the config.json of a published family, in whose layout the model is then saved. Vocabulary and
+            special ids are the tokenizer's.
         max_length: context in tokens, unless the size names its own `max_sequence_length`.
     """
     sizes = sorted(file.stem for file in (ROOT / "configs/models").glob("*.yaml"))
@@ -172,9 +175,12 @@ def new_config(config_name: str, tokenizer: PreTrainedTokenizerBase, *, max_leng
     if tokenizer.mask_token_id is None:
         how = HOW_TO_ADD.format(tokenizer.name_or_path)
         raise ValueError(f"--tokenizer_name: the tokenizer has no mask token; {how}")
-    shape = {"max_sequence_length": max_length, **read_yaml(file)}
+    own = ("vocab_size", "embedding_size")  # and ids: a published file's belong to another vocabulary
+    shape = {k: v for k, v in read_yaml(file).items() if k not in own and not k.endswith("_token_id")}
+    fields = {"max_sequence_length": max_length, **to_fields(shape)}
+    fields.pop("embedding_size", None)
     return LLaDAConfig(
-        **shape,
+        **fields,
         vocab_size=len(tokenizer),
         embedding_size=-(-len(tokenizer) // 64) * 64,  # rows in multiples of 64 keep matrix kernels fast
         mask_token_id=tokenizer.mask_token_id,

@@ -304,4 +304,9 @@ def full_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
     """
     if not isinstance(model, FSDPModule):
         return None
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    # Gathered, a tied head is a tensor of its own: it would be saved beside the embedding, under a name that
+    # a family's layout gives to something else.
+    for tied in getattr(model, "all_tied_weights_keys", ()):
+        state.pop(tied, None)
+    return state
