@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,14 +15,19 @@ from llada.flags.declaration import is_met, said_of
 NOTED_BY = ("agreed",)
 
 
-def watch(module: ModuleType, file: Path) -> None:
-    """Lets `module.parse` give configs that write to `file` which fields nobody has read so far."""
+@contextmanager
+def watch(module: ModuleType, file: Path) -> Iterator[None]:
+    """Meanwhile `module.parse` gives configs that write to `file` which fields nobody has read so far."""
     parse = module.parse
 
     def parse_and_watch(*arguments: Any, **options: Any) -> Any:
         return _watched(parse(*arguments, **options), file)
 
     module.parse = parse_and_watch
+    try:
+        yield
+    finally:
+        module.parse = parse  # modules are shared: the next run, say a dry one, would write to `file` too
 
 
 def _watched(config: Any, file: Path) -> Any:

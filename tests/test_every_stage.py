@@ -84,8 +84,8 @@ def made(workplace, monkeypatch):
             for before in stage.after:
                 make(before)
             script = load_script(stage.script)
-            flag_reads.watch(eval_args if name == "eval" else script, workplace / f"{name}.unread")
-            script.main(["--config", stage.debug_config, *size_of(name)])
+            with flag_reads.watch(eval_args if name == "eval" else script, workplace / f"{name}.unread"):
+                script.main(["--config", stage.debug_config, *size_of(name)])
         return stage.debug_output
 
     def make_alone(name: str) -> Path:
