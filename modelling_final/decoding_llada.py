@@ -157,6 +157,7 @@ class Decoding:
             if score is not None:
                 picks = pick_top(order_scores(score, logits, tokens, self.last_ids), valid, num_picks)
             self._write(block, step, columns, tokens, picks, logits)
+            del logits  # before the next forward has its own
             num_masked -= num_picks
             looks = num_masked == 0 or self.device.type == "cpu" or (step + 1) % CHECK_EVERY == 0
             if self.may_leave and looks:
@@ -171,6 +172,7 @@ class Decoding:
             scores = order_scores(PROBABILITIES[self.settings.remasking], logits, tokens, self.last_ids)
             picks = self._parallel_picks(block, logits, columns, scores, valid)
             self._write(block, step, columns, tokens, picks, logits)
+            del logits  # before the next forward has its own
             counts = self._let_leave(block)
             if not counts:
                 return
@@ -191,6 +193,7 @@ class Decoding:
             is_sure = by_rows(confidence, logits, tokens) > self.settings.editing_threshold
             edits = ~masked & is_other & is_sure
             self._write(block, step, columns, tokens, picks | edits, logits)
+            del logits  # before the next forward has its own
             num_finished += ~masked.any(dim=1)
             names = block.names
             if not self._let_leave(block, edits.any(dim=1) & (num_finished < EDITING_STEPS)):
@@ -241,6 +244,7 @@ class Decoding:
                 waits = torch.where(picks, seen, block.waits.gather(1, columns))
                 block.waits.scatter_(1, columns, waits)
                 self._write(block, step, columns, tokens, picks, logits, remask)
+                del logits  # before the next forward has its own
             block.waits.masked_fill_(remask, torch.inf)
             span = self.canvas.tokens[block.rows, block.start : block.end]
             self.canvas.tokens[block.rows, block.start : block.end] = span.masked_fill(remask, self.mask_id)

@@ -44,7 +44,7 @@ def margin(logits: "Tensor", tokens: "Tensor") -> "Tensor":
 def entropy(logits: "Tensor", tokens: "Tensor") -> "Tensor":
     """The negative entropy, in nats: the position with the least is decided first."""
     log_p = logits.log_softmax(dim=-1)
-    return (log_p.exp() * log_p.masked_fill(log_p.isneginf(), 0.0)).sum(dim=-1)
+    return log_p.exp().mul_(log_p.masked_fill_(log_p.isneginf(), 0.0)).sum(dim=-1)
 
 
 ORDERS: dict[str, Order | None] = {

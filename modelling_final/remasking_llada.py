@@ -68,7 +68,10 @@ def penalise_repetition(logits: Tensor, present: Tensor, penalty: float) -> Tens
 def by_rows(function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, values: Tensor) -> Tensor:
     """[A, R] of a function of logits [A, R, E] and values [A, R], some rows at a time."""
     # a vocabulary of 126,464 in float64 takes 1 MB a row, for all rows several times the logits themselves
-    num_rows = max(1, CHUNK_ELEMENTS.get(logits.device.type, 2**24) // logits.shape[-1])
+    num_elements = CHUNK_ELEMENTS.get(logits.device.type, 2**24)
+    if logits.device.type == "cpu":  # a 16th of the logits, or 1 MB: with less, calls cost more than rows
+        num_elements = min(num_elements, max(logits.nbytes // 128, 2**17))
+    num_rows = max(1, num_elements // logits.shape[-1])
     if values.numel() <= num_rows:
         return function(logits, values)
     chunks = zip(logits.flatten(0, 1).split(num_rows), values.flatten().split(num_rows), strict=True)
@@ -97,10 +100,11 @@ def choose_tokens(
     # A draw inverts the cumulative distribution at one number: the distribution of the published Gumbel-max,
     # argmax(l / T + g), with one number for a position instead of E.
     def invert(logits: Tensor, uniforms: Tensor) -> Tensor:
-        scaled = logits.double() / temperature
+        scaled = logits.double().div_(temperature)
         if top_k or top_p < 1:
             scaled = keep_likeliest(scaled, top_k, top_p)
-        cumulative = scaled.softmax(dim=-1).cumsum(dim=-1)
+        # in place: one table of float64 instead of four
+        cumulative = torch.softmax(scaled, dim=-1, out=scaled).cumsum_(dim=-1)
         total = cumulative[..., -1:].contiguous()
         tokens = torch.searchsorted(cumulative, uniforms[..., None] * total, right=True)
         last = torch.searchsorted(cumulative, total)  # nothing beyond it has any probability

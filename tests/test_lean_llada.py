@@ -1,8 +1,11 @@
 """The sampler's lean forward is the model's to the bit, and is left where a module does more than compute."""
 
+from functools import partial
+
 import pytest
 import torch
 
+from bench_forward import peak_bytes
 from modelling_final import WindowCache, lean_llada, remasking_llada
 from modelling_final.lean_llada import LeanForward
 from modelling_final.orders_llada import ORDERS, confidence
@@ -88,3 +91,23 @@ def test_rows_at_a_time_give_the_same_bits(monkeypatch, last_ids):
         assert torch.equal(choose_tokens(logits, draws, temperature=0.7, mask_id=10), whole)
         for score, values in zip(functions, expected, strict=True):
             assert torch.equal(order_scores(score, logits, whole, last_ids), values)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"steps": 2},
+        {"steps": 2, "cache": "dual", "confidence_eos_eot_inf": True},
+        {"parallel_decoding": "threshold", "threshold": 8e-6},
+        {"parallel_decoding": "threshold", "threshold": 8e-6, "editing_threshold": 0.9},
+        {"steps": 4, "remdm": "cap", "remasking": "random"},
+    ],
+)
+def test_sampling_needs_little_beside_the_logits_of_one_forward(settings):
+    # 32 rows of the published vocabulary; a step's logits are gone before the next forward makes its own
+    model = make_model(d_model=8, n_layers=1, vocab_size=126_464, embedding_size=126_464)
+    lengths = {"gen_length": 32, "block_length": 32, "temperature": 1.0, "early_stop": False}
+    prompt = torch.ones(1, 4, dtype=torch.long)
+    run = partial(model.generate, prompt, **lengths, **settings)
+    run()
+    assert peak_bytes(run, "cpu") < 1.1 * 32 * 126_464 * 4
