@@ -358,6 +358,7 @@ EXCLUDED = [
     (SFT, "--full_padding_probability 0.5", "has no effect without --eos_padding"),
     (SFT, "--cpu_offload", "--cpu_offload True: has no effect without --shard"),
     (SFT, "--reduce_always", "--reduce_always True: has no effect without --shard"),
+    (SFT, "--reduce_dtype bfloat16", "--reduce_dtype 'bfloat16': has no effect without --shard"),
     (SFT, "--decay_ratio 0.5", "--decay_ratio 0.5: has no effect without --lr_scheduler_type wsd"),
     (
         SFT,

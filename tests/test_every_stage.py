@@ -38,6 +38,7 @@ CASES = [
     for name, variants in VARIANTS.items()
     for variant in variants
 ]
+VARIANTS["sft"]["reduced in bfloat16"] = ("--reduce_dtype", "bfloat16")  # for sharded ranks alone: no case
 # Debug configs that start from scratch do so at this size: what is tried here does not depend on it.
 TINY = "{d_model: 16, n_layers: 2, n_heads: 2, n_kv_heads: 2, mlp_hidden_size: 24, rope_theta: 1e4}"
 # Of metrics.jsonl; all others are results, but that a reward of 0 may have either sign.
@@ -231,6 +232,14 @@ def test_two_ranks_equal_one_process(name, variant, ranks_run):
 def test_sharding_rounds_no_more_than_bfloat16_does(name, variant, ranks_run):
     replicated = ranks_run(name, variant, 2, "none", "bfloat16")
     compare(ranks_run(name, variant, 2, "full", "bfloat16"), replicated, tolerance=1e-4)
+
+
+def test_gradients_are_reduced_in_the_precision_asked_for(ranks_run):
+    exact = results(ranks_run("sft", "", 2, "full", "float32"))
+    rounded = results(ranks_run("sft", "reduced in bfloat16", 2, "full", "float32"))
+    first, second = (next(entry for entry in run if "grad_norm" in entry) for run in (exact, rounded))
+    assert first["loss"] == second["loss"]
+    assert 0 < abs(first["grad_norm"] - second["grad_norm"]) < 1e-2 * first["grad_norm"]
 
 
 @pytest.mark.ranks4

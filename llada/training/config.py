@@ -133,6 +133,13 @@ class ScaleFlags:
         "for more communication.",
         needs="shard",
     )
+    reduce_dtype: str = flag(
+        "float32",
+        "Of sharded gradients while they are added up over micro-batches and ranks: bfloat16 takes half the "
+        "communication, and rounds.",
+        choices=["float32", "bfloat16"],
+        needs="shard",
+    )
     attn_implementation: str | None = flag(None, "transformers' attention kernel; default sdpa.")
 
 
@@ -256,6 +263,7 @@ class TrainConfig(OptimizerFlags, LoggingFlags, HubFlags):
     # What the loop asks for where a stage has no such flags.
     packing = use_lora = compile = cpu_offload = reduce_always = float8 = False
     shard = activation_checkpointing = "none"
+    reduce_dtype = "float32"
     objective = "masked_diffusion"
     num_workers = 0
     default_batch_size = 4

@@ -140,8 +140,10 @@ def memory(
     trainable, sharing = parameters.trainable, ranks.sharing
     accumulates = config.batch_size > config.micro_batch_size * ranks.world_size
     gradients = FLOAT32 * trainable / sharing
-    if (sharing == 1 and ranks.world_size > 1) or (sharing > 1 and accumulates and not config.reduce_always):
+    if sharing == 1 and ranks.world_size > 1:
         gradients += FLOAT32 * trainable
+    elif sharing > 1 and accumulates and not config.reduce_always:
+        gradients += (2 if config.reduce_dtype == "bfloat16" else FLOAT32) * trainable
     experts = parameters.expert_bytes / sharing
     state = {
         "weights": parameters.weight_bytes / sharing - experts,

@@ -186,7 +186,12 @@ class _Session:
         at("loaded the model")
         # The model itself is saved and validated; the wrapper only synchronises what is trained.
         wrapped = parallelize(
-            model, run, shard=config.shard, dtype=config.dtype, cpu_offload=config.cpu_offload
+            model,
+            run,
+            shard=config.shard,
+            dtype=config.dtype,
+            cpu_offload=config.cpu_offload,
+            reduce_dtype=config.reduce_dtype,
         )
         self._optimizer = make_optimizer(model, config)
         self._meta = config.agreed() | {"train_data_path": data}

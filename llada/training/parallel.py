@@ -140,7 +140,13 @@ def _take_values(tensors: Iterable[Tensor], run: Run) -> None:
 
 
 def parallelize(
-    model: torch.nn.Module, run: Run, *, shard: str, dtype: str, cpu_offload: bool = False
+    model: torch.nn.Module,
+    run: Run,
+    *,
+    shard: str,
+    dtype: str,
+    cpu_offload: bool = False,
+    reduce_dtype: str = "float32",
 ) -> torch.nn.Module:
     """The model, spread over the ranks; its products are to run under autocast in `dtype`.
 
@@ -151,8 +157,9 @@ def parallelize(
         model: as `spread` takes it; what this rank keeps of it goes to `run.device`.
         shard: "none" replicates; "full" shards weights, gradients and optimizer over all ranks; "hybrid"
             shards them within a node (LOCAL_WORLD_SIZE ranks) and replicates over nodes.
-        dtype: of the gathered matrices; the shards, and the reduction of gradients, stay float32.
+        dtype: of the gathered matrices; the shards stay float32.
         cpu_offload: keep the shards in CPU memory between uses.
+        reduce_dtype: in which gradients of the shards are added up, over micro-batches and ranks.
     """
     if shard == "none":
         spread(model, run)
@@ -173,7 +180,7 @@ def parallelize(
     def shard_module(module: nn.Module | list[nn.Module], dtype: torch.dtype | None, **more: bool) -> None:
         policy = MixedPrecisionPolicy(
             param_dtype=dtype,
-            reduce_dtype=torch.float32,
+            reduce_dtype=getattr(torch, reduce_dtype),
             cast_forward_inputs=False,  # it would round rotary tables, loss weights and coefficients
         )
         offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
