@@ -24,7 +24,16 @@ from llada.models.hub import check_hub, push
 from llada.models.saving import Origin, save_model
 from llada.models.tokens import SpecialIds, special_ids
 from llada.resumable import write_atomically
-from llada.run import STEP_SECONDS, Run, at, end_run, naming_ranks, start_run, sum_over_ranks
+from llada.run import (
+    STEP_SECONDS,
+    Run,
+    at,
+    end_run,
+    keep_freed_memory,
+    naming_ranks,
+    start_run,
+    sum_over_ranks,
+)
 from llada.training import checkpoint
 from llada.training.config import TrainConfig
 from llada.training.metrics import Metrics
@@ -183,6 +192,8 @@ class _Session:
         self._model, self._tokenizer, self._config, self._run = model, tokenizer, config, run
         self._folder, self._validate = Path(config.output_dir), validate
         self._watch, self._early_stop = parts["loss_watch"], parts["early_stop"]
+        if run.device.type == "cpu":
+            keep_freed_memory()
         at("loaded the model")
         # The model itself is saved and validated; the wrapper only synchronises what is trained.
         wrapped = parallelize(
