@@ -100,7 +100,7 @@ def choose_tokens(
     # A draw inverts the cumulative distribution at one number: the distribution of the published Gumbel-max,
     # argmax(l / T + g), with one number for a position instead of E.
     def invert(logits: Tensor, uniforms: Tensor) -> Tensor:
-        scaled = logits.double().div_(temperature)
+        scaled = logits.to(torch.float64, copy=True).div_(temperature)  # a copy of float64 logits too
         if top_k or top_p < 1:
             scaled = keep_likeliest(scaled, top_k, top_p)
         # in place: one table of float64 instead of four
