@@ -12,7 +12,7 @@ from transformers.masking_utils import and_masks, create_bidirectional_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache_llada import WindowCache
+from .cache_llada import CACHE, WindowCache
 from .configuration_llada import LLaDAConfig
 from .documents_llada import Documents, document_attention, same_document
 
@@ -196,7 +196,7 @@ def make_attention_mask(
             mask = _additive(mask, inputs_embeds.dtype)
     else:
         mask = create_bidirectional_mask(
-            config, inputs_embeds, attention_mask, past_key_values=cache, and_mask_function=sees
+            config, inputs_embeds, attention_mask, and_mask_function=sees, **{CACHE: cache}
         )
     if mask is not None and "flash" in kernel and num_rows != num_keys:
         raise ValueError(

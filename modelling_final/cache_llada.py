@@ -9,11 +9,16 @@ and dInfer make.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# What transformers calls a cache: past_key_values until 5.23, cache since, with a warning for the older name.
+CACHE = fields(BaseModelOutputWithPast)[1].name
 
 
 class WindowLayer(DynamicLayer):

@@ -83,7 +83,7 @@ class LLaDAConfig(PreTrainedConfig):
     """
 
     model_type = "llada"
-    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values", "cache"]  # by transformers' version
     attribute_map: ClassVar = LLAMA_FIELDS
     base_model_tp_plan: ClassVar = {
         "transformer.blocks.*.q_proj": "colwise",

@@ -25,7 +25,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_llada import LLaDAAttention, LLaDARotaryEmbedding, make_attention_mask, take_rows
 from .block_llada import LLaDALlamaBlock, LLaDARMSNorm
-from .cache_llada import WindowCache
+from .cache_llada import CACHE, WindowCache
 from .configuration_llada import LLaDAConfig
 from .documents_llada import check_borders, document_positions, left_neighbours
 from .families_llada import register_weight_names
@@ -193,9 +193,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
             )
         if query_positions is not None and not prunes:
             (hidden_states,) = take_rows(query_positions, hidden_states)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.transformer.ln_f(hidden_states), past_key_values=past_key_values
-        )
+        return BaseModelOutputWithPast(self.transformer.ln_f(hidden_states), past_key_values)
 
     def _check(self, input_ids: Tensor | None, cache: WindowCache | None, inputs: Inputs) -> None:
         if (input_ids is None) == (inputs.get("inputs_embeds") is None):
@@ -362,7 +360,7 @@ class LLaDAModelLM(LLaDAGenerationMixin, LLaDAPreTrainedModel):
                 **inputs,
             )
             if shifts:
-                hidden = self._shift(outputs.last_hidden_state, outputs.past_key_values, inputs)
+                hidden = self._shift(outputs.last_hidden_state, getattr(outputs, CACHE), inputs)
                 if query_positions is not None:
                     (hidden,) = take_rows(query_positions, hidden)
                 outputs.last_hidden_state = hidden

@@ -7,6 +7,7 @@ are cut off when the next text comes. Several chains go as a batch, each row wit
 which any causal model allows (a tree of chains would need a 4-D mask, which not every model takes).
 """
 
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -43,6 +44,9 @@ class Verifier:
                 "values of rejected tokens can be cut off"
             )
         self.model, self.processors, self.uses_cache = model.eval(), processors, uses_cache
+        # a model with code of its own may not know transformers' newer name
+        accepted = inspect.signature(model.forward).parameters
+        self._cache_name = "cache" if "cache" in accepted else "past_key_values"
         self.device = next(model.parameters()).device
         self.forwards = 0
         self.start()
@@ -87,8 +91,8 @@ class Verifier:
         limits = {"logits_to_keep": num_logits} if self.model._supports_logits_to_keep() else {}
         logits = self.model(
             input_ids=torch.tensor(rows, device=self.device),
-            past_key_values=self._cache,
             use_cache=self.uses_cache,
+            **{self._cache_name: self._cache},
             **limits,
         ).logits
         return logits[:, -num_logits:]
