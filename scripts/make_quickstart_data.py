@@ -1,17 +1,15 @@
 """Makes the quickstart's data: puzzles with verifiers, as text, as conversations, and as held-out prompts.
 
-Puzzles come from reasoning-gym: 4x4 sudoku, and the distance of each cell of a 4x4 matrix to its nearest 0;
-with --tasks chain_sum, sums of five digits whose thought is the running total.
+Puzzles come from reasoning-gym: 4x4 sudoku, and the distance of each cell of a 4x4 matrix to its nearest 0.
 
 Run:
     python scripts/make_quickstart_data.py --output_dir runs/quickstart/data
 
 Writes pretrain.jsonl and pretrain_validation.jsonl ({"text"}), sft.jsonl and sft_validation.jsonl
 ({"messages"}), and {"id", "task", "prompt", "answer", "metadata"} records: heldout.jsonl for generation and
-lm_eval, prompts.jsonl (training puzzles of the first task) for post-training.
+lm_eval, prompts.jsonl (sudokus of the training part) for post-training.
 """
 
-import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,18 +24,11 @@ class Config:
     """Flags of the data maker."""
 
     output_dir: str = flag(help="Folder for the files.", writes="new folder")
-    tasks: list[str] = flag(
-        ["mini_sudoku", "binary_matrix"],
-        help="Kinds of puzzles.",
-        choices=["mini_sudoku", "binary_matrix", "chain_sum"],
-    )
     num_train: int = flag(
         24000, help="Training puzzles of each task (fewer where the task has fewer).", at_least=1
     )
     num_heldout: int = flag(250, help="Held-out puzzles of each task.", at_least=1)
-    num_prompts: int = flag(
-        4000, help="Training puzzles of the first task that are also prompts.", at_least=1
-    )
+    num_prompts: int = flag(4000, help="Training sudokus that are also written as prompts.", at_least=1)
     seed: int = flag(7, help="Key of the puzzles.", at_least=0)
 
 
@@ -61,7 +52,7 @@ class Task:
     name: str
     options: dict[str, Any]
     question: Callable[[Puzzle], str]
-    thought: Callable[[Puzzle], str]
+    thought: str
     identity: Callable[[Puzzle], str]
 
 
@@ -69,37 +60,24 @@ def _grid(rows: list[list[int]]) -> str:
     return "\n".join(" ".join(map(str, row)) for row in rows)
 
 
-def _running_totals(puzzle: Puzzle) -> str:
-    first, *rest = puzzle["metadata"]["expression"].split()
-    steps = (int(sign + number) for sign, number in zip(rest[::2], rest[1::2], strict=True))
-    return " ".join(map(str, itertools.accumulate(steps, initial=int(first))))
-
-
-# A question about a grid and its answer always take the same number of tokens (an empty cell is a 0), so
-# that a small model finds the cell that belongs to an answer at a constant distance. The thought is the same
-# for all grids of a task: what such a model can only guess (a count) would be noise to a stage that
+# A question and its answer always take the same number of tokens (an empty cell is a 0), so that a
+# small model finds the cell that belongs to an answer at a constant distance. The thought is the same
+# for all puzzles of a task: what such a model can only guess (a count) would be noise to a stage that
 # learns from its samples.
 TASKS = [
     Task(
         "mini_sudoku",
         {"min_empty": 4, "max_empty": 8},
         lambda puzzle: "Sudoku:\n" + _grid(puzzle["metadata"]["puzzle"]),
-        lambda _: "rows, columns, boxes",
+        "rows, columns, boxes",
         lambda puzzle: puzzle["answer"],
     ),
     Task(
         "binary_matrix",
         {"min_n": 4, "max_n": 4},
         lambda puzzle: "Distances:\n" + _grid(puzzle["metadata"]["matrix"]),
-        lambda _: "steps to the nearest 0",
+        "steps to the nearest 0",
         lambda puzzle: _grid(puzzle["metadata"]["matrix"]),
-    ),
-    Task(
-        "chain_sum",
-        {"min_terms": 5, "max_terms": 5, "min_digits": 1, "max_digits": 1},
-        lambda puzzle: "Sum:\n" + puzzle["metadata"]["expression"],
-        _running_totals,
-        lambda puzzle: puzzle["metadata"]["expression"],
     ),
 ]
 
@@ -123,12 +101,12 @@ def puzzles(task: Task, *, heldout: bool, count: int, seed: int) -> Iterator[Puz
 
 def as_text(task: Task, puzzle: Puzzle) -> dict[str, str]:
     """A pretraining record."""
-    return {"text": f"{task.question(puzzle)}\n{task.thought(puzzle)}\n{puzzle['answer'].strip()}"}
+    return {"text": f"{task.question(puzzle)}\n{task.thought}\n{puzzle['answer'].strip()}"}
 
 
 def as_conversation(task: Task, puzzle: Puzzle) -> dict[str, list[dict[str, str]]]:
     """An SFT record: question, short thought, answer."""
-    answer = f"<think>{task.thought(puzzle)}</think>\n{puzzle['answer'].strip()}"
+    answer = f"<think>{task.thought}</think>\n{puzzle['answer'].strip()}"
     turns = [("user", task.question(puzzle)), ("assistant", answer)]
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
@@ -149,8 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(Config, argv, description=__doc__)
     names = ("pretrain", "pretrain_validation", "sft", "sft_validation", "heldout", "prompts")
     files: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    by_name = {task.name: task for task in TASKS}
-    for task in (by_name[name] for name in dict.fromkeys(config.tasks)):
+    for task in TASKS:
         train = list(puzzles(task, heldout=False, count=config.num_train, seed=config.seed))
         heldout = list(puzzles(task, heldout=True, count=config.num_heldout, seed=config.seed + 1))
         files["pretrain"] += [as_text(task, puzzle) for puzzle in train]
@@ -158,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
         files["sft"] += [as_conversation(task, puzzle) for puzzle in train]
         files["sft_validation"] += [as_conversation(task, puzzle) for puzzle in heldout]
         files["heldout"] += [as_prompt(task, puzzle, i) for i, puzzle in enumerate(heldout)]
-        if not files["prompts"]:
+        if task.name == "mini_sudoku":
             chosen = train[-config.num_prompts :]
             files["prompts"] = [as_prompt(task, puzzle, i) for i, puzzle in enumerate(chosen)]
         print(f"{task.name}: {len(train)} training and {len(heldout)} held-out puzzles", flush=True)
