@@ -291,12 +291,8 @@ class Decoding:
         )
         if num_branches == 2:
             tokens[len(block.names) :, : self.canvas.num_prompt] = self.mask_id
-        first = 0
+        first, last = block.window or (0, None)
         if block.window is not None:
-            first, last = block.window
-            if positions is None:
-                positions = torch.arange(block.visible, device=self.device)[None]
-            tokens, positions = tokens[:, first:last], positions[:, first:last]
             if block.cache.get_seq_length() > first:  # else the first forward of the block, which appends
                 block.cache.window = block.window
         elif self.settings.cache != "none":
@@ -306,9 +302,10 @@ class Decoding:
             else:
                 first, last = block.start, block.end if self.settings.cache == "dual" else block.visible
                 block.cache.window = (first, last)
-                if positions is None:
-                    positions = torch.arange(block.visible, device=self.device)[None]
-                tokens, positions = tokens[:, first:last], positions[:, first:last]
+        if last is not None:
+            if positions is None:
+                positions = torch.arange(block.visible, device=self.device)[None]
+            tokens, positions = tokens[:, first:last], positions[:, first:last]
         inputs = {
             "input_ids": tokens,
             "attention_mask": keep,
