@@ -20,3 +20,26 @@ def test_answers_are_thought_through_and_right_and_prompts_are_sudokus(tmp_path)
         answer = answers[record["prompt"]]
         assert puzzle_solved(answer, record) == 1
         assert answer == f"<think>rows, columns, boxes</think>\n{record['answer'].strip()}"
+
+
+def test_worked_distances_are_thought_in_grids_that_come_closer(tmp_path):
+    sizes = ["--num_train", "30", "--num_heldout", "5", "--num_prompts", "30"]
+    out = tmp_path / "data"
+    load_script("scripts/make_quickstart_data.py").main(
+        ["--tasks", "worked_matrix", *sizes, "--output_dir", str(out)]
+    )
+    sft, prompts = (
+        [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("sft", "prompts")
+    )
+    farthest = 0
+    for conversation, record in zip(sft, prompts, strict=True):
+        question, answer = (turn["content"] for turn in conversation["messages"])
+        assert question == record["prompt"] and puzzle_solved(answer, record) == 1
+        thought, last = answer.removeprefix("<think>").split("</think>\n")
+        one, two = thought.split("\n\n")
+        distances = [int(cell) for cell in last.split()]
+        assert [int(cell) for cell in one.split()] == [min(cell, 2) for cell in distances]
+        assert [int(cell) for cell in two.split()] == [min(cell, 3) for cell in distances]
+        farthest = max(farthest, *distances)
+    assert farthest > 3

@@ -6,6 +6,7 @@ token in float64, with autograd through the whole loss where production walks th
 
 import copy
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -364,14 +365,14 @@ def test_every_arm_of_the_benchmark_has_flags_that_hold_and_a_cost(monkeypatch, 
     more = {"model_name_or_path": tmp_path / "model", "output_dir": tmp_path / "out", "max_steps": 1,
             "train_data_path": tmp_path / "prompts.jsonl"}  # fmt: skip
     costs = {}
-    for block in sections["blocks"]:
+    for task, block in itertools.product(sections["tasks"], sections["blocks"]):
         for arm in sections["arms"]:
             if block not in sections["arms"][arm].get("blocks", sections["blocks"]):
                 continue
-            flags = bench.flags_of(sections, block, arm)
+            flags = bench.flags_of(sections, task, block, arm)
             config = parse(load_script("rlhf/train_grpo.py").Config, arguments(flags | more))
             assert not config.use_lora and config.batch_size == 128 and config.max_grad_norm == 1.0
-            costs[block, arm] = bench.cost(flags)
+            costs.setdefault((block, arm), bench.cost(flags))  # of sudoku, the first
     # sampled in 16 steps; 4 masks forward and backward, or 16 steps, or one mask
     assert costs["random", "elbo"] == 16 + 3 * 4 and costs["random", "trajectory"] == 16 + 3 * 16
     assert costs["random", "d1"] == 16 + 3

@@ -22,7 +22,8 @@ Run:
     python scripts/benchmarks/bench_recipes.py --checkpoints runs/bench/half/final --data runs/bench/data \\
         --output_dir runs/bench/recipes --blocks random --max_minutes 60
 
-The table is printed and written to --output_dir/table.md; docs/results.md holds one.
+A task with text before its answer is --task binary_matrix, of data made with --tasks worked_matrix.
+The table is printed and written to --output_dir/TASK/table.md; docs/results.md holds one.
 """
 
 import json
@@ -79,10 +80,13 @@ class GrpoRecipes(RecipeFlags):
     stage = "rlhf/train_grpo.py"
 
 
-def flags_of(sections: Flags, block: str, arm: str) -> Flags:
+def flags_of(sections: Flags, task: str, block: str, arm: str) -> Flags:
     """What an arm runs with: its recipe's own word on its loss and terms, the block's on the sampler."""
     own = {name: value for name, value in sections["arms"][arm].items() if name != "blocks"}
-    return {**sections["shared"], **sections["blocks"][block], **own}
+    canvas = sections["tasks"][task]
+    sampler = {"block_length": canvas["gen_length"], **sections["blocks"][block]}
+    steps = max(canvas["steps"], canvas["gen_length"] // sampler["block_length"])
+    return {**sections["shared"], **canvas, **sampler, "steps": steps, **own}
 
 
 def cost(flags: Flags) -> float:
@@ -107,13 +111,15 @@ class RecipeBench:
     config: Config
 
     def __post_init__(self) -> None:
-        self.folder = Path(self.config.output_dir)
+        self.folder = Path(self.config.output_dir, self.config.task)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.sections = read_yaml(self.config.recipes_file)
-        for name, wanted in (("blocks", self.config.blocks), ("arms", self.config.arms)):
-            unknown = [item for item in wanted or () if item not in self.sections[name]]
+        chosen = {"blocks": self.config.blocks, "arms": self.config.arms, "task": [self.config.task]}
+        for name, wanted in chosen.items():
+            known = self.sections["tasks" if name == "task" else name]
+            unknown = [item for item in wanted or () if item not in known]
             if unknown:
-                raise ValueError(f"--{name} {unknown}: {', '.join(self.sections[name])}")
+                raise ValueError(f"--{name} {unknown}: {', '.join(known)}")
         self.started = time.monotonic()
         lines = {name: records_of_task(Path(self.config.data, f"{name}.jsonl"), self.config.task)
                  for name in ("prompts", "heldout")}  # fmt: skip
@@ -134,6 +140,8 @@ class RecipeBench:
         answers = folder / "answers.jsonl"
         if not answers.is_file():
             flags = {"model_name_or_path": checkpoint, "prompts_file": self.files["heldout"]}
+            length = self.sections["tasks"][self.config.task]["gen_length"]
+            flags |= {"gen_length": length, "block_length": length, "steps": length}
             flags |= {"output_path": answers, **self.sections["heldout"]}
             run_once("inference/generate.py", flags, folder / "heldout")
         by_id = {entry["id"]: entry for entry in map(json.loads, answers.open(encoding="utf-8"))}
@@ -142,7 +150,7 @@ class RecipeBench:
 
     def run(self, checkpoint: str, block: str, arm: str, rate: float, seed: int) -> np.ndarray | None:
         """[puzzles] solved after training; None if there is no time for what is not there yet."""
-        flags = flags_of(self.sections, block, arm)
+        flags = flags_of(self.sections, self.config.task, block, arm)
         flags |= {"learning_rate": rate, "seed": seed, "model_name_or_path": checkpoint}
         per_step = cost(flags) * flags["batch_size"]
         flags |= {"max_steps": max(1, round(self.config.budget / per_step))}
