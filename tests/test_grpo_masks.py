@@ -237,6 +237,35 @@ def test_groups_are_chosen_by_their_accuracy():
     assert [c.advantage for c in completions] == [0, 0, -2.0, 2.0, 0, 0]
 
 
+def test_each_reward_is_normalised_before_they_are_added():
+    config = GrpoConfig(model_name_or_path="x", output_dir="x", batch_size=8, num_generations=4,
+                        multi_objective_aggregation="normalize_then_sum",
+                        group_accuracy=[0.001, 1.0])  # fmt: skip
+    names = ("solved", "speed")
+    rewards = [
+        SimpleNamespace(name=name, weight=weight) for name, weight in zip(names, (1.0, 0.5), strict=True)
+    ]
+    stream = RolloutStream(SimpleNamespace(rewards=rewards), [], None, config, SimpleNamespace(rank=0))
+    table = np.array(
+        [[1, 0, 1, 1, 0, 1, 0, 0, 0, 0, 0, 0], [2, 3, 5, 5, 4, 4, 4, 4, 1, 2, 3, 4]], dtype=float
+    )
+    completions = [
+        Completion(prompt=n // 4, candidate=n % 4, answer=[1], text="", has_ended=True, steps=1, trace=None,
+                   reward=solved + speed, rewards={"solved": solved, "speed": speed})
+        for n, (solved, speed) in enumerate(table.T)
+    ]  # fmt: skip
+    stream._give_advantages(completions)
+    # the third group is all wrong: it counts in neither mean
+    groups = table[:, :8].reshape(2, 2, 4)
+    scores = (groups - groups.mean(axis=2, keepdims=True)) / (
+        groups.std(axis=2, ddof=1, keepdims=True) + 1e-4
+    )
+    summed = (scores[0] + 0.5 * scores[1]).reshape(-1)
+    expected = (summed - summed.mean()) / (summed.std(ddof=1) + 1e-4)
+    assert [c.advantage for c in completions] == pytest.approx([*expected, 0, 0, 0, 0])
+    assert summed[4] == summed[6] == summed[7] < 0  # equally fast: solving alone decides
+
+
 def test_speed_is_tokens_per_forward():
     columns = {"completion_ids": [[1] * 12, [1] * 3], "num_forwards": [4, 3]}
     totals, _ = compute_rewards(load_rewards(["speed"]), ["p"] * 2, ["a"] * 2, [{}, {}], **columns)

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, load_script
 from llada.flags.parser import parse
 from llada.flags.yaml_files import read_yaml
-from llada.policies.grpo import GroupBatch, grpo_loss, term_weights
+from llada.policies.grpo import GroupBatch, grpo_loss, nll_weights, term_weights
 from llada.policies.grpo_config import GrpoConfig
 from llada.policies.recipes import FOLDER, recipe_names
 from llada.policies.term_builder import Answer, TermBuilder
@@ -30,6 +30,7 @@ COMPLETIONS = [  # up to and with the end token, and what was sampled behind it
     ([1, 2, 0], [1, 2, 0, 2]),
 ]
 ADVANTAGES = [1.0, -0.7, 0.3]
+IS_RIGHT = [True, False, True]
 ORDERS = [[(1, 0), (0, 1)], [(0, 1), (1, 0)], [(1, 0), (1, 0)]]  # of each completion, in both blocks
 
 
@@ -93,7 +94,8 @@ def production(config, builder, answers, *, is_on_policy):
         units = units * (torch.tensor(ADVANTAGES) != 0)
     batch = GroupBatch(
         terms=terms, advantages=torch.tensor(ADVANTAGES, dtype=torch.float64), weights=weights, old=old,
-        ref=ref, num_units=float(units.sum()), record_ids=[],
+        ref=ref, nll=nll_weights(config.nll_weight, torch.tensor(IS_RIGHT), units),
+        num_units=float(units.sum()), record_ids=[],
     )  # fmt: skip
     loss = grpo_loss(policy, batch, batch.num_units, flags=config)
     for part in loss.parts:
@@ -289,6 +291,15 @@ def tracerl(t):
     return step_loss(t, t.config.trajectory_shrink, lambda rows: sum(rows) / len(rows))
 
 
+def lightningrl(t):
+    def values(model, n):
+        return [token for step in t.steps(model, n) for token in step]
+
+    right = [values(t.models[0], n) for n, is_right in enumerate(IS_RIGHT) if is_right]
+    nll = -sum(sum(own) / len(own) for own in right) / len(right)
+    return token_loss(t, values, over_each) + t.config.nll_weight * nll
+
+
 def justgrpo(t):
     total = 0
     for n, advantage in enumerate(ADVANTAGES):
@@ -312,9 +323,11 @@ def gdsd(t):
 
 
 OBJECTIVES = {f.__name__: f for f in (
-    d1, wd1, coupled, unigrpo, espo, gdpo, bgpo, spg, cj, tracerl, justgrpo, gdsd)}  # fmt: skip
+    d1, wd1, coupled, unigrpo, espo, gdpo, bgpo, spg, cj, tracerl, lightningrl, justgrpo,
+    gdsd)}  # fmt: skip
 CHANGES = {
     "tracerl": {"trajectory_shrink": 2},
+    "lightningrl": {"num_iterations": 2},  # with one every ratio is 1
     "gdsd": {"epsilon": 0.4},  # the published one leaves no gradient once the policy has moved
     "bgpo": {"num_masks": 4},
 }
@@ -333,6 +346,24 @@ def test_an_objective_is_that_of_its_paper(name):
     expected = gradient_of(written.models[0])
     assert float(expected.norm()) > 1e-4
     torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+    assert value == pytest.approx(float(loss.detach()), rel=1e-9)
+
+
+def test_the_likelihood_of_right_answers_beside_a_surrogate_on_policy():
+    config, settings = config_of("espo", num_iterations=1, beta=0.0, nll_weight=0.3)
+    builder, answers = TermBuilder(config, settings, IDS), answers_of(*config_of("espo"))
+    value, gradient = production(config, builder, answers, is_on_policy=True)
+    written, policy = Transcription(config, settings, builder, answers), models()[0]
+    pairs = config.num_masks // 2
+    per_token = [
+        bound(written, policy, n, lambda _, size: (CANVAS + 1) / size / 2 / pairs, canvas) / CANVAS
+        for n, (_, canvas) in enumerate(COMPLETIONS)
+    ]
+    surrogate = -sum((b - b.detach()).exp() * a for b, a in zip(per_token, ADVANTAGES, strict=True)) / 3
+    right = [b for b, is_right in zip(per_token, IS_RIGHT, strict=True) if is_right]
+    loss = surrogate - 0.3 * sum(right) / len(right)
+    loss.backward()
+    torch.testing.assert_close(gradient, gradient_of(policy), rtol=1e-9, atol=1e-12)
     assert value == pytest.approx(float(loss.detach()), rel=1e-9)
 
 

@@ -6,6 +6,7 @@ the completion's advantage A
     clip     -sum_terms w min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A) + beta w KL / size
     linear   -sum_terms w A log pi / size
     squared   sum_terms w (clamp(log pi - log pi_old) / size - psi A)^2
+    with --nll_weight also -sum_terms nll_weight w log pi / size of right completions
 
 where size is the number of tokens for terms that hold many (so ratios of long answers stay near 1), else 1.
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from llada.diffusion.losses import LossParts
 from llada.policies.grpo_config import SurrogateFlags
 from llada.policies.likelihood_terms import Terms
-from llada.run import Sums, add_sums
+from llada.run import Sums, add_sums, sum_over_ranks
 
 STD_EPSILON = 1e-4  # TRL's
 
@@ -55,6 +56,15 @@ def group_advantages(
     if baseline == "leave_one_out":
         centred = centred * count / np.maximum(count - 1, 1)
     return (centred if scale == "none" else centred / (std + STD_EPSILON)).reshape(-1)
+
+
+def summed_scores(rewards: np.ndarray, reward_weights: np.ndarray, num_generations: int) -> np.ndarray:
+    """[N] weighted sum of each reward's z-scores in its group; [F, N] rewards, [F] weights; nan = none.
+
+    Source: TRL's multi_objective_aggregation="normalize_then_sum", from GDPO of NVIDIA (arXiv 2601.05242).
+    """
+    scores = [group_advantages(row, num_generations, baseline="group_mean", scale="group") for row in rewards]
+    return np.where(np.isnan(rewards).all(axis=0), np.nan, reward_weights @ np.stack(scores))
 
 
 def softmax_advantages(rewards: np.ndarray, num_generations: int) -> np.ndarray:
@@ -89,6 +99,12 @@ def term_weights(loss_type: str, counts: Tensor, shares: Tensor, *, longest: int
         "token": (ones, shares),
         "sum": (ones, ones),
     }.get(loss_type, (ones, counts))
+
+
+def nll_weights(nll_weight: float, is_right: Tensor, units: Tensor) -> Tensor:
+    """[N] --nll_weight for right completions, so that their mean is among themselves; [N] bool, units."""
+    total, right = sum_over_ranks([float(units.sum()), float(units[is_right].sum())])
+    return is_right.double() * (nll_weight * total / max(right, 1e-9))
 
 
 def term_losses(
@@ -145,6 +161,7 @@ class GroupBatch:
     ref: Tensor | None  # [T] under the reference
     num_units: float
     record_ids: list[int]
+    nll: Tensor | None = None  # [N] weight of a completion's own negative log-likelihood
     sums: Sums = field(default_factory=dict)  # to log beside those of the loss
 
     @property
@@ -175,12 +192,20 @@ def grpo_loss(
         losses, logged = term_losses(flags, new, old, ref, advantages[which], terms.sizes[which])
         shares = terms.shares[which]
         add_sums(sums, {n: (float((v * shares).sum()), float(shares.sum())) for n, v in logged.items()})
+        if batch.nll is not None:
+            nll, weight = -new / terms.sizes[which], batch.nll[owners[which]]
+            losses = losses + weight * nll
+            right = shares * (weight > 0)
+            add_sums(sums, {"nll": (float((nll.detach() * right).sum()), float(right.sum()))})
         return (losses * weights[which]).sum()
 
     value, parts = terms.parts(
         model,
         loss_of,
-        on_policy=batch.old is None and batch.ref is None and flags.surrogate != "linear",
+        on_policy=batch.old is None
+        and batch.ref is None
+        and batch.nll is None
+        and flags.surrogate != "linear",
         is_linear=batch.ref is None and flags.surrogate == "linear",
     )
     return LossParts(value, parts, sums)

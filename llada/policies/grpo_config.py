@@ -149,6 +149,12 @@ class SurrogateFlags:
     epsilon_high: float | None = flag(
         None, help="The upper limit's own value; default epsilon.", at_least=0, needs="surrogate=clip|squared"
     )
+    nll_weight: float = flag(
+        0.0,
+        help="Weight of -log pi per token of the completions whose first reward is at least 1, as "
+        "--loss_type has it, among themselves (LightningRL).",
+        at_least=0,
+    )
     loss_type: str = flag(
         "grpo",
         help="Mean over completions (grpo), over all terms of the global batch (dapo, bnpo), or sum over "
@@ -166,16 +172,24 @@ class GroupFlags:
     num_generations: int = flag(8, "Completions per prompt (G).", at_least=2)
     rollout_batch_size: int = flag(256, "Sequences sampled together on a device.", at_least=1)
     num_iterations: int = flag(1, "Steps that learn from the same completions (mu).", at_least=1)
+    multi_objective_aggregation: str = flag(
+        "sum_then_normalize",
+        help="Add the rewards, then compare them in their group as --advantages and --scale_rewards say; or "
+        "make each a z-score in its group, and their weighted sum one in the batch.",
+        choices=["sum_then_normalize", "normalize_then_sum"],
+    )
     scale_rewards: str = flag(
         "none",
         help="Divide advantages by the standard deviation of the group, of the batch, or not.",
         choices=[*SCALES, "true", "false"],
+        needs="multi_objective_aggregation=sum_then_normalize",
     )
     advantages: str = flag(
         "leave_one_out",
         help="What a reward is compared with in its group; softmax: softmax of the centred rewards less that "
         "of their negatives, times G (wd1).",
         choices=BASELINES,
+        needs="multi_objective_aggregation=sum_then_normalize",
     )
     group_accuracy: list[float] = flag(
         [0.0, 1.0],

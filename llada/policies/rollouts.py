@@ -21,7 +21,15 @@ from llada.data.prompts import Prompt
 from llada.diffusion.masking import generator
 from llada.diffusion.stream import records_of
 from llada.policies.completions import Completion, Sampler
-from llada.policies.grpo import GroupBatch, group_advantages, softmax_advantages, term_weights
+from llada.policies.grpo import (
+    STD_EPSILON,
+    GroupBatch,
+    group_advantages,
+    nll_weights,
+    softmax_advantages,
+    summed_scores,
+    term_weights,
+)
 from llada.policies.grpo_config import GrpoConfig
 from llada.policies.likelihood_terms import Terms
 from llada.policies.reference_model import Reference
@@ -157,24 +165,40 @@ class RolloutStream:
         return completions
 
     def _give_advantages(self, completions: list[Completion]) -> None:
-        config = self.config
+        config, num_generations = self.config, self.config.num_generations
         rewards = np.array([math.nan if c.reward is None else c.reward for c in completions])
-        if config.advantages == "softmax":
-            advantages = softmax_advantages(rewards, config.num_generations)
+        is_learned = np.repeat(self._groups_to_learn_from(completions), num_generations)
+        if config.multi_objective_aggregation == "normalize_then_sum":
+            columns = [[c.rewards[reward.name] for c in completions] for reward in self.sampler.rewards]
+            weights = np.array([reward.weight for reward in self.sampler.rewards])
+            scores = summed_scores(np.array(columns, dtype=np.float64), weights, num_generations)
+            mean, std = _global_moments(np.where(is_learned, scores, math.nan))
+            advantages = np.nan_to_num((scores - mean) / (std + STD_EPSILON))
+        elif config.advantages == "softmax":
+            advantages = softmax_advantages(rewards, num_generations)
         else:
             how = {"baseline": config.advantages, "scale": config.scale_rewards}
-            batch_std = _global_std(rewards)
-            advantages = group_advantages(rewards, config.num_generations, batch_std=batch_std, **how)
+            batch_std = _global_moments(rewards)[1]
+            advantages = group_advantages(rewards, num_generations, batch_std=batch_std, **how)
         advantages = np.where(advantages < 0, config.negative_weight * advantages, advantages)
-        low, high = config.group_accuracy
-        for start in range(0, len(completions) if (low, high) != (0.0, 1.0) else 0, config.num_generations):
-            group = slice(start, start + config.num_generations)
-            first = [c.rewards[self.sampler.rewards[0].name] for c in completions[group]]
-            known = [reward for reward in first if reward is not None]
-            if not known or not low <= math.fsum(known) / len(known) <= high:
-                advantages[group] = 0.0
+        advantages = np.where(is_learned, advantages, 0.0)
         for completion, advantage in zip(completions, advantages.tolist(), strict=True):
             completion.advantage = advantage
+
+    def _first_rewards(self, completions: Sequence[Completion]) -> np.ndarray:
+        """[N] what accuracy is counted by, nan for None."""
+        name = self.sampler.rewards[0].name
+        return np.array([c.rewards[name] for c in completions], dtype=np.float64)
+
+    def _groups_to_learn_from(self, completions: Sequence[Completion]) -> np.ndarray:
+        """[groups] bool, by --group_accuracy."""
+        low, high = self.config.group_accuracy
+        groups = self._first_rewards(completions).reshape(-1, self.config.num_generations)
+        if (low, high) == (0.0, 1.0):
+            return np.ones(len(groups), dtype=bool)
+        count = (~np.isnan(groups)).sum(axis=1)
+        accuracy = np.nansum(groups, axis=1) / np.maximum(count, 1)
+        return (count > 0) & (low <= accuracy) & (accuracy <= high)
 
     @property
     def _needs_old(self) -> bool:
@@ -224,8 +248,12 @@ class RolloutStream:
         advantages = [c.advantage for c in completions]
         if not config.count_zero_advantages:
             units = units * torch.tensor([advantage != 0 for advantage in advantages])
+        nll = None
+        if config.nll_weight:
+            is_right = torch.from_numpy(self._first_rewards(completions) >= 1)
+            nll = nll_weights(config.nll_weight, is_right, units)
         chosen = list(range(len(completions)))
-        if not completions[0].old and not completions[0].ref:
+        if nll is None and not completions[0].old and not completions[0].ref:
             chosen, advantages = self._needed()
         completions = [completions[i] for i in chosen]
         terms = self.terms_of([answers[i] for i in chosen])
@@ -237,6 +265,7 @@ class RolloutStream:
             weights=weights[chosen],
             old=None if config.surrogate == "linear" else old,  # a KL may need it where the loss does not
             ref=old if config.kl_to == "old" else _flat([c.ref and c.ref[drawn] for c in completions], terms),
+            nll=nll,
             num_units=max(float(units.sum()), 1e-9),  # else nothing would be divided by nothing
             record_ids=[c.prompt for c in completions],
             sums={name: (value, 1.0) for name, value in self._metrics.items()},
@@ -278,7 +307,7 @@ class RolloutStream:
             columns[f"rewards/{name}/mean"] = [c.rewards[name] for c in completions]
         found = means_over_ranks(sums_of_known(columns) | sums_of_rewards(self.sampler.rewards))
         self._watch(found)
-        return found | {"reward_std": _global_std(rewards)}
+        return found | {"reward_std": _global_moments(rewards)[1]}
 
     def _watch(self, found: Mapping[str, float]) -> None:
         """Warns of reward functions without a value in a whole step; ValueError after too many such steps."""
@@ -299,12 +328,13 @@ def sums_of_known(columns: Mapping[str, Sequence[float | None]]) -> Sums:
     return {name: (math.fsum(values), len(values)) for name, values in known.items()}
 
 
-def _global_std(rewards: np.ndarray) -> float:
-    """Standard deviation (ddof 1) over all ranks; nan values do not count."""
-    known = rewards[~np.isnan(rewards)]
+def _global_moments(values: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation (ddof 1) over all ranks; nan values do not count."""
+    known = values[~np.isnan(values)]
     count, total = sum_over_ranks([float(len(known)), float(known.sum())])
-    (squares,) = sum_over_ranks([float(((known - total / max(count, 1.0)) ** 2).sum())])
-    return math.sqrt(squares / max(count - 1.0, 1.0))
+    mean = total / max(count, 1.0)
+    (squares,) = sum_over_ranks([float(((known - mean) ** 2).sum())])
+    return mean, math.sqrt(squares / max(count - 1.0, 1.0))
 
 
 def _per_owner(

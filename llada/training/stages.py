@@ -115,6 +115,7 @@ STAGES = {
                 *("--mask_plan", "block", "--block_length", "4", "--eos", "tail", "--loss_type", "token"),
                 *("--redraw_masks", "true", "--group_masks", "false", "--num_iterations", "2"),
                 *("--beta", "0.1", "--kl_estimator", "k3", "--count_zero_advantages", "false"),
+                *("--multi_objective_aggregation", "normalize_then_sum", "--nll_weight", "0.1"),
             ),
             "blocks": (*_BLOCKS, "--num_iterations", "2", "--beta", "0.1"),
             "threshold, lora": (
