@@ -9,10 +9,11 @@ What is scored (--positions):
 Where (--on_policy), instead of at random places of the rows' answers:
     drafts    windows begin where drafts of the student would, behind what the verifier has accepted
     answers   the student answers prompts, and --teacher judges a state that its sampler has visited
-    self      the same, judged by the student itself when it sees a verified answer of its own
+    self      the same, judged by the student itself when it sees more of a verified answer of its own
 How (--loss_type):
     ce        cross-entropy of the tokens that stand there
     kl        T^2-scaled or plain KL(teacher || student), both at --temperature T
+    reverse_kl  the same of KL(student || teacher)
     hybrid    --alpha * ce + --beta * kl
     lk        lambda KL + (1 - lambda) TV, lambda = exp(-3 acceptance): maximises acceptance itself
     auto      kl if the rows have a teacher, else ce
@@ -40,6 +41,7 @@ from typing import Any
 from llada.autoregressive.flags import OnPolicyFlags
 from llada.flags.declaration import own_names
 from llada.flags.parser import check_command_line, flag, parse, run_main
+from llada.flags.recipes import RecipeFlags
 from llada.models.flags import MaskTokenFlag
 from llada.training.config import (
     LoraDropoutFlags,
@@ -53,17 +55,26 @@ from llada.training.config import (
 
 @dataclass(kw_only=True)
 class Config(
-    OnPolicyFlags, NoiseFlags, LoraDropoutFlags, ScaleFlags, PrefetchFlags, TrainConfig, MaskTokenFlag
+    RecipeFlags,
+    OnPolicyFlags,
+    NoiseFlags,
+    LoraDropoutFlags,
+    ScaleFlags,
+    PrefetchFlags,
+    TrainConfig,
+    MaskTokenFlag,
 ):
     """Alignment."""
+
+    stage = "alignment/train_kl.py"
 
     model_name_or_path: str = flag(help="Checkpoint to align.", reads="model")
     train_data_path: str = flag(help="Folder made by precompute_teacher.py, or prompts.", reads="path")
     eval_data_path: str | None = flag(None, "The same for validation.", reads="path")
     loss_type: str = flag(
         "auto",
-        "ce, kl, hybrid, lk; auto: kl with a teacher.",
-        choices=["auto", "ce", "kl", "hybrid", "lk"],
+        "ce, kl, reverse_kl, hybrid, lk; auto: kl with a teacher.",
+        choices=["auto", "ce", "kl", "reverse_kl", "hybrid", "lk"],
         fixed=True,
     )
     positions: str = flag(
@@ -75,6 +86,13 @@ class Config(
     beta: float = flag(0.5, "Weight of the KL.", at_least=0, needs="loss_type=hybrid", fixed=True)
     temperature: float = flag(1.0, "Of both distributions in the KL.", above=0, fixed=True)
     temperature_squared: bool = flag(False, "Multiply the KL with T^2.", fixed=True)
+    kl_clip: float | None = flag(
+        None,
+        "No token's part of a row's KL counts for more than this, in nats.",
+        above=0,
+        needs="loss_type=auto|kl|reverse_kl|hybrid",
+        fixed=True,
+    )
     window_length: int = flag(8, "Masks of a window.", at_least=1, fixed=True)
     window_weights: str = flag(
         "uniform",
@@ -137,7 +155,10 @@ class Config(
                 "make one with alignment/precompute_teacher.py, or use --loss_type ce"
             )
         alpha, beta = {"ce": (1.0, 0.0), "hybrid": (self.alpha, self.beta)}.get(kind, (0.0, 1.0))
-        return RowObjective(alpha, beta, self.temperature, self.temperature_squared, is_lk=kind == "lk")
+        return RowObjective(
+            alpha, beta, self.temperature, self.temperature_squared, is_lk=kind == "lk",
+            is_reverse=kind == "reverse_kl", clip=math.inf if self.kl_clip is None else self.kl_clip,
+        )  # fmt: skip
 
     def windows(self) -> "Windows":
         """The windows that the flags describe."""
@@ -191,6 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     """Runs alignment with the given flags."""
     config = parse(Config, argv, description=__doc__)
     if config.dry_run:
+        config.tell_recipe(None)
         preflight.report(
             config, partial(planned_rows, config=config), train=[config.train_data_path],
             held_out=config.eval_data_path, chat=True,
@@ -198,6 +220,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     run = start_training(config)
     if run.is_main:
+        config.tell_recipe(config.output_dir)
         log_to_file(Path(config.output_dir, "training_log.log"), config.log_level)
     tokenizer = run_tokenizer(config, chat=True)
     model, ids = load_with_ids(config, tokenizer, device=run.build_device)

@@ -23,8 +23,8 @@ from functools import partial
 
 from llada.diffusion.settings import DPO_LOSSES
 from llada.flags.parser import check_command_line, flag, parse, run_main
+from llada.flags.recipes import RecipeFlags
 from llada.policies.config import PairConfig, ReferenceFlags
-from llada.policies.recipes import RecipeFlags
 from llada.training.config import finished_before
 
 

@@ -34,9 +34,9 @@ from typing import Any
 
 from llada.data.flags import QuestionFlags, SpellingFlags
 from llada.flags.parser import check_command_line, flag, parse, run_main
+from llada.flags.recipes import RecipeFlags
 from llada.inference.sampler_flags import SamplerFlags, sampler_settings
 from llada.policies.grpo_config import GrpoConfig
-from llada.policies.recipes import RecipeFlags
 from llada.rewards.flags import RewardFlags
 from llada.training.config import finished_before
 

@@ -58,6 +58,30 @@ def reference_kl(teacher_logits, logits, *, temperature=1.0, k=None):
     return torch.tensor(found, dtype=torch.float64)
 
 
+def test_the_reverse_kl_and_its_clip_are_those_of_d_opsd():
+    logits, told = random_logits(1).requires_grad_(), random_logits(2)
+    parts = torch.nn.functional.kl_div(  # its arguments are the other way round
+        told.log_softmax(-1), logits.log_softmax(-1), reduction="none", log_target=True
+    )
+    clipped = parts.clamp(max=0.05)
+    assert 0 < int((clipped < parts).sum()) < parts.numel()
+    (expected,) = torch.autograd.grad(clipped.sum(), logits)
+    objective = RowObjective(0, 1, is_reverse=True, clip=0.05)
+    found = objective.distance(*categories(logits, dense(told)))
+    torch.testing.assert_close(found, clipped.sum(-1), rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(found.sum(), logits)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+    # of the top k the student's tail is one part against the teacher's
+    p, q = told.double().softmax(-1), logits.detach().double().softmax(-1)
+    ids = p.topk(K).indices
+    pairs = [(q.gather(1, ids), p.gather(1, ids))]
+    pairs += [tuple(1 - x.sum(1, keepdim=True) for x in pairs[0])]
+    by_hand = sum((a * (a / b).log()).sum(1) for a, b in pairs)
+    found = RowObjective(0, 1, is_reverse=True).distance(*categories(logits.detach(), top(told, K)))
+    torch.testing.assert_close(found.double(), by_hand, rtol=1e-4, atol=1e-5)
+
+
 def divergence(logits, teacher, temperature=1.0):
     log_p, log_q = categories(logits, teacher)
     return kl_divergence(temper(log_p, temperature), temper(log_q, temperature))

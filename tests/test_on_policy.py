@@ -143,6 +143,49 @@ def test_a_verified_answer_behind_the_state_makes_the_student_its_teacher(pair):
         torch.testing.assert_close(shown, expected[:, : shown.shape[1]], atol=1e-4, rtol=1e-4)
 
 
+def test_the_future_of_a_right_answer_makes_the_student_its_teacher(pair):
+    def hashed(prompts, completions, **columns):
+        return [float(len(text[0]["content"]) % 2) for text in completions]
+
+    verify = verified_by([Reward("hashed", hashed, 1.0)], pair.tokenizer.decode)
+    vocabulary = VocabMap.between(pair.tokenizer, pair.tokenizer)
+    guide = OwnGuide(
+        pair.student, vocabulary, verify, 0, pair.student.config.pad_token_id, shown_share=0.5, seed=3
+    )
+    stream = stream_of(
+        pair, guide, num_return_sequences=3, block_length=4, method="semi_autoregressive_padding"
+    )
+    states = stream.visit(pair.prompts[:4], [5, 6, 7, 8])
+    right, found, shown = verify(states), guide(states), set()
+    for state, is_right, told in zip(states, right, found, strict=True):
+        assert (told is None) == (not is_right)
+        if told is None:
+            continue
+        canvas = guide._with_future(state, [state])
+        places = np.flatnonzero(canvas != state.canvas)
+        # nothing of the block that is being decided, and half of what the answer has behind it
+        assert state.later % 4 == 0 and (places >= state.later).all()
+        assert len(places) == max(0, len(state.answer) - state.later) // 2
+        assert (canvas[places] == np.array(state.answer)[places]).all()
+        shown.add(len(places))
+        text = torch.from_numpy(np.concatenate([state.prompt.token_ids, canvas]))[None]
+        with torch.no_grad():
+            logits = pair.student(text).logits[0]
+        expected = logits[told[0] + len(state.prompt.token_ids)].log_softmax(-1)
+        mine = torch.from_numpy(told[1].log_probs)
+        torch.testing.assert_close(mine, expected[:, : mine.shape[1]], atol=1e-4, rtol=1e-4)
+    assert max(shown) == 4  # of a state in the first block
+
+    whole, surest = stream(0)[0], replace(stream, max_positions=2)(0)[0]
+    width = whole.input_ids.shape[1]
+    for b in range(len(whole.input_ids)):
+        all_of, some = ({r for r in batch.rows.tolist() if r // width == b} for batch in (whole, surest))
+        best = {r: float(whole.teacher.take(n, n + 1, torch.device("cpu")).log_probs.max())
+                for n, r in enumerate(whole.rows.tolist()) if r in all_of}  # fmt: skip
+        assert len(some) == min(2, len(all_of))
+        assert min((best[r] for r in some), default=0) >= max((best[r] for r in all_of - some), default=-99)
+
+
 def test_ranks_share_a_step(pair):
     guide = AutoregressiveGuide(pair.judge)
     (whole,) = stream_of(pair, guide)(2)
@@ -180,7 +223,11 @@ def reward_file(folder):
     return f"{path}:fourth"
 
 
-@pytest.mark.parametrize("kind", ["answers", "answers in blocks", "self", "drafts"])
+FUTURE = ["--teacher_sees", "future", "--block_length", "4", "--fixed_teacher", "true"]
+FUTURE += ["--loss_type", "reverse_kl", "--kl_clip", "0.5", "--teacher_positions", "2"]
+
+
+@pytest.mark.parametrize("kind", ["answers", "answers in blocks", "self", "self in the future", "drafts"])
 def test_a_resumed_run_is_bitwise_the_same(kind, pair, model_dir, tmp_path):
     data, more = PROMPTS, ["--gen_length", "12", "--steps", "6", "--on_policy", kind.split()[0]]
     if kind.startswith("answers"):
@@ -190,8 +237,9 @@ def test_a_resumed_run_is_bitwise_the_same(kind, pair, model_dir, tmp_path):
             model.config.attention_pattern, model.config.attention_block_size = "block_causal", 4
             save_model(model, tokenizer, tmp_path / "blocks")
             model_dir = tmp_path / "blocks"
-    elif kind == "self":
+    elif kind.startswith("self"):
         more += ["--reward_funcs", reward_file(tmp_path), "--num_generations", "3"]
+        more += FUTURE if "future" in kind else []
     else:
         data, more = rows_of(pair, tmp_path / "rows"), ["--on_policy", "drafts", "--window_length", "4"]
     train_kl.main(flags(tmp_path / "whole", model_dir, data, *more, "--save_interval", "2"))
@@ -204,17 +252,20 @@ def test_a_resumed_run_is_bitwise_the_same(kind, pair, model_dir, tmp_path):
     assert json.loads((tmp_path / "whole/results.json").read_text())["steps"] == 4
     logged = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
     judged = [line["judged"] for line in logged if "judged" in line]
-    assert {"drafts": not judged, "self": 0 < sum(judged) < len(judged)}.get(kind, min(judged, default=0) > 0)
+    some = 0 < sum(judged) < len(judged)
+    assert {"drafts": not judged, "self": some}.get(kind.split()[0], min(judged, default=0) > 0)
 
 
-@pytest.mark.parametrize("kind", ["answers", "self", "drafts"])
+@pytest.mark.parametrize("kind", ["answers", "self", "self in the future", "drafts"])
 def test_two_ranks_train_the_adapters_of_one(kind, pair, model_dir, tmp_path):
-    data, more = PROMPTS, ["--on_policy", kind, "--use_lora", "--lora_r", "2", "--micro_batch_size", "2"]
+    data, more = PROMPTS, ["--use_lora", "--lora_r", "2", "--micro_batch_size", "2"]
+    more += ["--on_policy", kind.split()[0]]
     if kind == "drafts":
         data, more = rows_of(pair, tmp_path / "rows"), [*more, "--window_length", "4"]
     else:
         own = {"answers": ["--teacher", str(pair.folder)], "self": ["--reward_funcs", reward_file(tmp_path)]}
-        more += ["--gen_length", "8", "--steps", "4", *own[kind]]
+        more += ["--gen_length", "8", "--steps", "4", *own[kind.split()[0]]]
+        more += FUTURE if "future" in kind else []
     more += ["--max_steps", "2"]
     train_kl.main(flags(tmp_path / "one", model_dir, data, *more))
     run_ranks(2, "alignment/train_kl.py", flags(tmp_path / "two", model_dir, data, *more), tmp_path)

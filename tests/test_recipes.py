@@ -15,10 +15,10 @@ import torch
 
 from conftest import ROOT, load_script
 from llada.flags.parser import parse
+from llada.flags.recipes import FOLDER, recipe_names
 from llada.flags.yaml_files import read_yaml
 from llada.policies.grpo import GroupBatch, grpo_loss, nll_weights, term_weights
 from llada.policies.grpo_config import GrpoConfig
-from llada.policies.recipes import FOLDER, recipe_names
 from llada.policies.term_builder import Answer, TermBuilder
 from modelling_final import LLaDAGenerationConfig
 from test_policy_gradient import IDS, MASK, PROMPT, Model

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from conftest import ROOT, load_script
 from fake_judge import FakeServer
 from llada.flags.parser import parse
-from llada.policies.recipes import recipe_names
+from llada.flags.recipes import recipe_names
 from llada.training.metrics import read_metrics
 
 REWARD = (
@@ -352,7 +352,8 @@ def test_recipes_are_refused_by_name(flags, tmp_path):
     for name, message in (
         ("d2", "--recipe d2: not one of bgpo, cj, "),
         ("vrpo", "--recipe vrpo: a recipe of rlhf/train_dpo.py"),
-        ("d-opsd", "--recipe d-opsd: cannot be said yet; missing: a teacher that sees part"),
+        ("d-opsd", "--recipe d-opsd: a recipe of alignment/train_kl.py"),
+        ("mdpo", "--recipe mdpo: cannot be said yet; missing: rewards of the full prediction"),
     ):
         with pytest.raises(ValueError, match=message):
             main(*flags, "--recipe", name, "--output_dir", tmp_path / "out")

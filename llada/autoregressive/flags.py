@@ -14,8 +14,8 @@ class OnPolicyFlags:
         "none",
         help="drafts: windows begin where the student's own drafts would, along the answers of the rows. "
         "answers: --train_data_path holds prompts, the student answers, and --teacher judges a state that "
-        "its sampler visited by the causal prefixes of what came out. self: there, the student with a "
-        "verified answer of its own behind the state is the teacher.",
+        "its sampler visited by the causal prefixes of what came out. self: there, the student is the "
+        "teacher, which sees more of a verified answer of its own.",
         choices=["none", "drafts", "answers", "self"],
     )
     teacher: str | None = flag(
@@ -26,6 +26,23 @@ class OnPolicyFlags:
     )
     teacher_top_k: int = flag(
         64, help="Tokens kept of each distribution; 0: all.", at_least=0, needs="on_policy=answers|self"
+    )
+    teacher_sees: str = flag(
+        "answer",
+        help="Behind the state a right answer to the same prompt, of another trajectory if there is one; or "
+        "a share of what this one, if it came out right, wrote in later blocks (future).",
+        choices=["answer", "future"],
+        needs="on_policy=self",
+    )
+    teacher_share: float = flag(0.25, help="That share.", above=0, at_most=1, needs="teacher_sees=future")
+    teacher_positions: int = flag(
+        0,
+        help="Learn at so many positions of a state, where the teacher is surest; 0: at all.",
+        at_least=0,
+        needs="on_policy=answers|self",
+    )
+    fixed_teacher: bool = flag(
+        False, help="The student as it started is the teacher, not as it is.", needs="on_policy=self"
     )
     gen_length: int = flag(128, help="Tokens of an answer.", at_least=1, needs="on_policy=answers|self")
     block_length: int | None = flag(
@@ -64,3 +81,5 @@ class OnPolicyFlags:
             raise ValueError("--on_policy answers needs --teacher, the model that judges the answers")
         if self.on_policy == "self" and not self.reward_funcs:
             raise ValueError("--on_policy self needs --reward_funcs, to know which answers are right")
+        if self.teacher_sees == "future" and not (self.block_length or 0) < self.gen_length:
+            raise ValueError("--teacher_sees future: --block_length must leave a later block in --gen_length")

@@ -2,8 +2,9 @@
 
     answers   the student answers a prompt; a state on the way is drawn; the teacher scores what came out by
               its causal prefixes; KL at the masks of that state (OPDLM, arXiv 2606.06712)
-    self      the same, but the teacher is the student itself, which sees a verified answer of its own behind
-              the state (d-OPSD, arXiv 2606.18195)
+    self      the same, but the teacher is the student itself, which sees more of a verified answer of its
+              own: all of one behind the state, or part of what the state led to in later blocks (d-OPSD,
+              arXiv 2606.18195)
     drafts    windows begin where drafts of the student would, behind what the verifier has accepted
 
 A step's states follow from the weights and (seed, step), so a resumed run is the same.
@@ -11,8 +12,10 @@ A step's states follow from the weights and (seed, step), so a resumed run is th
 B prompts of a micro-batch, N answers, L positions, G answer tokens.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +32,8 @@ from llada.autoregressive.vocabulary import VocabMap
 from llada.data.prompts import Prompt, read_prompts
 from llada.diffusion.masking import generator
 from llada.diffusion.stream import records_of
+from llada.models.adapters import without_adapter
+from llada.models.building import has_fresh_adapter
 from llada.models.tokens import SpecialIds
 from llada.rewards.scoring import Reward, compute_rewards, load_rewards
 from llada.run import Run, autocast, gather_over_ranks
@@ -44,6 +49,8 @@ class VisitedState:
     canvas: np.ndarray  # [G] tokens, masks among them
     answer: list[int]  # with the token that ended it
     is_scored: np.ndarray  # [len(answer)] bool
+    later: int  # first place behind the block that is being decided
+    key: tuple[int, int]  # of its draws
 
 
 SAMPLER_FLAGS = ("gen_length", "steps", "remasking", "seed")
@@ -58,7 +65,7 @@ class OwnStates:
     Attributes:
         model: the student, as it is while the stream is asked.
         settings: of its sampler; `num_return_sequences` answers to each prompt.
-        guide: what a teacher says of them.
+        guide: what a teacher says of them; at `max_positions` of each, where it is surest, or 0 = all.
         batch_size: prompts per step over all ranks; micro_batch_size: prompts per forward.
     """
 
@@ -73,6 +80,7 @@ class OwnStates:
     mask_id: int
     pad_id: int
     dtype: str = "float32"
+    max_positions: int = 0
 
     has_teacher = True
 
@@ -94,6 +102,9 @@ class OwnStates:
                 continue
             known, distributions = found
             index = np.flatnonzero(state.is_scored[known])
+            if self.max_positions:
+                surest = np.argsort(-distributions.log_probs[index].max(axis=1), kind="stable")
+                index = np.sort(index[surest[: self.max_positions]])
             if not len(index):
                 continue
             positions = len(state.prompt.token_ids) + known[index]
@@ -133,14 +144,15 @@ class OwnStates:
             # with the end token: whether to stop is what the teacher knows best
             answer = tokens[-length:][: len(output.completions[row]) + 1]
             # before its step number `stop`: step 0 is the canvas of masks only
-            stop = int(generator(self.seed, "state", keys[row // num], row % num).integers(len(trace)))
+            key = (keys[row // num], row % num)
+            stop = int(generator(self.seed, "state", *key).integers(len(trace)))
             canvas = np.full(length, self.mask_id)
             for entry in trace[:stop]:
                 canvas[entry["positions"]] = entry["token_ids"]
             block = self.settings.block_length or length
-            in_block = np.arange(length) // block == trace[stop]["block"]  # later ones are not looked at yet
-            is_scored = ((canvas == self.mask_id) & in_block)[: len(answer)]
-            states.append(VisitedState(prompts[row // num], canvas, answer, is_scored))
+            later = (trace[stop]["block"] + 1) * block  # not looked at yet
+            is_scored = ((canvas == self.mask_id) & (np.arange(length) < later))[: len(answer)]
+            states.append(VisitedState(prompts[row // num], canvas, answer, is_scored, later, key))
         return states
 
 
@@ -186,37 +198,53 @@ class AutoregressiveGuide:
 
 @dataclass(frozen=True)
 class OwnGuide:
-    """The student, which sees one of its own verified answers behind the state."""
+    """The student, which sees a verified answer of its own behind the state, or part of it in its place."""
 
     model: torch.nn.Module
     vocabulary: VocabMap  # of the student's tokenizer onto itself
     verify: Callable[[Sequence[VisitedState]], np.ndarray]  # [N] bool, whether the answer is right
     top_k: int
     pad_id: int
+    shown_share: float = 0.0  # of the state's own answer in later blocks; 0: an answer behind the state
+    seed: int = 0
+    # what switches the model to the one it started as
+    started: Callable[[torch.nn.Module], AbstractContextManager[torch.nn.Module]] = nullcontext
 
     def __call__(self, states: Sequence[VisitedState]) -> list[tuple[np.ndarray, Distributions] | None]:
         right: dict[int, list[VisitedState]] = {}
         for state, is_right in zip(states, self.verify(states), strict=True):
             if is_right:
                 right.setdefault(state.prompt.index, []).append(state)
-        shown = [self._of_another(state, right.get(state.prompt.index, [])) for state in states]
-        told = [n for n, answer in enumerate(shown) if answer is not None]
+        see = self._with_future if self.shown_share else self._with_another
+        shown = [see(state, right.get(state.prompt.index, [])) for state in states]
+        told = [n for n, canvas in enumerate(shown) if canvas is not None]
         found: list[tuple[np.ndarray, Distributions] | None] = [None] * len(states)
         if not told:
             return found
-        rows = [np.concatenate([states[n].prompt.token_ids, states[n].canvas, shown[n]]) for n in told]
+        rows = [np.concatenate([states[n].prompt.token_ids, shown[n]]) for n in told]
         starts = [len(states[n].prompt.token_ids) for n in told]
-        logits = logits_at(self.model, rows, starts, len(states[told[0]].canvas), self.pad_id)
+        with self.started(self.model) as teacher:
+            logits = logits_at(teacher, rows, starts, len(states[told[0]].canvas), self.pad_id)
         for n, row in zip(told, logits, strict=True):
             places = np.flatnonzero(states[n].is_scored)
             found[n] = (places, from_logits(row[places].cpu(), self.vocabulary, top_k=self.top_k))
         return found
 
     @staticmethod
-    def _of_another(state: VisitedState, right: list[VisitedState]) -> list[int] | None:
-        """A right answer to the same prompt, by another trajectory if there is one."""
+    def _with_another(state: VisitedState, right: list[VisitedState]) -> np.ndarray | None:
+        """The canvas, and behind it a right answer to the prompt, by another trajectory if there is one."""
         others = [other for other in right if other is not state]
-        return (others or right)[0].answer if right else None
+        return np.concatenate([state.canvas, (others or right)[0].answer]) if right else None
+
+    def _with_future(self, state: VisitedState, right: list[VisitedState]) -> np.ndarray | None:
+        """The canvas with a share of what its own right answer has in later blocks."""
+        if not any(state is other for other in right):
+            return None
+        canvas, places = state.canvas.copy(), np.arange(state.later, len(state.answer))
+        random = generator(self.seed, "shown", *state.key)
+        shown = random.permutation(places)[: int(len(places) * self.shown_share)]
+        canvas[shown] = np.array(state.answer)[shown]
+        return canvas
 
 
 def verified_by(rewards: list[Reward], decode: Callable[[list[int]], str]) -> Callable[..., np.ndarray]:
@@ -274,6 +302,16 @@ def starts_over_ranks(
     return {record_id: starts for part in parts for record_id, starts in part.items()}
 
 
+def _started(
+    config: Any, model: torch.nn.Module
+) -> Callable[[torch.nn.Module], AbstractContextManager[torch.nn.Module]]:
+    """What gives the model as it started; called before a resumed run takes its weights back."""
+    if has_fresh_adapter(config):
+        return without_adapter
+    kept = copy.deepcopy(model).eval().requires_grad_(False)
+    return lambda _: nullcontext(kept)
+
+
 def prompts_of(config: Any, path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], Counter]:
     """Prompts to answer in the model's context."""
     return read_prompts(path, tokenizer, chat=True, context=config.max_length, gen_length=config.gen_length)
@@ -307,9 +345,13 @@ def own_states(
             load_rewards(config.reward_funcs, None), partial(tokenizer.decode, skip_special_tokens=True)
         )
         vocabulary = VocabMap.between(tokenizer, tokenizer)
-        guide = OwnGuide(model, vocabulary, verify, config.teacher_top_k, ids.pad)
+        share = config.teacher_share if config.teacher_sees == "future" else 0.0
+        started = _started(config, model) if config.fixed_teacher else nullcontext
+        guide = OwnGuide(
+            model, vocabulary, verify, config.teacher_top_k, ids.pad, share, config.seed, started
+        )
     stream = OwnStates(
         model, prompts, settings, guide, config.batch_size, config.micro_batch_size, config.seed, run,
-        ids.mask, ids.pad, config.dtype,
+        ids.mask, ids.pad, config.dtype, config.teacher_positions,
     )  # fmt: skip
     return stream, f"{len(prompts)} prompts"

@@ -8,6 +8,7 @@ a lower bound of the full one, and the two are equal with k = all.
 R rows (positions), K known tokens a row, E columns of the student's head.
 """
 
+import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Protocol
 
@@ -77,11 +78,14 @@ def temper(log_probs: Tensor, temperature: float) -> Tensor:
     return scaled - scaled.logsumexp(-1, keepdim=True)
 
 
-def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) = sum_v p_v (log p_v - log q_v) of each row, in nats; 0 log 0 = 0."""
+def kl_divergence(log_p: Tensor, log_q: Tensor, *, clip: float = math.inf) -> Tensor:
+    """KL(p || q) = sum_v p_v (log p_v - log q_v) of each row, in nats; 0 log 0 = 0.
+
+    `clip`: no summand counts for more, and those that would have no gradient. Source: d-OPSD, 2606.18195.
+    """
     has_mass = log_p > -torch.inf
     difference = log_p.masked_fill(~has_mass, 0.0) - log_q.masked_fill(~has_mass, 0.0)
-    return (log_p.exp() * difference).sum(-1)
+    return (log_p.exp() * difference).clamp(max=clip).sum(-1)
 
 
 def acceptance(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -104,7 +108,7 @@ def lk_loss(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RowObjective:
-    """What is minimised at a row: alpha * cross-entropy + beta * (KL or LK loss)."""
+    """What is minimised at a row: alpha * cross-entropy + beta * (KL, reverse KL or LK loss)."""
 
     alpha: float
     beta: float
@@ -112,13 +116,16 @@ class RowObjective:
     times_t2: bool = False  # multiply the KL with T^2, which keeps its gradient's size. Source: 1503.02531
     # the LK loss instead of the KL; always at temperature 1, for drafts are accepted at 1
     is_lk: bool = False
+    is_reverse: bool = False  # KL(student || teacher)
+    clip: float = math.inf  # of each token's part of a KL
 
     def distance(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """[R] how far the student is from the teacher."""
         if self.is_lk:
             return lk_loss(log_p, log_q)
         scale = self.temperature**2 if self.times_t2 else 1.0
-        return scale * kl_divergence(temper(log_p, self.temperature), temper(log_q, self.temperature))
+        pair = temper(log_p, self.temperature), temper(log_q, self.temperature)
+        return scale * kl_divergence(*(reversed(pair) if self.is_reverse else pair), clip=self.clip)
 
 
 def streak_weights(alpha: Tensor, starts_window: Tensor, carried: float) -> tuple[Tensor, float]:

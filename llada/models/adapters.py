@@ -1,7 +1,10 @@
 """A peft adapter that was trained before: its settings, and putting it on a model."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
@@ -53,3 +56,11 @@ def put_adapter(model: LLaDAModelLM, adapter_path: str, *, merge: bool) -> LLaDA
             "would change"
         )
     return adapted.merge_and_unload()
+
+
+@contextmanager
+def without_adapter(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The model with its adapter switched off: that which training started from, if the adapter is fresh."""
+    bare = getattr(model, "module", model)  # DistributedDataParallel's wrapping
+    with bare.disable_adapter():
+        yield model

@@ -1,8 +1,8 @@
 """The reference model of DPO, KTO and GRPO: what the policy is compared with, frozen."""
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from llada.diffusion.bound_gradient import disable_dropout, draw_values
+from llada.models.adapters import without_adapter
 from llada.models.building import has_fresh_adapter, settle_blocks, start_model
 from llada.models.checkpoints import describe_checkpoint, is_meta, load_model
 from llada.policies.answer_stream import AnswerStream
@@ -27,18 +28,11 @@ def make_reference(config: PolicyConfig, run: Run) -> Reference:
     # Fresh adapters are switched off, which saves a second copy of the weights.
     # Adapters that training starts from are not fresh: without them the model would be another one.
     if config.ref_model_name_or_path is None and has_fresh_adapter(config):
-        return _without_adapter
+        return without_adapter
     model = parallelize(
         load_frozen(config, run), run, shard=config.shard, dtype=config.dtype, cpu_offload=config.cpu_offload
     )
     return lambda _: nullcontext(model)
-
-
-@contextmanager
-def _without_adapter(policy: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    bare = getattr(policy, "module", policy)  # DistributedDataParallel's wrapping
-    with bare.disable_adapter():
-        yield policy
 
 
 def load_frozen(config: PolicyConfig, run: Run) -> torch.nn.Module:

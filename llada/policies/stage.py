@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from llada.diffusion.bound_gradient import disable_dropout
+from llada.flags.recipes import RecipeFlags
 from llada.models.building import run_tokenizer
 from llada.policies.answer_stream import AnswersOf, AnswerStream
 from llada.policies.config import PolicyConfig
-from llada.policies.recipes import RecipeFlags
 from llada.run import described_run
 from llada.training import dry_run as preflight
 from llada.training.loop import Loss, Stream, end_training, fit, load_with_ids, start_training

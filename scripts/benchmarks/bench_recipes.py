@@ -67,7 +67,7 @@ import numpy as np
 
 from finished_runs import NUM_RESAMPLES, interval, records_of_task, run_once
 from llada.diffusion.masking import generator
-from llada.policies.recipes import RecipeFlags
+from llada.flags.recipes import RecipeFlags
 from llada.rewards.functions import puzzle_solved
 
 Flags = dict[str, Any]
