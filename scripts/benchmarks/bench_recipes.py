@@ -123,32 +123,35 @@ class RecipeBench:
         self.started = time.monotonic()
         lines = {name: records_of_task(Path(self.config.data, f"{name}.jsonl"), self.config.task)
                  for name in ("prompts", "heldout")}  # fmt: skip
-        lines["heldout"] = lines["heldout"][: self.config.max_heldout]
+        heldout = lines.pop("heldout")[: self.config.max_heldout]
+        half = len(heldout) // 2
+        lines |= {"tuning": heldout[:half], "judged": heldout[half:]}
         self.files = {name: self.folder / f"{name}.jsonl" for name in lines}
         for name, path in self.files.items():
             path.write_text("".join(line + "\n" for line in lines[name]), encoding="utf-8")
-        self.records = [json.loads(line) for line in lines["heldout"]]
-        self.num_tuning = len(self.records) // 2
+        self.records = {name: [json.loads(line) for line in part] for name, part in lines.items()}
 
     def has_time(self) -> bool:
         """Whether another run may begin."""
         limit = self.config.max_minutes
         return limit is None or time.monotonic() - self.started < 60 * limit
 
-    def solved(self, checkpoint: str | Path, folder: Path) -> np.ndarray:
-        """[puzzles] whether the checkpoint solves each held-out puzzle."""
-        answers = folder / "answers.jsonl"
+    def solved(self, checkpoint: str | Path, folder: Path, part: str) -> np.ndarray:
+        """[puzzles] whether the checkpoint solves each held-out puzzle of a part."""
+        answers = folder / f"{part}.jsonl"
         if not answers.is_file():
-            flags = {"model_name_or_path": checkpoint, "prompts_file": self.files["heldout"]}
+            flags = {"model_name_or_path": checkpoint, "prompts_file": self.files[part]}
             length = self.sections["tasks"][self.config.task]["gen_length"]
             flags |= {"gen_length": length, "block_length": length, "steps": length}
             flags |= {"output_path": answers, **self.sections["heldout"]}
-            run_once("inference/generate.py", flags, folder / "heldout")
+            run_once("inference/generate.py", flags, folder / part)
         by_id = {entry["id"]: entry for entry in map(json.loads, answers.open(encoding="utf-8"))}
-        found = [puzzle_solved(by_id[record["id"]]["completion"], record) for record in self.records]
+        found = [puzzle_solved(by_id[record["id"]]["completion"], record) for record in self.records[part]]
         return np.array(found)
 
-    def run(self, checkpoint: str, block: str, arm: str, rate: float, seed: int) -> np.ndarray | None:
+    def run(
+        self, checkpoint: str, block: str, arm: str, rate: float, seed: int, part: str
+    ) -> np.ndarray | None:
         """[puzzles] solved after training; None if there is no time for what is not there yet."""
         flags = flags_of(self.sections, self.config.task, block, arm)
         flags |= {"learning_rate": rate, "seed": seed, "model_name_or_path": checkpoint}
@@ -156,28 +159,28 @@ class RecipeBench:
         flags |= {"max_steps": max(1, round(self.config.budget / per_step))}
         name = f"{Path(checkpoint).parent.name}-{Path(checkpoint).name}"
         folder = self.folder / name / block / arm / f"lr-{rate:g}-seed-{seed}"
-        if not (folder / "answers.jsonl").is_file() and not self.has_time():
+        if not (folder / f"{part}.jsonl").is_file() and not self.has_time():
             return None
         flags |= {"train_data_path": self.files["prompts"], "output_dir": folder / "run"}
         run_once("rlhf/train_grpo.py", flags, folder)
-        return self.solved(folder / "run" / "final", folder)
+        return self.solved(folder / "run" / "final", folder, part)
 
     def arm(self, checkpoint: str, block: str, arm: str) -> tuple[float, np.ndarray] | None:
         """(learning rate, [seeds, judged puzzles]); None before the first seed is there."""
         best, *others = self.config.learning_rates
         if others:
-            tried = {rate: self.run(checkpoint, block, arm, rate, 0) for rate in (best, *others)}
+            tried = {rate: self.run(checkpoint, block, arm, rate, 0, "tuning") for rate in (best, *others)}
             if any(found is None for found in tried.values()):
                 return None
-            best = max(tried, key=lambda rate: tried[rate][: self.num_tuning].mean())
-        runs = [self.run(checkpoint, block, arm, best, seed) for seed in self.config.seeds]
-        done = [found[self.num_tuning :] for found in runs if found is not None]
+            best = max(tried, key=lambda rate: tried[rate].mean())
+        runs = [self.run(checkpoint, block, arm, best, seed, "judged") for seed in self.config.seeds]
+        done = [found for found in runs if found is not None]
         return (best, np.stack(done)) if done else None
 
     def lines(self, checkpoint: str, block: str) -> list[str]:
         """The table's lines of one checkpoint and sampler."""
-        before = self.solved(checkpoint, self.folder / "before" / checkpoint.strip("/").replace("/", "-"))
-        before = before[self.num_tuning :]
+        name = checkpoint.strip("/").replace("/", "-")
+        before = self.solved(checkpoint, self.folder / "before" / name, "judged")
         lines, first = [], None
         for arm in self.config.arms or self.sections["arms"]:
             if block not in self.sections["arms"][arm].get("blocks", self.sections["blocks"]):
