@@ -86,10 +86,10 @@ class Config(
     beta: float = flag(0.5, "Weight of the KL.", at_least=0, needs="loss_type=hybrid", fixed=True)
     temperature: float = flag(1.0, "Of both distributions in the KL.", above=0, fixed=True)
     temperature_squared: bool = flag(False, "Multiply the KL with T^2.", fixed=True)
-    kl_clip: float | None = flag(
-        None,
-        "No token's part of a row's KL counts for more than this, in nats.",
-        above=0,
+    kl_clip: float = flag(
+        0.0,
+        "No token's part of a row's KL counts for more than this, in nats; 0: no clip.",
+        at_least=0,
         needs="loss_type=auto|kl|reverse_kl|hybrid",
         fixed=True,
     )
@@ -157,7 +157,7 @@ class Config(
         alpha, beta = {"ce": (1.0, 0.0), "hybrid": (self.alpha, self.beta)}.get(kind, (0.0, 1.0))
         return RowObjective(
             alpha, beta, self.temperature, self.temperature_squared, is_lk=kind == "lk",
-            is_reverse=kind == "reverse_kl", clip=math.inf if self.kl_clip is None else self.kl_clip,
+            is_reverse=kind == "reverse_kl", clip=self.kl_clip or math.inf,
         )  # fmt: skip
 
     def windows(self) -> "Windows":
