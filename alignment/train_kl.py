@@ -212,7 +212,6 @@ def main(argv: list[str] | None = None) -> None:
     """Runs alignment with the given flags."""
     config = parse(Config, argv, description=__doc__)
     if config.dry_run:
-        config.tell_recipe(None)
         preflight.report(
             config, partial(planned_rows, config=config), train=[config.train_data_path],
             held_out=config.eval_data_path, chat=True,
@@ -220,7 +219,6 @@ def main(argv: list[str] | None = None) -> None:
         return
     run = start_training(config)
     if run.is_main:
-        config.tell_recipe(config.output_dir)
         log_to_file(Path(config.output_dir, "training_log.log"), config.log_level)
     tokenizer = run_tokenizer(config, chat=True)
     model, ids = load_with_ids(config, tokenizer, device=run.build_device)

@@ -116,10 +116,11 @@ def test_a_state_is_one_of_the_trajectory_and_the_teacher_speaks_of_its_masks(pa
     assert len(seen) > 4  # states from all over the trajectories
 
 
-def test_a_verified_answer_behind_the_state_makes_the_student_its_teacher(pair):
-    def hashed(prompts, completions, **columns):
-        return [float(len(text[0]["content"]) % 2) for text in completions]
+def hashed(prompts, completions, **columns):
+    return [float(len(text[0]["content"]) % 2) for text in completions]
 
+
+def test_a_verified_answer_behind_the_state_makes_the_student_its_teacher(pair):
     verify = verified_by([Reward("hashed", hashed, 1.0)], pair.tokenizer.decode)
     vocabulary = VocabMap.between(pair.tokenizer, pair.tokenizer)
     guide = OwnGuide(pair.student, vocabulary, verify, 0, pair.student.config.pad_token_id)
@@ -144,9 +145,6 @@ def test_a_verified_answer_behind_the_state_makes_the_student_its_teacher(pair):
 
 
 def test_the_future_of_a_right_answer_makes_the_student_its_teacher(pair):
-    def hashed(prompts, completions, **columns):
-        return [float(len(text[0]["content"]) % 2) for text in completions]
-
     verify = verified_by([Reward("hashed", hashed, 1.0)], pair.tokenizer.decode)
     vocabulary = VocabMap.between(pair.tokenizer, pair.tokenizer)
     guide = OwnGuide(
@@ -285,6 +283,19 @@ def test_two_ranks_train_the_adapters_of_one(kind, pair, model_dir, tmp_path):
             "--on_policy drafts is about --positions windows",
         ),
         (["--on_policy", "self", "--reward_funcs", "math", "--shard", "full"], "self asks the whole model"),
+        (
+            [
+                "--on_policy",
+                "self",
+                "--reward_funcs",
+                "math",
+                "--teacher_sees",
+                "future",
+                "--gen_length",
+                "8",
+            ],
+            "future needs a later block: give --block_length below 8",
+        ),
     ],
 )
 def test_wrong_flags(more, message, model_dir, tmp_path):

@@ -81,5 +81,8 @@ class OnPolicyFlags:
             raise ValueError("--on_policy answers needs --teacher, the model that judges the answers")
         if self.on_policy == "self" and not self.reward_funcs:
             raise ValueError("--on_policy self needs --reward_funcs, to know which answers are right")
-        if self.teacher_sees == "future" and not (self.block_length or 0) < self.gen_length:
-            raise ValueError("--teacher_sees future: --block_length must leave a later block in --gen_length")
+        if self.teacher_sees == "future" and (self.block_length or self.gen_length) >= self.gen_length:
+            raise ValueError(
+                f"--teacher_sees future needs a later block: give --block_length below {self.gen_length}, "
+                "the --gen_length"
+            )

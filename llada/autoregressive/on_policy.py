@@ -15,7 +15,7 @@ B prompts of a micro-batch, N answers, L positions, G answer tokens.
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,7 +32,7 @@ from llada.autoregressive.vocabulary import VocabMap
 from llada.data.prompts import Prompt, read_prompts
 from llada.diffusion.masking import generator
 from llada.diffusion.stream import records_of
-from llada.models.adapters import without_adapter
+from llada.models.adapters import Reference, without_adapter
 from llada.models.building import has_fresh_adapter
 from llada.models.tokens import SpecialIds
 from llada.rewards.scoring import Reward, compute_rewards, load_rewards
@@ -207,8 +207,7 @@ class OwnGuide:
     pad_id: int
     shown_share: float = 0.0  # of the state's own answer in later blocks; 0: an answer behind the state
     seed: int = 0
-    # what switches the model to the one it started as
-    started: Callable[[torch.nn.Module], AbstractContextManager[torch.nn.Module]] = nullcontext
+    reference: Reference = nullcontext  # of the student's weights; by default as they are
 
     def __call__(self, states: Sequence[VisitedState]) -> list[tuple[np.ndarray, Distributions] | None]:
         right: dict[int, list[VisitedState]] = {}
@@ -223,7 +222,7 @@ class OwnGuide:
             return found
         rows = [np.concatenate([states[n].prompt.token_ids, shown[n]]) for n in told]
         starts = [len(states[n].prompt.token_ids) for n in told]
-        with self.started(self.model) as teacher:
+        with self.reference(self.model) as teacher:
             logits = logits_at(teacher, rows, starts, len(states[told[0]].canvas), self.pad_id)
         for n, row in zip(told, logits, strict=True):
             places = np.flatnonzero(states[n].is_scored)
@@ -302,9 +301,7 @@ def starts_over_ranks(
     return {record_id: starts for part in parts for record_id, starts in part.items()}
 
 
-def _started(
-    config: Any, model: torch.nn.Module
-) -> Callable[[torch.nn.Module], AbstractContextManager[torch.nn.Module]]:
+def _as_it_started(config: Any, model: torch.nn.Module) -> Reference:
     """What gives the model as it started; called before a resumed run takes its weights back."""
     if has_fresh_adapter(config):
         return without_adapter
@@ -346,9 +343,9 @@ def own_states(
         )
         vocabulary = VocabMap.between(tokenizer, tokenizer)
         share = config.teacher_share if config.teacher_sees == "future" else 0.0
-        started = _started(config, model) if config.fixed_teacher else nullcontext
+        reference = _as_it_started(config, model) if config.fixed_teacher else nullcontext
         guide = OwnGuide(
-            model, vocabulary, verify, config.teacher_top_k, ids.pad, share, config.seed, started
+            model, vocabulary, verify, config.teacher_top_k, ids.pad, share, config.seed, reference
         )
     stream = OwnStates(
         model, prompts, settings, guide, config.batch_size, config.micro_batch_size, config.seed, run,

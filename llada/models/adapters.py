@@ -1,8 +1,8 @@
 """A peft adapter that was trained before: its settings, and putting it on a model."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
@@ -10,6 +10,9 @@ from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 
 from modelling_final import LLaDAModelLM
+
+Reference = Callable[[torch.nn.Module], AbstractContextManager[torch.nn.Module]]
+"""A model in training -> a context that holds the frozen one it is compared with."""
 
 # Initialisations that subtract the initial B A from the base's weights, in memory only.
 _MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

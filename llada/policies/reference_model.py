@@ -1,8 +1,7 @@
 """The reference model of DPO, KTO and GRPO: what the policy is compared with, frozen."""
 
 import hashlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from llada.diffusion.bound_gradient import disable_dropout, draw_values
-from llada.models.adapters import without_adapter
+from llada.models.adapters import Reference, without_adapter
 from llada.models.building import has_fresh_adapter, settle_blocks, start_model
 from llada.models.checkpoints import describe_checkpoint, is_meta, load_model
 from llada.policies.answer_stream import AnswerStream
@@ -18,9 +17,6 @@ from llada.policies.config import PolicyConfig
 from llada.resumable import ResumableJob
 from llada.run import Run, autocast, barrier
 from llada.training.parallel import parallelize, spread
-
-Reference = Callable[[torch.nn.Module], AbstractContextManager[torch.nn.Module]]
-"""policy -> a context that holds the reference model."""
 
 
 def make_reference(config: PolicyConfig, run: Run) -> Reference:

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from llada.diffusion.bound_gradient import disable_dropout
-from llada.flags.recipes import RecipeFlags
 from llada.models.building import run_tokenizer
 from llada.policies.answer_stream import AnswersOf, AnswerStream
 from llada.policies.config import PolicyConfig
@@ -34,8 +33,6 @@ class PolicyStage:
     ) -> "PolicyStage | None":
         """The stage; None after a --dry_run, which has said what it found. `rows_of` reads a file for it."""
         run = described_run(config.device)  # a dry run of 64 ranks has no peers to meet
-        if isinstance(config, RecipeFlags) and run.is_main:
-            config.tell_recipe(None if config.dry_run else config.output_dir)
         config.settle(run)
         if not config.dry_run:
             return cls(config)

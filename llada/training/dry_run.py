@@ -23,6 +23,7 @@ from llada.data.files import files_of
 from llada.data.prepared import is_usable
 from llada.data.rows import Rows
 from llada.data.shards import read_manifest
+from llada.flags.recipes import RecipeFlags
 from llada.models.building import run_tokenizer
 from llada.models.checkpoints import base_and_adapter, check_weight_files, load_config
 from llada.run import described_run
@@ -126,6 +127,8 @@ def report(
     run = described_run(config.device)
     if not run.is_main:
         return
+    if isinstance(config, RecipeFlags):
+        config.tell_recipe(None)
     config.settle_dtype(run.device.type)
     ranks = Ranks.of(config.shard, run.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", run.world_size)))
     tokenizer = run_tokenizer(config, chat=chat)

@@ -18,6 +18,7 @@ import torch
 from torch.profiler import profile
 from transformers import PreTrainedTokenizerBase
 
+from llada.flags.recipes import RecipeFlags
 from llada.flags.yaml_files import write_yaml
 from llada.models.building import adopt_adapter, build_model
 from llada.models.hub import check_hub, push
@@ -66,6 +67,8 @@ def start_training(config: TrainConfig) -> Run:
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on a GPU
     if run.is_main:
         check_hub(config)
+        if isinstance(config, RecipeFlags):
+            config.tell_recipe(config.output_dir)
     leave_marker_on_signals(config.output_dir, is_main=run.is_main)
     return run
 
