@@ -254,9 +254,12 @@ def test_a_resumed_run_is_bitwise_the_same(kind, pair, model_dir, tmp_path):
     assert {"drafts": not judged, "self": some}.get(kind.split()[0], min(judged, default=0) > 0)
 
 
-@pytest.mark.parametrize("kind", ["answers", "self", "self in the future", "drafts"])
-def test_two_ranks_train_the_adapters_of_one(kind, pair, model_dir, tmp_path):
-    data, more = PROMPTS, ["--use_lora", "--lora_r", "2", "--micro_batch_size", "2"]
+@pytest.mark.parametrize(
+    "kind", ["answers", "self", "self in the future", "self in the future, whole", "drafts"]
+)
+def test_two_ranks_train_what_one_does(kind, pair, model_dir, tmp_path):
+    is_whole = kind.endswith("whole")
+    data, more = PROMPTS, ["--micro_batch_size", "2", *([] if is_whole else ["--use_lora", "--lora_r", "2"])]
     more += ["--on_policy", kind.split()[0]]
     if kind == "drafts":
         data, more = rows_of(pair, tmp_path / "rows"), [*more, "--window_length", "4"]
@@ -267,10 +270,15 @@ def test_two_ranks_train_the_adapters_of_one(kind, pair, model_dir, tmp_path):
     more += ["--max_steps", "2"]
     train_kl.main(flags(tmp_path / "one", model_dir, data, *more))
     run_ranks(2, "alignment/train_kl.py", flags(tmp_path / "two", model_dir, data, *more), tmp_path)
-    one, two = (load_file(tmp_path / name / "final/adapter_model.safetensors") for name in ("one", "two"))
+    file = "final/model.safetensors" if is_whole else "final/adapter_model.safetensors"
+    one, two = (load_file(tmp_path / name / file) for name in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=1e-4, rtol=1e-3)
-    assert any(value.any() for name, value in one.items() if "lora_B" in name)
+    if is_whole:
+        start = load_file(model_dir / "model.safetensors")
+        assert any(not torch.equal(value, start[name]) for name, value in one.items())
+    else:
+        assert any(value.any() for name, value in one.items() if "lora_B" in name)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ from llada.models.building import has_fresh_adapter
 from llada.models.tokens import SpecialIds
 from llada.rewards.scoring import Reward, compute_rewards, load_rewards
 from llada.run import Run, autocast, gather_over_ranks
+from llada.training.parallel import spread
 from modelling_final import LLaDAGenerationConfig
 from modelling_final.generation_llada import generate
 
@@ -301,11 +302,12 @@ def starts_over_ranks(
     return {record_id: starts for part in parts for record_id, starts in part.items()}
 
 
-def _as_it_started(config: Any, model: torch.nn.Module) -> Reference:
+def _as_it_started(config: Any, model: torch.nn.Module, run: Run) -> Reference:
     """What gives the model as it started; called before a resumed run takes its weights back."""
     if has_fresh_adapter(config):
         return without_adapter
     kept = copy.deepcopy(model).eval().requires_grad_(False)
+    spread(kept, run)  # other ranks than the first have no weights yet
     return lambda _: nullcontext(kept)
 
 
@@ -343,7 +345,7 @@ def own_states(
         )
         vocabulary = VocabMap.between(tokenizer, tokenizer)
         share = config.teacher_share if config.teacher_sees == "future" else 0.0
-        reference = _as_it_started(config, model) if config.fixed_teacher else nullcontext
+        reference = _as_it_started(config, model, run) if config.fixed_teacher else nullcontext
         guide = OwnGuide(
             model, vocabulary, verify, config.teacher_top_k, ids.pad, share, config.seed, reference
         )
