@@ -77,16 +77,13 @@ def run_ranks(
     return [log for _, log in started]
 
 
-def kill_after(process: BaseProcess, folder: Path, num_lines: int, *, has_state: bool = False) -> None:
-    """Kills a training without warning once its metrics.jsonl has so many lines.
-
-    `has_state`: and once a state is saved, which is written while training goes on.
-    """
+def kill_after(process: BaseProcess, folder: Path, num_lines: int) -> None:
+    """Kills a training without warning once its metrics.jsonl has so many lines and a state is saved."""
     metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + DEADLINE
     while process.is_alive() and time.monotonic() < deadline:
         is_far = metrics.exists() and metrics.read_bytes().count(b"\n") >= num_lines
-        if is_far and (not has_state or (folder / "latest").exists()):
+        if is_far and (folder / "latest").exists():  # a state is written while training goes on
             break
         time.sleep(0.002)
     process.kill()

@@ -244,7 +244,7 @@ def test_kto_by_blocks_killed_and_resumed_equals_uninterrupted(model_dir, bref_b
     whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
     run(KTO, *kto_flags(model_dir, bref_by_blocks, whole, *more))
     flags = kto_flags(model_dir, bref_by_blocks, killed, *more)
-    kill_after(start(KTO, flags, log), killed, 4, has_state=True)
+    kill_after(start(KTO, flags, log), killed, 4)
     assert (killed / "latest").exists()
     finish(start(KTO, flags, log), log)
     assert curve(killed) == curve(whole) and len(curve(whole)) == 8
